@@ -1,0 +1,1 @@
+"""The ground everything stands on: names, messages, codec, rpc, metadata, logs, metrics."""

@@ -1,0 +1,65 @@
+"""Names of KV blocks: a sha256 chain that commits to the whole prefix (DESIGN 2.1 and 5.2).
+
+`key[i] = sha256(key[i-1] || tokens of block i as little-endian u32)`; `key[-1]` is a root that
+commits to everything that changes the bytes of a block: model, revision, dtype, layout, CPU
+instruction set, block size, rank, LoRA and tenant salt. A partial last block ("tail") is named by
+the same rule over fewer tokens, so it can never collide with a full block.
+Source of the chain: Mooncake paper (FAST'25) 3.2.1; vLLM uses the same shape.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+
+import msgspec
+
+KEY_BYTES = 32
+
+
+def context_root(context: Mapping[str, str]) -> bytes:
+    """Return the 32-byte root that commits to an engine's byte-changing settings.
+
+    Args:
+        context: setting name to value, for example model, dtype, layout, isa, block_size.
+    """
+    # sorted pairs in msgpack: unambiguous framing, independent of insertion order
+    return sha256(msgspec.msgpack.encode(["mooncake-kv-1", sorted(context.items())])).digest()
+
+
+def request_root(root: bytes, cache_salt: str | None, lora: str | None) -> bytes:
+    """Return the chain root of one request: tenants and adapters never share blocks."""
+    if cache_salt is None and lora is None:
+        return root
+    return sha256(root + msgspec.msgpack.encode([cache_salt, lora])).digest()
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Return tokens as little-endian u32 (4 bytes per token)."""
+    packed = array("I", tokens)
+    assert packed.itemsize == 4
+    return packed.tobytes()  # every supported platform is little-endian
+
+
+def chain(parent: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
+    """Return the keys of all full blocks of `tokens` that follow `parent`, in order."""
+    data = token_bytes(tokens)
+    step = 4 * block_size
+    keys = []
+    for start in range(0, len(data) - step + 1, step):
+        parent = sha256(parent + data[start : start + step]).digest()
+        keys.append(parent)
+    return keys
+
+
+def tail_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the key of a partial block of 1..block_size-1 `tokens` after `parent`."""
+    return sha256(parent + token_bytes(tokens)).digest()
+
+
+def prompt_keys(root: bytes, tokens: Sequence[int], block_size: int) -> tuple[list[bytes], bytes | None]:
+    """Return (keys of full blocks, key of the partial tail or None) of a whole prompt."""
+    full = chain(root, tokens, block_size)
+    rest = tokens[len(full) * block_size :]
+    if not rest:
+        return full, None
+    return full, tail_key(full[-1] if full else root, rest)

@@ -1,0 +1,358 @@
+"""Messages on our wires, grouped by the process that receives them. Frozen, array-like, tagged."""
+
+import msgspec
+
+# ---------------------------------------------------------------- common
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True, tag="err"):
+    """An exception as it travels: `code` is one of errors.WIRE_ERRORS."""
+
+    code: str
+    message: str
+
+
+class Ok(msgspec.Struct, frozen=True, array_like=True, tag="ok"):
+    """Nothing to say but success."""
+
+
+# ---------------------------------------------------------------- to a store node
+# Offsets and sizes are bytes inside the node's segment. Keys are 32 bytes (core.keys).
+
+
+class Acquire(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acq"):
+    """Lease the longest prefix of `keys` that is complete. Answer: Acquired.
+
+    `wait_s` > 0 waits (bounded by the node) for keys that are being written right now.
+    """
+
+    keys: list[bytes]
+    lease_s: float
+    wait_s: float = 0.0
+
+
+class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a complete block lies: segment offset, size, xxh3-128 of the bytes (16 bytes)."""
+
+    offset: int
+    size_bytes: int
+    checksum: bytes
+
+
+class Acquired(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acqd"):
+    """`blocks[i]` belongs to `keys[i]`; shorter than keys at the first miss. lease_id 0 = none."""
+
+    lease_id: int
+    blocks: list[Block]
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, tag="rel"):
+    """Give a lease back. Unknown or expired leases are fine (idempotent). Answer: Ok."""
+
+    lease_id: int
+
+
+class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv"):
+    """Allocate room to write blocks. Answer: Reserved.
+
+    `writer` names the engine; everything it has in writing is given up by Abandon or after
+    the node's write deadline (quarantined first: a stalled writer may still write).
+    """
+
+    writer: str
+    keys: list[bytes]
+    size_bytes: int
+
+
+class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd"):
+    """`offsets[i]` for `keys[i]`: where to write; -1 = already there or being written; -2 = full.
+
+    `tickets[i]` must be shown at commit (0 where there is nothing to write).
+    """
+
+    offsets: list[int]
+    tickets: list[int]
+
+
+class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmt"):
+    """Make written blocks visible: checksum[i] is xxh3-128 over the bytes. Answer: Committed."""
+
+    tickets: list[int]
+    checksums: list[bytes]
+
+
+class Committed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmtd"):
+    """`done[i]` False: the ticket had expired, the block is not in the pool."""
+
+    done: list[bool]
+
+
+class Abandon(msgspec.Struct, frozen=True, array_like=True, tag="abn"):
+    """Give up tickets; empty list = all of `writer`'s (it restarted). Answer: Ok."""
+
+    writer: str
+    tickets: list[int]
+
+
+class ReportBad(msgspec.Struct, frozen=True, array_like=True, tag="bad"):
+    """A reader found bytes that differ from the checksum: drop these blocks. Answer: Ok.
+
+    The node verifies for itself before it drops (a reader may be wrong, or malicious).
+    """
+
+    keys: list[bytes]
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snap"):
+    """One page of the node's complete keys. Answer: SnapshotPage."""
+
+    cursor: int = 0
+
+
+class SnapshotPage(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="snapd"):
+    """Keys as one blob of 32-byte keys. Events after `seq` are not in it. cursor 0 = last page."""
+
+    epoch: str
+    seq: int
+    keys: bytes
+    cursor: int
+
+
+class Stats(msgspec.Struct, frozen=True, array_like=True, tag="st"):
+    """Ask for counters. Answer: StoreStats."""
+
+
+class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
+    """Counters since start, gauges now."""
+
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    writing: int
+    leases: int
+    hits: int
+    misses: int
+    evictions: int
+    checksum_failures: int
+    commits: int
+
+
+StoreRequest = Acquire | Release | Reserve | Commit | Abandon | ReportBad | Snapshot | Stats
+StoreReply = Acquired | Reserved | Committed | SnapshotPage | StoreStats | Ok | Failure
+
+
+class StoreEvents(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ev"):
+    """Ordered changes of one node, published on its event socket (PUB). Blobs of 32-byte keys.
+
+    `seq` counts messages from 1 within `epoch` (a new epoch = the node restarted empty).
+    A gap means: take a snapshot. An empty message is a heartbeat and repeats the last seq.
+    """
+
+    node: str
+    epoch: str
+    seq: int
+    stored: bytes
+    removed: bytes
+
+
+# ---------------------------------------------------------------- to the metadata service
+
+
+class MetaGet(msgspec.Struct, frozen=True, array_like=True, tag="get"):
+    """All entries under a prefix. Answer: MetaEntries."""
+
+    prefix: str
+
+
+class MetaEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One key with its value; `revision` of its last change."""
+
+    key: str
+    value: bytes
+    revision: int
+
+
+class MetaEntries(msgspec.Struct, frozen=True, array_like=True, tag="ents"):
+    """Entries at `revision` of the whole store."""
+
+    revision: int
+    entries: list[MetaEntry]
+
+
+class MetaPut(msgspec.Struct, frozen=True, array_like=True, tag="put"):
+    """Write; lease_id 0 = permanent; if_revision >= 0 = only if the key's revision is that (0 = absent)."""
+
+    key: str
+    value: bytes
+    lease_id: int = 0
+    if_revision: int = -1
+
+
+class MetaDelete(msgspec.Struct, frozen=True, array_like=True, tag="del"):
+    """Delete one key (idempotent)."""
+
+    key: str
+
+
+class MetaPutResult(msgspec.Struct, frozen=True, array_like=True, tag="putd"):
+    """`done` False: the compare failed; `revision` is the key's current one."""
+
+    done: bool
+    revision: int
+
+
+class MetaGrant(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
+    """A lease of ttl_s. Answer: MetaLease."""
+
+    ttl_s: float
+
+
+class MetaKeepAlive(msgspec.Struct, frozen=True, array_like=True, tag="keep"):
+    """Refresh a lease. Answer: MetaLease with lease_id 0 when it is already gone."""
+
+    lease_id: int
+
+
+class MetaRevoke(msgspec.Struct, frozen=True, array_like=True, tag="rvk"):
+    """End a lease now: its keys vanish (idempotent)."""
+
+    lease_id: int
+
+
+class MetaLease(msgspec.Struct, frozen=True, array_like=True, tag="lease"):
+    """A live lease, or lease_id 0."""
+
+    lease_id: int
+    ttl_s: float
+
+
+class MetaWatch(msgspec.Struct, frozen=True, array_like=True, tag="watch"):
+    """Long poll: changes under `prefix` after `revision`, at most wait_s. Answer: MetaChanges."""
+
+    prefix: str
+    revision: int
+    wait_s: float
+
+
+class MetaChange(msgspec.Struct, frozen=True, array_like=True):
+    """`value` None = deleted."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class MetaChanges(msgspec.Struct, frozen=True, array_like=True, tag="chg"):
+    """Changes up to `revision`; `compacted`: history is gone, list again."""
+
+    revision: int
+    changes: list[MetaChange]
+    compacted: bool = False
+
+
+MetaRequest = MetaGet | MetaPut | MetaDelete | MetaGrant | MetaKeepAlive | MetaRevoke | MetaWatch
+MetaReply = MetaEntries | MetaPutResult | MetaLease | MetaChanges | Ok | Failure
+
+# ---------------------------------------------------------------- between a gateway and a relay
+# ZMQ DEALER (gateway) <-> ROUTER (relay). First frame = one of these bytes; then:
+#   gateway -> relay   HELLO [Hello]           answered by WELCOME [Welcome] or REFUSED [Failure]
+#                      ENGINE [vLLM frames...] forwarded to the engine verbatim (type, payload...)
+#                      PING [8 bytes]          answered by PONG [same 8 bytes][Pulse]
+#                      BYE                     the relay aborts everything of this gateway
+#   relay -> gateway   OUTPUT [vLLM frames...] EngineCoreOutputs of this gateway's slot, verbatim
+#                      DIED [Failure]          the engine process is gone; the relay stops
+# A relay's endpoint and epoch belong to one engine start: a restart is a new endpoint.
+
+RELAY_PROTOCOL = 1
+RELAY_SLOTS = 8
+"""Gateways one relay serves at once: each slot is one output socket (vLLM's client_index)."""
+
+
+class RelayOp:
+    """First frames of the relay protocol."""
+
+    HELLO = b"H"
+    WELCOME = b"W"
+    REFUSED = b"X"
+    ENGINE = b"E"
+    PING = b"P"
+    PONG = b"Q"
+    BYE = b"B"
+    OUTPUT = b"O"
+    DIED = b"D"
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """A gateway introduces itself; sending it again after a loss is harmless."""
+
+    gateway_id: str
+    protocol: int = RELAY_PROTOCOL
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True):
+    """The slot is the client_index that this gateway must write into its requests."""
+
+    slot: int
+    instance_id: str
+    epoch: str
+
+
+class Pulse(msgspec.Struct, frozen=True, array_like=True):
+    """Health of the engine behind the relay; age of the engine's last sign of life in seconds."""
+
+    epoch: str
+    engine_age_s: float
+
+
+# `kv_transfer_params["mooncake"]` in a request's sampling_params.extra_args (plain dict on vLLM's
+# wire): what the KV connector needs to know of a request.
+
+
+class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """leg: prefill (save full blocks and tail), decode (load both), whole (aggregated).
+
+    prompt_len: tokens of the original prompt; resume_n: tokens at the end of prompt_token_ids
+    that were already emitted to the client by an earlier engine.
+    """
+
+    leg: str
+    prompt_len: int
+    resume_n: int = 0
+
+
+# ---------------------------------------------------------------- records in the metadata store
+
+INSTANCES_PREFIX = "/mooncake/instances/"
+STORES_PREFIX = "/mooncake/stores/"
+
+
+class InstanceRecord(msgspec.Struct, frozen=True):
+    """What an engine instance says of itself under INSTANCES_PREFIX + instance_id (JSON)."""
+
+    instance_id: str
+    role: str  # prefill | decode | both
+    epoch: str  # new at every start of the engine
+    endpoint: str  # relay's ZMQ address
+    node: str
+    pid: int
+    model: str
+    context_root: str  # hex; see core.keys
+    block_size: int
+    max_model_len: int
+    kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_bytes: int  # size of one KV block, all layers
+    vllm_version: str
+
+
+class StoreRecord(msgspec.Struct, frozen=True):
+    """What a store node says of itself under STORES_PREFIX + node (JSON)."""
+
+    node: str
+    epoch: str
+    endpoint: str  # request/reply ZMQ address
+    events: str  # PUB ZMQ address
+    fd_path: str  # unix socket that hands out the segment's memfd (same host only)
+    capacity_bytes: int
+    pid: int

@@ -1,0 +1,1 @@
+"""The vLLM side that prefill and decode share: connector, relay, engine process, KV layout."""

@@ -1,0 +1,1 @@
+"""The transfer engine: segments, and how bytes move between them."""
