@@ -311,13 +311,18 @@ class Pulse(msgspec.Struct, frozen=True, array_like=True):
 class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """leg: prefill (save full blocks and tail), decode (load both), whole (aggregated).
 
-    prompt_len: tokens of the original prompt; resume_n: tokens at the end of prompt_token_ids
-    that were already emitted to the client by an earlier engine.
+    emitted: tokens that an earlier engine already produced for this request (migration, or the
+    first token of leg 1). CONTRACT: the EngineCoreRequest keeps its ORIGINAL prompt_token_ids and
+    ORIGINAL sampling params (max_tokens, min_tokens, seed, penalties, grammar ... unchanged);
+    the engine process appends `emitted` as output tokens of the request before it schedules it
+    (mooncake.worker.resume), so stop checks, penalties, grammar and the seeded generator continue
+    exactly where they stopped. The engine's outputs then contain only NEW tokens.
+    prompt_len: len(prompt_token_ids).
     """
 
     leg: str
     prompt_len: int
-    resume_n: int = 0
+    emitted: list[int] = []
 
 
 # ---------------------------------------------------------------- records in the metadata store
