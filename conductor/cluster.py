@@ -1,5 +1,16 @@
-"""Who is there, who is alive, and how much work each was given."""
+"""Who is there, who is alive, and how much work each was given (DESIGN 4, 5 "Failure").
 
+    record put -> DEAD --link_up--> SUSPECT --pulse--> ALIVE --silence--> SUSPECT --pulse--> ALIVE
+    link_down, another epoch, or the record's removal -> DEAD / gone at once
+
+Pulses come from a thread of the engine's relay, so a long prefill step still pulses: silence is
+real. What silence may also be is *our own*: a gateway whose loop was blocked, or whose process was
+stopped, has not listened. Its late tick forgives silence and peers get a full limit to answer.
+An instance that is not ALIVE takes no new work and the shell moves its requests (`lost`); should
+it have been alive all along, its late outputs carry engine ids that nobody waits for.
+"""
+
+from collections.abc import Iterator
 from enum import StrEnum
 
 import msgspec
@@ -8,6 +19,15 @@ from mooncake.core.messages import InstanceRecord, StoreRecord
 
 PULSE_S = 0.25
 """The gateway pings every relay, and calls tick, this often."""
+SILENCE_S = 1.5
+"""Silent this long = SUSPECT: six lost pulses in a row. A client waits about this long for a move."""
+ENGINE_SILENCE_S = 1.5
+"""The same limit for the engine behind a relay that answers by itself."""
+TICK_LATE_S = 0.3
+"""A tick this much later than PULSE_S means we did not listen: more than one pulse was missed."""
+FORGIVEN_MAX = 4
+"""Late ticks in a row that one silent peer is forgiven: a gateway that is always late must judge
+in the end, or a dead peer would keep its requests for ever."""
 
 
 class Health(StrEnum):
@@ -32,45 +52,229 @@ class Transition(msgspec.Struct, frozen=True):
         return self.before is Health.ALIVE and self.after is not Health.ALIVE
 
 
+class Load:
+    """Work charged to one start of an instance and not yet given back."""
+
+    def __init__(self) -> None:
+        """Idle."""
+        self._prefill_s: dict[int, float] = {}  # ticket -> predicted seconds, in queue order
+        self._head_start_s = 0.0
+        self.prefill_tokens = 0
+        self.decode_requests = 0
+        self.decode_kv_tokens = 0
+
+    @property
+    def prefill_requests(self) -> int:
+        """Prefills that wait or run."""
+        return len(self._prefill_s)
+
+    def queue_s(self, now_s: float) -> float:
+        """Return predicted seconds until a prefill charged now would start (paper 1.2, `tq`).
+
+        Engines serve prefills first come, first served, so what has run since the head of the
+        queue began is taken off the head, never more than the head's own prediction.
+        """
+        if not self._prefill_s:
+            return 0.0
+        head_s = next(iter(self._prefill_s.values()))
+        return sum(self._prefill_s.values()) - min(head_s, max(0.0, now_s - self._head_start_s))
+
+    def add_prefill(self, now_s: float, ticket: int, seconds: float, tokens: int) -> None:
+        """Queue a prefill."""
+        if not self._prefill_s:
+            self._head_start_s = now_s
+        self._prefill_s[ticket] = seconds
+        self.prefill_tokens += tokens
+
+    def remove_prefill(self, now_s: float, ticket: int, tokens: int) -> None:
+        """Take a prefill off; when it was the head, the next one starts now."""
+        if next(iter(self._prefill_s)) == ticket:
+            self._head_start_s = now_s
+        del self._prefill_s[ticket]
+        self.prefill_tokens -= tokens
+
+
+class _Charge(msgspec.Struct, frozen=True):
+    """Holds the Load itself: after a restart the instance has a fresh one, this one is nobody's."""
+
+    load: Load
+    prefill_tokens: int = 0
+    decode_kv_tokens: int = 0
+    is_prefill: bool = False
+
+
+class _Instance:
+    def __init__(self, record: InstanceRecord) -> None:
+        self.record = record
+        self.health = Health.DEAD
+        self.linked = False
+        self.heard_s = 0.0
+        self.forgiven = 0
+        self.load = Load()
+
+
 class ClusterView:
     """A new instance is DEAD; link_up makes it SUSPECT; its first pulse makes it ALIVE."""
 
+    def __init__(self) -> None:
+        """Empty."""
+        self._instances: dict[str, _Instance] = {}
+        self._stores: dict[str, StoreRecord] = {}
+        self._charges: dict[int, _Charge] = {}
+        self._tickets = 0
+        self._tick_s: float | None = None
+
+    # ------------------------------------------------------------ events: membership and links
+
     def instance_up(self, now_s: float, record: InstanceRecord) -> list[Transition]:
-        """A record was put. Another epoch under a known id = the engine restarted: the old one is lost."""
-        raise NotImplementedError
+        """A record was put. Another epoch under a known id = the engine restarted: the old one is lost.
+
+        The same epoch again updates the record (a switched role) and keeps health and load.
+        """
+        known = self._instances.get(record.instance_id)
+        if known is not None and known.record.epoch == record.epoch:
+            known.record = record
+            return []
+        transitions = [] if known is None else self._set(known, Health.DEAD, "restarted")
+        self._instances[record.instance_id] = _Instance(record)
+        return transitions
 
     def instance_removed(self, now_s: float, instance_id: str) -> list[Transition]:
         """The record vanished (lease expired or deregistered)."""
-        raise NotImplementedError
+        known = self._instances.pop(instance_id, None)
+        return [] if known is None else self._set(known, Health.DEAD, "record removed")
 
     def link_up(self, now_s: float, instance_id: str) -> list[Transition]:
         """The relay said WELCOME."""
-        raise NotImplementedError
+        known = self._instances.get(instance_id)
+        if known is None or known.linked:
+            return []
+        known.linked = True
+        known.heard_s = now_s
+        return self._set(known, Health.SUSPECT, "link up")
 
     def link_down(self, now_s: float, instance_id: str) -> list[Transition]:
         """The socket to the relay broke, or the relay said DIED: DEAD at once."""
-        raise NotImplementedError
+        known = self._instances.get(instance_id)
+        if known is None:
+            return []
+        known.linked = False
+        return self._set(known, Health.DEAD, "link down")
 
     def pulse(
         self, now_s: float, instance_id: str, engine_age_s: float, epoch: str | None = None
     ) -> list[Transition]:
-        """A PONG came. Unknown instances and other epochs are ignored."""
-        raise NotImplementedError
+        """A PONG came. Unknown instances, other epochs and unlinked instances are ignored.
+
+        Args:
+            now_s: when it was read.
+            instance_id: who sent it.
+            engine_age_s: age of the engine's own last sign of life, as its relay measured it.
+            epoch: engine start it speaks of; None = of the current one.
+        """
+        known = self._instances.get(instance_id)
+        if known is None or not known.linked or epoch not in {None, known.record.epoch}:
+            return []
+        known.heard_s = now_s
+        known.forgiven = 0
+        if engine_age_s > ENGINE_SILENCE_S:
+            return self._set(known, Health.SUSPECT, f"engine silent for {engine_age_s:.2f} s")
+        return self._set(known, Health.ALIVE, "pulse")
 
     def tick(self, now_s: float) -> list[Transition]:
-        """Call every PULSE_S: judges silence."""
-        raise NotImplementedError
+        """Call every PULSE_S: judges silence, unless our own tick was late."""
+        late = self._tick_s is not None and now_s - self._tick_s - PULSE_S > TICK_LATE_S
+        self._tick_s = now_s
+        transitions: list[Transition] = []
+        for known in self._instances.values():
+            if known.health is not Health.ALIVE:
+                continue
+            if late and known.forgiven < FORGIVEN_MAX:
+                known.heard_s = now_s
+                known.forgiven += 1
+            silence_s = now_s - known.heard_s
+            if silence_s > SILENCE_S:
+                transitions += self._set(known, Health.SUSPECT, f"silent for {silence_s:.2f} s")
+        return transitions
 
     def store_up(self, record: StoreRecord) -> None:
         """A store node's record was put."""
+        self._stores[record.node] = record
 
     def store_removed(self, node: str) -> None:
         """A store node's record vanished."""
+        self._stores.pop(node, None)
+
+    # ------------------------------------------------------------ questions
 
     def record(self, instance_id: str) -> InstanceRecord | None:
         """Return what the instance says of itself, if it is known."""
-        raise NotImplementedError
+        known = self._instances.get(instance_id)
+        return None if known is None else known.record
 
     def health(self, instance_id: str) -> Health:
         """Return an instance's health; unknown ones are DEAD."""
-        raise NotImplementedError
+        known = self._instances.get(instance_id)
+        return Health.DEAD if known is None else known.health
+
+    def load(self, instance_id: str) -> Load:
+        """Return an instance's load; of unknown ones, an idle one."""
+        known = self._instances.get(instance_id)
+        return Load() if known is None else known.load
+
+    def instances(self) -> Iterator[tuple[InstanceRecord, Health, Load]]:
+        """Iterate over all known instances in the order they came."""
+        for known in self._instances.values():
+            yield known.record, known.health, known.load
+
+    def alive(self) -> list[tuple[InstanceRecord, Load]]:
+        """Return the instances that take work, sorted by id."""
+        found = [(i.record, i.load) for i in self._instances.values() if i.health is Health.ALIVE]
+        return sorted(found, key=lambda pair: pair[0].instance_id)
+
+    def stores(self) -> list[StoreRecord]:
+        """Return the known store nodes, sorted by node."""
+        return sorted(self._stores.values(), key=lambda record: record.node)
+
+    @property
+    def charged(self) -> int:
+        """Tickets not yet given back."""
+        return len(self._charges)
+
+    # ------------------------------------------------------------ load
+
+    def charge_prefill(self, now_s: float, instance_id: str, seconds: float, tokens: int) -> int:
+        """Queue a predicted prefill on a known instance; returns its ticket (> 0)."""
+        load = self._instances[instance_id].load
+        ticket = self._ticket(_Charge(load, prefill_tokens=tokens, is_prefill=True))
+        load.add_prefill(now_s, ticket, seconds, tokens)
+        return ticket
+
+    def charge_decode(self, instance_id: str, kv_tokens: int) -> int:
+        """Count a running request and the KV tokens it will hold; returns its ticket (> 0)."""
+        load = self._instances[instance_id].load
+        load.decode_requests += 1
+        load.decode_kv_tokens += kv_tokens
+        return self._ticket(_Charge(load, decode_kv_tokens=kv_tokens))
+
+    def release(self, now_s: float, ticket: int) -> None:
+        """Give charged load back; 0 and tickets given back before are ignored (idempotent)."""
+        charge = self._charges.pop(ticket, None)
+        if charge is None:
+            return
+        if charge.is_prefill:
+            charge.load.remove_prefill(now_s, ticket, charge.prefill_tokens)
+        else:
+            charge.load.decode_requests -= 1
+            charge.load.decode_kv_tokens -= charge.decode_kv_tokens
+
+    def _ticket(self, charge: _Charge) -> int:
+        self._tickets += 1
+        self._charges[self._tickets] = charge
+        return self._tickets
+
+    def _set(self, known: _Instance, health: Health, reason: str) -> list[Transition]:
+        before, known.health = known.health, health
+        if before is health:
+            return []
+        return [Transition(known.record.instance_id, before, health, reason)]

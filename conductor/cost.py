@@ -1,33 +1,187 @@
-"""Predicted seconds of prefill, transfer and decode, corrected by what was measured."""
+"""Predicted seconds of prefill, transfer and decode, corrected by what was measured.
+
+Prefill (paper 1.2, "est_prefill: polynomial regression"): compute is linear in the new tokens plus
+attention of each new token over all before it, so
+`prefill_s = a + b * new + c * new * (prefix + new / 2)`.
+Decode: a step reads the weights once and every context's KV, so `tbt_s = a + b * batch + c * kv`.
+Both are fitted online by recursive least squares on *relative* errors (a 10 ms and a 10 s prefill
+count alike) with exponential forgetting. Coefficients never go below zero: a negative one would
+make more work look cheaper and pull the whole load onto one instance.
+"""
+
+from collections.abc import Sequence
+from math import isfinite
+
+import msgspec
+
+FORGETTING = 0.98
+"""Weight of the past per observation: the last ~50 decide, so a load change shows within seconds."""
+PRIOR_SPREAD = 1.0
+"""Prior variance of a coefficient relative to its prior: one honest measurement may move it 100 %."""
+SPREAD_MAX = 100.0
+"""Bound of the covariance: without it, identical observations blow it up under forgetting."""
+ERROR_RATIO_MAX = 4.0
+"""One observation is taken for at most this many times its prediction: a stall is not a trend."""
+SECONDS_MAX = 3600.0
+"""Measurements outside (0, 1 h] are mistakes (clock steps, lost stamps) and are ignored."""
+EWMA_WEIGHT = 0.1
+"""Weight of the newest value in moving averages: half of it is the last 7."""
+PREFILL_PRIOR = (2e-3, 5e-5, 1e-9)
+"""Seconds: per prefill, per token (20k tokens/s), per token pair. Of a small model; soon relearnt."""
+TBT_PRIOR = (8e-3, 2e-4, 2e-8)
+"""Seconds: per step, per running request, per KV token read."""
+LOCAL_BYTES_S = 4e9
+REMOTE_BYTES_S = 1e9
+"""Priors of a shared-memory load and of a load from another host (10 Gb/s)."""
+BYTES_S_MIN = 1e6
+"""Slowest believable bandwidth: keeps one stalled transfer from forbidding all others."""
+OUTPUT_TOKENS_PRIOR = 256.0
+SECONDS_MIN = 1e-6
+"""No prediction is zero or below: ratios stay finite."""
+
+
+class CostErrors(msgspec.Struct, frozen=True):
+    """Moving mean of |predicted - measured| / measured, and how many were measured."""
+
+    prefill_ratio: float
+    prefill_count: int
+    tbt_ratio: float
+    tbt_count: int
+    transfer_ratio: float
+    transfer_count: int
+    rejected_count: int
+
+
+class _Error:
+    """Moving relative error of one prediction."""
+
+    def __init__(self) -> None:
+        self.ratio = 0.0
+        self.count = 0
+
+    def add(self, predicted: float, measured: float) -> None:
+        error = abs(predicted - measured) / measured
+        self.count += 1
+        # a true mean until the window is full, so that the first error does not linger
+        self.ratio += (error - self.ratio) * max(EWMA_WEIGHT, 1 / self.count)
+
+
+class _Fit:
+    """Recursive least squares of seconds on 3 features, scaled so that every prior is 1."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        self._scale = tuple(prior)
+        size = len(self._scale)
+        self._coefficients = [1.0] * size
+        self._spread = [[PRIOR_SPREAD if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self.error = _Error()
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return tuple(c * s for c, s in zip(self._coefficients, self._scale, strict=True))
+
+    def predict(self, features: Sequence[float]) -> float:
+        total = sum(c * s * f for c, s, f in zip(self._coefficients, self._scale, features, strict=True))
+        return max(total, SECONDS_MIN)
+
+    def observe(self, features: Sequence[float], seconds: float) -> None:
+        predicted = self.predict(features)
+        self.error.add(predicted, seconds)
+        bounded = min(seconds, predicted * ERROR_RATIO_MAX)
+        # dividing a row by its prediction makes the error relative
+        row = [f * s / predicted for f, s in zip(features, self._scale, strict=True)]
+        spread, size = self._spread, range(len(row))
+        gain = [sum(spread[i][j] * row[j] for j in size) for i in size]
+        denominator = FORGETTING + sum(row[i] * gain[i] for i in size)
+        step = (bounded - predicted) / predicted / denominator
+        self._coefficients = [max(0.0, c + g * step) for c, g in zip(self._coefficients, gain, strict=True)]
+        fresh = [[(spread[i][j] - gain[i] * gain[j] / denominator) / FORGETTING for j in size] for i in size]
+        if max(fresh[i][i] for i in size) <= SPREAD_MAX:
+            self._spread = fresh
 
 
 class CostModel:
-    """One model for all instances of a model."""
+    """One model for all instances of a served model. Constant time and memory per call."""
+
+    def __init__(
+        self, prefill_prior: Sequence[float] = PREFILL_PRIOR, tbt_prior: Sequence[float] = TBT_PRIOR
+    ) -> None:
+        """Priors are (seconds per call, per token or request, per token pair or KV token), all > 0."""
+        assert min(*prefill_prior, *tbt_prior) > 0
+        self._prefill = _Fit(prefill_prior)
+        self._tbt = _Fit(tbt_prior)
+        self._bytes_s = {False: LOCAL_BYTES_S, True: REMOTE_BYTES_S}
+        self._transfer_error = _Error()
+        self._output_tokens = OUTPUT_TOKENS_PRIOR
+        self._rejected = 0
 
     def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
         """Predict the engine time of computing new_tokens after prefix_tokens known ones."""
-        raise NotImplementedError
+        return self._prefill.predict(_prefill_features(new_tokens, prefix_tokens))
 
     def observe_prefill(self, new_tokens: int, prefix_tokens: int, seconds: float) -> None:
         """Learn from one measured prefill (engine time without its queue)."""
+        if self._credible(seconds):
+            self._prefill.observe(_prefill_features(new_tokens, prefix_tokens), seconds)
 
     def transfer_s(self, size_bytes: int, *, remote: bool) -> float:
         """Predict loading size_bytes from the own node's store, or from another node's."""
-        raise NotImplementedError
+        return size_bytes / self._bytes_s[remote]
 
     def observe_transfer(self, size_bytes: int, seconds: float, *, remote: bool) -> None:
-        """Learn from one measured load or hand-over."""
+        """Learn from one measured load or hand-over. Empty ones say nothing of bandwidth."""
+        if size_bytes <= 0 or not self._credible(seconds):
+            return
+        self._transfer_error.add(self.transfer_s(size_bytes, remote=remote), seconds)
+        # averages seconds per byte, not bytes per second: times add up, speeds do not
+        pace = 1 / self._bytes_s[remote]
+        pace += (min(seconds / size_bytes, ERROR_RATIO_MAX * pace) - pace) * EWMA_WEIGHT
+        self._bytes_s[remote] = max(1 / pace, BYTES_S_MIN)
 
     def tbt_s(self, batch: int, kv_tokens: int) -> float:
         """Predict the time between tokens of a decode batch with kv_tokens in all its contexts."""
-        raise NotImplementedError
+        return self._tbt.predict((1.0, batch, kv_tokens))
 
     def observe_tbt(self, batch: int, kv_tokens: int, seconds: float) -> None:
         """Learn from one measured gap."""
+        if self._credible(seconds):
+            self._tbt.observe((1.0, batch, kv_tokens), seconds)
 
     def output_tokens(self, max_tokens: int) -> int:
-        """Predict how many tokens a request with this limit will emit."""
-        raise NotImplementedError
+        """Predict how many tokens a request with this limit will emit: the moving mean, capped."""
+        return min(max_tokens, max(1, round(self._output_tokens)))
 
     def observe_output(self, tokens: int) -> None:
         """Learn from one finished request."""
+        if tokens > 0:
+            self._output_tokens += (tokens - self._output_tokens) * EWMA_WEIGHT
+
+    def prefill_coefficients(self) -> tuple[float, ...]:
+        """Return (a, b, c) in seconds, seconds per token, seconds per token pair."""
+        return self._prefill.coefficients
+
+    def tbt_coefficients(self) -> tuple[float, ...]:
+        """Return (a, b, c) in seconds, seconds per request, seconds per KV token."""
+        return self._tbt.coefficients
+
+    def errors(self) -> CostErrors:
+        """Return how far predictions were from measurements."""
+        return CostErrors(
+            self._prefill.error.ratio,
+            self._prefill.error.count,
+            self._tbt.error.ratio,
+            self._tbt.error.count,
+            self._transfer_error.ratio,
+            self._transfer_error.count,
+            self._rejected,
+        )
+
+    def _credible(self, seconds: float) -> bool:
+        credible = isfinite(seconds) and 0 < seconds <= SECONDS_MAX
+        self._rejected += not credible
+        return credible
+
+
+def _prefill_features(new_tokens: int, prefix_tokens: int) -> tuple[float, float, float]:
+    new, prefix = max(0, new_tokens), max(0, prefix_tokens)
+    return 1.0, new, new * (prefix + new / 2)

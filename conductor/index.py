@@ -1,27 +1,170 @@
-"""Which store nodes hold which blocks: soft state built from node events (DESIGN 2.2)."""
+"""Which store nodes hold which blocks: soft state built from node events (DESIGN 2.2, 5.7).
+
+One dict from a block's whole key to an int bitmask of nodes. Its hash is a 64-bit digest of the
+key and its equality compares all 32 bytes, so two keys can never be taken for one another. Masks
+are shared objects (a cluster has few distinct ones), so a block costs its key and a dict slot.
+
+A node that restarts or leaves takes a fresh bit: its old bit is masked out at once and swept out
+of the dict only when several are dead, so a restart never stops the gateway for a whole scan.
+Losing this index costs hit rate, never correctness: engines look into the pool for themselves.
+"""
 
 from collections.abc import Sequence
+from itertools import islice
+
+import msgspec
+
+from mooncake.core.errors import ProtocolError
+from mooncake.core.keys import KEY_BYTES
+
+BLOCKS_MAX = 4_000_000
+"""About 0.5 GB of index; at 32 tokens a block, 128 M cached tokens, the size of a large cluster."""
+DROP_FRACTION = 16
+"""When full, the oldest 1/16 goes in one pass: deleting a dict's first entry one by one would
+rescan the holes left by the ones before it."""
+DEAD_BITS_MAX = 8
+"""Restarts before dead bits are swept: masks stay within a machine word, a sweep stays rare."""
+SHARED_MASKS_MAX = 65_536
+"""Distinct holder sets remembered for sharing; beyond this, sharing starts afresh."""
+
+
+class IndexStats(msgspec.Struct, frozen=True):
+    """Gauges now, counters since start. `blocks` includes blocks of nodes not yet swept."""
+
+    blocks: int
+    nodes: int
+    dropped: int
+    sweeps: int
+
+
+def _split(blob: bytes) -> list[bytes]:
+    if len(blob) % KEY_BYTES:
+        raise ProtocolError(f"blob of {len(blob)} bytes is not a whole number of {KEY_BYTES}-byte keys")
+    return [blob[start : start + KEY_BYTES] for start in range(0, len(blob), KEY_BYTES)]
 
 
 class PrefixIndex:
-    """Block key -> bitmask of store nodes."""
+    """Block key -> bitmask of store nodes. Bounded; oldest keys are dropped first, and counted."""
 
-    def __init__(self, blocks_max: int = 4_000_000) -> None:
-        """Keep at most `blocks_max` keys; beyond, the oldest go (counted in `dropped`)."""
+    def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
+        """Keep at most `blocks_max` keys; beyond, the oldest go (counted in `stats`)."""
+        assert blocks_max >= 1
+        self._blocks_max = blocks_max
+        self._holders: dict[bytes, int] = {}
+        self._masks: dict[int, int] = {}
+        self._bits: dict[str, int] = {}  # node -> its bit, as a mask
+        self._nodes: dict[int, str] = {}  # bit -> node
+        self._live = 0
+        self._dead = 0
+        self._dropped = 0
+        self._sweeps = 0
 
     def apply(self, node: str, stored: bytes, removed: bytes) -> None:
         """Apply one StoreEvents message (also a snapshot page: stored=page.keys, removed=b"").
 
+        Args:
+            node: the store node that speaks.
+            stored: blob of 32-byte keys it now holds.
+            removed: blob of 32-byte keys it no longer holds; applied after `stored`.
+
         Raises:
-            ProtocolError: a blob is not a whole number of 32-byte keys.
+            ProtocolError: a blob is not a whole number of 32-byte keys; nothing was applied.
         """
+        stored_keys, removed_keys = _split(stored), _split(removed)
+        bit = self._bit(node)
+        holders, masks, live = self._holders, self._masks, self._live
+        if len(masks) > SHARED_MASKS_MAX:
+            masks.clear()
+        for key in stored_keys:
+            mask = (holders.get(key, 0) & live) | bit
+            holders[key] = masks.setdefault(mask, mask)
+        for key in removed_keys:
+            mask = holders.get(key, 0) & live & ~bit
+            if mask:
+                holders[key] = masks.setdefault(mask, mask)
+            else:
+                holders.pop(key, None)
+        if len(holders) > self._blocks_max:
+            self._drop_oldest()
 
     def reset(self, node: str) -> None:
-        """The node restarted empty, or a gap was seen: forget what it held (before a snapshot)."""
+        """Forget what a node held: it restarted empty, or a snapshot follows a gap."""
+        bit = self._bits.pop(node, 0)
+        if not bit:
+            return
+        del self._nodes[bit]
+        self._live &= ~bit
+        self._dead |= bit
+        if self._dead.bit_count() >= DEAD_BITS_MAX:
+            self._sweep()
 
     def drop(self, node: str) -> None:
-        """The node is gone for good."""
+        """Forget a node that is gone for good."""
+        self.reset(node)
 
     def longest_prefix(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """Return node -> number of leading `keys` it holds; nodes with none are left out."""
-        raise NotImplementedError
+        """Return node -> number of leading `keys` it holds; nodes with none are left out.
+
+        Exact also where eviction left holes: a node stops counting at its first missing block.
+        The order of the result is deepest last, then by bit: the same for the same events.
+        """
+        hits: dict[str, int] = {}
+        current = self._live
+        get = self._holders.get
+        depth = 0
+        for key in keys:
+            here = get(key, 0)
+            if here != current:
+                left = current & ~here
+                if left:
+                    self._note(hits, left, depth)
+                    current &= here
+                    if not current:
+                        return hits
+            depth += 1
+        self._note(hits, current, depth)
+        return hits
+
+    def holders(self, key: bytes) -> tuple[str, ...]:
+        """Return the nodes that hold one block, by bit."""
+        mask = self._holders.get(key, 0) & self._live
+        return tuple(node for bit, node in self._nodes.items() if mask & bit)
+
+    def stats(self) -> IndexStats:
+        """Return gauges and counters."""
+        return IndexStats(len(self._holders), len(self._bits), self._dropped, self._sweeps)
+
+    def _bit(self, node: str) -> int:
+        bit = self._bits.get(node)
+        if bit is None:
+            used = self._live | self._dead
+            bit = ~used & (used + 1)  # lowest bit that is neither live nor waiting for a sweep
+            self._bits[node] = bit
+            self._nodes[bit] = node
+            self._live |= bit
+        return bit
+
+    def _note(self, hits: dict[str, int], mask: int, depth: int) -> None:
+        if not depth:
+            return
+        while mask:
+            bit = mask & -mask
+            hits[self._nodes[bit]] = depth
+            mask ^= bit
+
+    def _drop_oldest(self) -> None:
+        count = max(len(self._holders) - self._blocks_max, self._blocks_max // DROP_FRACTION)
+        for key in list(islice(self._holders, count)):
+            del self._holders[key]
+        self._dropped += count
+
+    def _sweep(self) -> None:
+        live, masks = self._live, self._masks
+        masks.clear()
+        self._holders = {
+            key: masks.setdefault(mask & live, mask & live)
+            for key, mask in self._holders.items()
+            if mask & live
+        }
+        self._dead = 0
+        self._sweeps += 1
