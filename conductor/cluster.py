@@ -45,6 +45,7 @@ class Transition(msgspec.Struct, frozen=True):
     before: Health
     after: Health
     reason: str
+    at_s: float
 
     @property
     def lost(self) -> bool:
@@ -135,14 +136,14 @@ class ClusterView:
         if known is not None and known.record.epoch == record.epoch:
             known.record = record
             return []
-        transitions = [] if known is None else self._set(known, Health.DEAD, "restarted")
+        transitions = [] if known is None else self._set(now_s, known, Health.DEAD, "restarted")
         self._instances[record.instance_id] = _Instance(record)
         return transitions
 
     def instance_removed(self, now_s: float, instance_id: str) -> list[Transition]:
         """The record vanished (lease expired or deregistered)."""
         known = self._instances.pop(instance_id, None)
-        return [] if known is None else self._set(known, Health.DEAD, "record removed")
+        return [] if known is None else self._set(now_s, known, Health.DEAD, "record removed")
 
     def link_up(self, now_s: float, instance_id: str) -> list[Transition]:
         """The relay said WELCOME."""
@@ -151,7 +152,7 @@ class ClusterView:
             return []
         known.linked = True
         known.heard_s = now_s
-        return self._set(known, Health.SUSPECT, "link up")
+        return self._set(now_s, known, Health.SUSPECT, "link up")
 
     def link_down(self, now_s: float, instance_id: str) -> list[Transition]:
         """The socket to the relay broke, or the relay said DIED: DEAD at once."""
@@ -159,7 +160,7 @@ class ClusterView:
         if known is None:
             return []
         known.linked = False
-        return self._set(known, Health.DEAD, "link down")
+        return self._set(now_s, known, Health.DEAD, "link down")
 
     def pulse(
         self, now_s: float, instance_id: str, engine_age_s: float, epoch: str | None = None
@@ -178,8 +179,8 @@ class ClusterView:
         known.heard_s = now_s
         known.forgiven = 0
         if engine_age_s > ENGINE_SILENCE_S:
-            return self._set(known, Health.SUSPECT, f"engine silent for {engine_age_s:.2f} s")
-        return self._set(known, Health.ALIVE, "pulse")
+            return self._set(now_s, known, Health.SUSPECT, f"engine silent for {engine_age_s:.2f} s")
+        return self._set(now_s, known, Health.ALIVE, "pulse")
 
     def tick(self, now_s: float) -> list[Transition]:
         """Call every PULSE_S: judges silence, unless our own tick was late."""
@@ -194,7 +195,7 @@ class ClusterView:
                 known.forgiven += 1
             silence_s = now_s - known.heard_s
             if silence_s > SILENCE_S:
-                transitions += self._set(known, Health.SUSPECT, f"silent for {silence_s:.2f} s")
+                transitions += self._set(now_s, known, Health.SUSPECT, f"silent for {silence_s:.2f} s")
         return transitions
 
     def store_up(self, record: StoreRecord) -> None:
@@ -273,8 +274,8 @@ class ClusterView:
         self._charges[self._tickets] = charge
         return self._tickets
 
-    def _set(self, known: _Instance, health: Health, reason: str) -> list[Transition]:
+    def _set(self, now_s: float, known: _Instance, health: Health, reason: str) -> list[Transition]:
         before, known.health = known.health, health
         if before is health:
             return []
-        return [Transition(known.record.instance_id, before, health, reason)]
+        return [Transition(known.record.instance_id, before, health, reason, now_s)]
