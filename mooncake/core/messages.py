@@ -173,10 +173,11 @@ class MetaEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MetaEntries(msgspec.Struct, frozen=True, array_like=True, tag="ents"):
-    """Entries at `revision` of the whole store."""
+    """Entries at `revision` of the whole store. `epoch` names the life of the store."""
 
     revision: int
     entries: list[MetaEntry]
+    epoch: str = ""
 
 
 class MetaPut(msgspec.Struct, frozen=True, array_like=True, tag="put"):
@@ -227,11 +228,15 @@ class MetaLease(msgspec.Struct, frozen=True, array_like=True, tag="lease"):
 
 
 class MetaWatch(msgspec.Struct, frozen=True, array_like=True, tag="watch"):
-    """Long poll: changes under `prefix` after `revision`, at most wait_s. Answer: MetaChanges."""
+    """Long poll: changes under `prefix` after `revision`, at most wait_s. Answer: MetaChanges.
+
+    `epoch` of another life of the store is answered by compacted; "" = any.
+    """
 
     prefix: str
     revision: int
     wait_s: float
+    epoch: str = ""
 
 
 class MetaChange(msgspec.Struct, frozen=True, array_like=True):
@@ -248,6 +253,7 @@ class MetaChanges(msgspec.Struct, frozen=True, array_like=True, tag="chg"):
     revision: int
     changes: list[MetaChange]
     compacted: bool = False
+    epoch: str = ""
 
 
 MetaRequest = MetaGet | MetaPut | MetaDelete | MetaGrant | MetaKeepAlive | MetaRevoke | MetaWatch
