@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 import msgspec
+from xxhash import xxh3_128_digest
 
 KEY_BYTES = 32
 
@@ -63,3 +64,12 @@ def prompt_keys(root: bytes, tokens: Sequence[int], block_size: int) -> tuple[li
     if not rest:
         return full, None
     return full, tail_key(full[-1] if full else root, rest)
+
+
+def block_checksum(key: bytes, data: memoryview | bytes) -> bytes:
+    """Return the 16-byte xxh3-128 of a block's bytes, seeded with its key.
+
+    The seed makes the checksum commit to the name: right bytes under a wrong key (two index
+    entries swapped, a stale slot) fail like corrupted ones. xxhash releases the interpreter lock.
+    """
+    return xxh3_128_digest(data, seed=int.from_bytes(key[:8], "little"))

@@ -1,0 +1,174 @@
+"""The KV connector that vLLM loads: over the Mooncake pool: one class, made once per side.
+
+vLLM makes two instances: SCHEDULER (beside its scheduler) and WORKER (in the model runner); see
+connector_scheduler.py and connector_worker.py for what each does. Registered by module path, so
+stock vLLM finds it: `--kv-transfer-config '{"kv_connector": "MooncakeConnector",
+"kv_connector_module_path": "mooncake.worker.connector", ...}'`.
+"""
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from kvstore.client import PoolClient
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from mooncake.core.errors import ConfigError
+from mooncake.core.keys import context_root
+from mooncake.worker.connector_meta import StepMeta
+from mooncake.worker.connector_scheduler import SchedulerHalf
+from mooncake.worker.connector_worker import WorkerHalf
+from mooncake.worker.pulse import Pulse
+from mooncake.worker.spec import EngineFacts, EngineSpec, model_fingerprint, write_facts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def instruction_set() -> str:
+    """Return what decides how CPU kernels pack K and V inside a block."""
+    try:
+        import torch
+
+        return f"{platform.machine()}:{torch.backends.cpu.get_cpu_capability()}"
+    except (ImportError, AttributeError):
+        return platform.machine()
+
+
+def block_context(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, str]:
+    """Return everything that changes the bytes of a block of this engine (see core.keys)."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise ConfigError(
+            f"{model.model}: {len(groups)} KV cache groups; hybrid models are not supported yet"
+        )
+    return {
+        "model": model_fingerprint(model.model, model.revision),
+        "dtype": str(model.dtype),
+        "kv_dtype": str(cache.cache_dtype),
+        "block_size": str(cache.block_size),
+        "layout": repr(groups[0].kv_cache_spec),
+        "layers": str(len(groups[0].layer_names)),
+        "isa": instruction_set(),
+        "tp": f"{parallel.tensor_parallel_size}",
+        "pp": f"{parallel.pipeline_parallel_size}",
+    }
+
+
+class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
+    """Loads KV blocks from the pool and saves computed ones into it."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> None:
+        """The three parameter names are vLLM's contract."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        spec = msgspec.convert(extra["mooncake_spec"], EngineSpec)
+        if spec.store is None:
+            raise ConfigError("MooncakeConnector without a store record in mooncake_spec")
+        parallel = vllm_config.parallel_config
+        if parallel.world_size != 1:
+            raise ConfigError(
+                f"world size {parallel.world_size}: this release shares blocks of single-rank engines only"
+            )
+        pulse = Pulse(spec.pulse_path, create=False)
+        pool = PoolClient(spec.store, writer=f"{spec.instance_id}/{spec.epoch}")
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            context = block_context(vllm_config, kv_cache_config)
+            root = context_root(context)
+            block_size = vllm_config.cache_config.block_size
+            self._scheduler = SchedulerHalf(pool, root, block_size, spec.load_mode, spec.save_decoded, pulse)
+            page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+            layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
+            write_facts(spec.facts_path, EngineFacts(root.hex(), page_bytes * layers, context))
+        else:
+            self._worker = WorkerHalf(pool, pulse)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: the pool is a cache; a preempted request is simply recomputed or loaded again."""
+        return False
+
+    # ------------------------------------------------------------ scheduler side
+
+    @property
+    def _sched(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "a scheduler call on the worker side"
+        return self._scheduler
+
+    def on_new_request(self, request: Any) -> None:  # noqa: D102 - vLLM's contract, see its base class
+        self._sched.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:  # noqa: D102
+        return self._sched.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:  # noqa: D102
+        (block_ids,) = blocks.get_block_ids()
+        self._sched.allocated(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:  # noqa: D102
+        state = scheduler_output.kv_connector_block_state
+        if state is not None:
+            self._sched.bind_block_ids(state.resolve_block_ids)
+        return self._sched.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:  # noqa: D102
+        self._sched.loaded(
+            connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
+        )
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002, D102
+        self._sched.finished(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: D102
+        return self.request_finished(request, block_ids)
+
+    # ------------------------------------------------------------ worker side
+
+    @property
+    def _work(self) -> WorkerHalf:
+        assert self._worker is not None, "a worker call on the scheduler side"
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:  # noqa: D102
+        self._work.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:  # noqa: D102
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMeta)
+        self._work.begin_step(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+        self._work.start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:  # noqa: D102
+        self._work.load_layer(layer_name)
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+        self._work.save_layer(layer_name)
+
+    def wait_for_save(self) -> None:  # noqa: D102
+        self._work.end_step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002, D102
+        finished, self._invalid = self._work.outcome()
+        return None, finished or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:  # noqa: D102
+        return self._invalid
+
+    def shutdown(self) -> None:  # noqa: D102
+        if self._worker is not None:
+            self._worker.close()

@@ -1,0 +1,39 @@
+"""What the connector's scheduler half tells its worker half in one step."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from mooncake.core.messages import Block
+
+
+@dataclass
+class LoadJob:
+    """Copy pool blocks into the engine: blocks[i] -> block_ids[i]; keys[i] names it."""
+
+    request_id: str
+    keys: list[bytes]
+    blocks: list[Block]
+    block_ids: list[int]
+    lease_id: int
+
+
+@dataclass
+class SaveJob:
+    """Copy engine blocks that are complete after this step into the pool."""
+
+    keys: list[bytes]
+    block_ids: list[int]
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):
+    """Jobs of one step. `sync_loads` must be there before each layer's attention."""
+
+    async_loads: list[LoadJob] = field(default_factory=list)
+    sync_loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+
+
+NOTHING = StepMeta()
+"""Shared by all steps without work: most decode steps."""

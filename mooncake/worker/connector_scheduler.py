@@ -1,0 +1,302 @@
+"""Scheduler half of the KV connector: what to load, what to save, per request.
+
+Called by vLLM's scheduler in its step loop, so nothing here may wait long: a pool look-up is sent
+when the request arrives and its answer is usually there when the request is scheduled first.
+Traps that shaped it (reference: vLLM 0.32 notes): `get_num_new_matched_tokens` is asked again
+after a failed load, so a request whose load failed never loads again (else a livelock), and for
+async loads `update_state_after_alloc` is called a second time with 0 tokens.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from mooncake.core import keys as names
+from mooncake.core.errors import MooncakeError
+from mooncake.core.messages import Acquired, Block
+from mooncake.worker.connector_meta import NOTHING, LoadJob, SaveJob, StepMeta
+from mooncake.worker.pulse import Pulse
+from mooncake.worker.resume import kv_params_of
+
+log = structlog.get_logger(__name__)
+
+LOOKUP_WAIT_S = 0.25
+"""A look-up older than this counts as a miss: recomputing 500 tokens costs about as much."""
+LEASE_S = 30.0
+"""Longest time from look-up to end of load; a queued request renews by looking up again."""
+HANDOVER_WAIT_S = 0.2
+"""A decode leg waits this long for blocks that prefill is just committing."""
+
+
+@dataclass
+class Tracked:
+    """What the connector knows of one request in the engine."""
+
+    request: Any
+    leg: str
+    prompt_len: int
+    root: bytes
+    keys: list[bytes]
+    tail_key: bytes | None
+    saves: bool
+    call: bytes | None = None
+    call_s: float = 0.0
+    lease_id: int = 0
+    leased_s: float = 0.0
+    found: list[Block] = field(default_factory=list)
+    looked_up: bool = False
+    no_load: bool = False
+    job: LoadJob | None = None
+    loading: set[int] = field(default_factory=set)
+    saved: int = 0  # full blocks known to be in the pool, from the start
+    tail_saved: bool = False
+
+
+class SchedulerHalf:
+    """See the module's text. `pool` is a kvstore PoolClient or None-like fake in tests."""
+
+    def __init__(
+        self, pool: Any, root: bytes, block_size: int, load_mode: str, save_decoded: bool, pulse: Pulse
+    ) -> None:
+        """`root` is the engine's context root (core.keys.context_root)."""
+        self._pool = pool
+        self._root = root
+        self._block_size = block_size
+        self._async = load_mode == "async"
+        self._save_decoded = save_decoded
+        self._pulse = pulse
+        self._requests: dict[str, Tracked] = {}
+        self._pending_loads: list[LoadJob] = []
+        self._pending_sync: list[LoadJob] = []
+
+    # ------------------------------------------------------------ arrival and look-up
+
+    def on_new_request(self, request: Any) -> None:
+        """Name the request's blocks and ask the pool for them."""
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None or request.mm_features:
+            return  # pooling, embeddings, pictures: token ids do not name the bytes
+        ours = kv_params_of(params.extra_args)
+        lora = request.lora_request.lora_name if request.lora_request else None
+        root = names.request_root(self._root, request.cache_salt, lora)
+        leg = str(ours.get("leg", "whole"))
+        full, tail = names.prompt_keys(root, request.prompt_token_ids, self._block_size)
+        state = Tracked(
+            request=request,
+            leg=leg,
+            prompt_len=len(request.prompt_token_ids),
+            root=root,
+            keys=full,
+            tail_key=tail,
+            saves=True,
+            no_load=bool(request.skip_reading_prefix_cache),
+        )
+        if leg == "decode" and not self._save_decoded:
+            state.saves = False
+        self._requests[request.request_id] = state
+        if not state.no_load:
+            self._begin_lookup(state)
+
+    def _wanted(self, state: Tracked) -> list[bytes]:
+        """Return the keys to look up: full blocks, then for a decode leg the prompt's tail."""
+        if state.leg == "decode" and state.tail_key is not None:
+            return [*state.keys[: state.prompt_len // self._block_size], state.tail_key]
+        return state.keys
+
+    def _begin_lookup(self, state: Tracked) -> None:
+        wanted = self._wanted(state)
+        state.looked_up = False
+        state.found = []
+        if not wanted:
+            state.looked_up = True
+            return
+        wait_s = HANDOVER_WAIT_S if state.leg == "decode" else 0.0
+        try:
+            state.call = self._pool.begin_acquire(wanted, LEASE_S, wait_s)
+            state.call_s = time.monotonic()
+        except MooncakeError as error:
+            self._failed_lookup(state, error)
+
+    def _failed_lookup(self, state: Tracked, error: MooncakeError) -> None:
+        self._pulse.add("pool_errors", 1)
+        log.warning("pool.lookup_failed", request=state.request.request_id, error=str(error))
+        state.call = None
+        state.looked_up = True
+        state.no_load = True
+
+    def _poll_lookup(self, state: Tracked) -> bool:
+        """Return whether the answer (or the decision to go without) is there."""
+        if state.looked_up:
+            return True
+        if state.call is None:
+            self._begin_lookup(state)
+            return state.looked_up
+        limit_s = LOOKUP_WAIT_S + (HANDOVER_WAIT_S if state.leg == "decode" else 0.0)
+        try:
+            if not self._pool.poll(state.call):
+                if time.monotonic() - state.call_s < limit_s:
+                    return False
+                self._pool.forget(state.call)
+                self._pulse.add("lookup_timeouts", 1)
+                state.call, state.looked_up, state.no_load = None, True, True
+                return True
+            answer: Acquired = self._pool.finish_acquired(state.call, 0.0)
+        except MooncakeError as error:
+            self._failed_lookup(state, error)
+            return True
+        state.call = None
+        state.looked_up = True
+        state.lease_id, state.found, state.leased_s = answer.lease_id, answer.blocks, time.monotonic()
+        state.saved = min(len(answer.blocks), len(state.keys))
+        self._pulse.add("lookup_tokens", state.prompt_len)
+        return True
+
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Answer vLLM's get_num_new_matched_tokens; `computed` is the local hit in tokens."""
+        state = self._requests.get(request.request_id)
+        if state is None or state.no_load:
+            return 0, False
+        if not self._poll_lookup(state):
+            return None, False
+        if state.lease_id and time.monotonic() - state.leased_s > LEASE_S / 2:
+            self._drop_lease(state)  # queued for long: blocks may go before the load ends
+            self._begin_lookup(state)
+            return None, False
+        extra = self._covered(state) - computed
+        if extra <= 0:
+            return 0, False
+        return extra, self._async
+
+    def _covered(self, state: Tracked) -> int:
+        """Return the tokens that the leased blocks cover, from the start."""
+        full = min(len(state.found), len(state.keys))
+        tokens = full * self._block_size
+        if len(state.found) > state.prompt_len // self._block_size and state.leg == "decode":
+            tokens = max(tokens, state.prompt_len)  # the tail came too
+        total = int(state.request.num_tokens)
+        # a synchronous load must leave a token to compute; an async one may cover everything
+        return min(tokens, total if self._async else total - 1)
+
+    # ------------------------------------------------------------ allocation and steps
+
+    def allocated(self, request: Any, block_ids: Sequence[int], extra: int) -> None:
+        """VLLM has allocated blocks; load `extra` tokens behind the locally computed ones."""
+        state = self._requests.get(request.request_id)
+        if state is None or (extra == 0 and state.job is not None):
+            return
+        if extra == 0:
+            self._drop_lease(state)
+            return
+        covered = self._covered(state)
+        first = (covered - extra) // self._block_size
+        last = -(-covered // self._block_size)
+        wanted = self._wanted(state)
+        job = LoadJob(
+            request.request_id,
+            wanted[first:last],
+            state.found[first:last],
+            list(block_ids[first:last]),
+            state.lease_id,
+        )
+        state.job, state.lease_id = job, 0  # the worker half releases the lease after the load
+        state.loading = set(job.block_ids)
+        (self._pending_loads if self._async else self._pending_sync).append(job)
+        self._pulse.add("hit_tokens", extra)
+
+    def step(self, output: Any) -> StepMeta:
+        """Return the jobs of this step (vLLM's build_connector_meta)."""
+        saves: list[SaveJob] = []
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            self._collect_save(new.req_id, new.num_computed_tokens + scheduled[new.req_id], saves)
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._collect_save(request_id, computed + scheduled[request_id], saves)
+        if not saves and not self._pending_loads and not self._pending_sync:
+            return NOTHING
+        meta = StepMeta(self._pending_loads, self._pending_sync, saves)
+        self._pending_loads, self._pending_sync = [], []
+        return meta
+
+    def _collect_save(self, request_id: str, after: int, saves: list[SaveJob]) -> None:
+        """Add the blocks of a request that are full once `after` tokens are computed."""
+        state = self._requests.get(request_id)
+        if state is None or not state.saves:
+            return
+        full = after // self._block_size
+        with_tail = (
+            state.leg == "prefill"
+            and state.tail_key is not None
+            and not state.tail_saved
+            and after >= state.prompt_len
+        )
+        if full <= state.saved and not with_tail:
+            return
+        if full > len(state.keys):
+            self._extend_keys(state, full)
+            full = min(full, len(state.keys))
+        block_ids = self._block_ids(request_id)
+        job = SaveJob(state.keys[state.saved : full], block_ids[state.saved : full])
+        state.saved = max(state.saved, full)
+        if with_tail and state.tail_key is not None:
+            state.tail_saved = True
+            job.keys.append(state.tail_key)
+            job.block_ids.append(block_ids[state.prompt_len // self._block_size])
+        if job.keys:
+            saves.append(job)
+
+    def bind_block_ids(self, block_ids_of: Any) -> None:
+        """`block_ids_of(request_id)` returns vLLM's current block ids (one list per group)."""
+        self._block_ids_of = block_ids_of
+
+    def _block_ids(self, request_id: str) -> list[int]:
+        (block_ids,) = self._block_ids_of(request_id)
+        return list(block_ids)
+
+    def _extend_keys(self, state: Tracked, full: int) -> None:
+        """Name decoded blocks: the chain goes on over the emitted tokens."""
+        start = len(state.keys) * self._block_size
+        tokens = list(state.request.all_token_ids[start : full * self._block_size])
+        parent = state.keys[-1] if state.keys else state.root
+        state.keys.extend(names.chain(parent, tokens, self._block_size))
+
+    # ------------------------------------------------------------ outcome
+
+    def loaded(self, finished: Sequence[str], invalid_block_ids: set[int]) -> None:
+        """Take note of finished and failed loads."""
+        if invalid_block_ids:
+            for state in self._requests.values():
+                if state.loading & invalid_block_ids:
+                    state.no_load = True
+                    state.saved = 0  # let the recomputed blocks be saved again
+                    self._pulse.add("failed_loads", 1)
+        for request_id in finished:
+            if state_or_none := self._requests.get(request_id):
+                state_or_none.loading = set()
+
+    def finished(self, request_id: str) -> None:
+        """The request left the engine."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return
+        if state.call is not None:
+            self._abandon_call(state)
+        self._drop_lease(state)
+
+    def _abandon_call(self, state: Tracked) -> None:
+        """A look-up whose answer nobody reads may hold a lease: it ends by its own term."""
+        assert state.call is not None
+        self._pool.forget(state.call)
+        state.call = None
+
+    def _drop_lease(self, state: Tracked) -> None:
+        if not state.lease_id:
+            return
+        lease_id, state.lease_id, state.found = state.lease_id, 0, []
+        try:
+            self._pool.release(lease_id)
+        except MooncakeError as error:
+            log.debug("pool.release_failed", error=str(error))  # leases end by themselves

@@ -1,0 +1,219 @@
+"""Worker half of the KV connector: moves pages between the engine's KV caches and the pool.
+
+Load: copy, then verify the *source* after the copy, so a slot that was overwritten while we read
+it cannot pass. Save: reserve at the start of the step (the answer travels while the first layer
+computes), copy each layer's pages right after its attention, checksum and commit at the end of
+the step: when prefill reports a request finished, its blocks are readable.
+"""
+
+import queue
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import structlog
+
+from mooncake.core.errors import MooncakeError
+from mooncake.core.keys import block_checksum
+from mooncake.worker.connector_meta import LoadJob, SaveJob, StepMeta
+from mooncake.worker.layout import Bytes, PagedKv
+from mooncake.worker.pulse import Pulse
+
+log = structlog.get_logger(__name__)
+
+RESERVE_WAIT_S = 0.5
+"""A prefill step takes longer than this on any model worth sharing; then the step goes unsaved."""
+COMMIT_WAIT_S = 0.5
+
+
+class Writing:
+    """One reserved block: where it goes and what it is."""
+
+    __slots__ = ("block_id", "key", "target", "ticket")
+
+    def __init__(self, key: bytes, block_id: int, ticket: int, target: Bytes) -> None:
+        """`target` is the writable pool object."""
+        self.key, self.block_id, self.ticket, self.target = key, block_id, ticket, target
+
+
+class WorkerHalf:
+    """See the module's text. `pool` is a kvstore PoolClient (or a fake of the same shape)."""
+
+    def __init__(self, pool: Any, pulse: Pulse) -> None:
+        """Start the loader thread."""
+        self._pool = pool
+        self._pulse = pulse
+        self._kv: PagedKv | None = None
+        self._meta = StepMeta()
+        self._reserving: tuple[Any, list[tuple[bytes, int]]] | None = None
+        self._writing: list[Writing] = []
+        self._layers_saved = 0
+        self._save_started_s = 0.0
+        self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._finished: set[str] = set()
+        self._invalid: set[int] = set()
+        self._loader = threading.Thread(target=self._load_loop, name="kv-loader", daemon=True)
+        self._loader.start()
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """Take the engine's KV tensors."""
+        self._kv = PagedKv.of_tensors(kv_caches)
+
+    @property
+    def kv(self) -> PagedKv:
+        """The registered caches."""
+        assert self._kv is not None, "register_kv_caches comes first"
+        return self._kv
+
+    # ------------------------------------------------------------ one step
+
+    def begin_step(self, meta: StepMeta) -> None:
+        """Called before the forward pass: ask for room for what this step will save."""
+        self._meta = meta
+        if meta.saves:
+            self._begin_reserve(meta.saves)
+
+    def start_loads(self) -> None:
+        """Hand async loads to the loader thread."""
+        for job in self._meta.async_loads:
+            self._jobs.put(job)
+
+    def load_layer(self, layer_name: str) -> None:
+        """Before a layer's attention: copy that layer's pages of synchronous loads."""
+        if not self._meta.sync_loads:
+            return
+        started_s = time.perf_counter()
+        layer = self.kv.layer_index[layer_name]
+        for job in self._meta.sync_loads:
+            for block, block_id in zip(job.blocks, job.block_ids, strict=True):
+                self.kv.write_layer(layer, block_id, self._bytes(block.offset, block.size_bytes))
+        self._pulse.add("load_seconds", time.perf_counter() - started_s)
+
+    def save_layer(self, layer_name: str) -> None:
+        """After a layer's attention: copy that layer's pages of blocks that are complete now."""
+        if self._reserving is not None:
+            self._finish_reserve()
+        if not self._writing:
+            return
+        started_s = time.perf_counter()
+        layer = self.kv.layer_index[layer_name]
+        for item in self._writing:
+            self.kv.read_layer(layer, item.block_id, item.target)
+        self._layers_saved += 1
+        self._pulse.add("save_seconds", time.perf_counter() - started_s)
+
+    def end_step(self) -> None:
+        """After the forward pass: verify synchronous loads, commit saves."""
+        for job in self._meta.sync_loads:
+            self._conclude(job, self._bad_blocks(job))
+        if self._reserving is not None:  # no layer ran (empty step): nothing was written
+            self._finish_reserve()
+        if self._writing:
+            self._commit()
+
+    def outcome(self) -> tuple[set[str], set[int]]:
+        """Return (requests whose async load ended, block ids with bad bytes) since the last call."""
+        if not self._finished and not self._invalid:
+            return set(), set()
+        with self._lock:
+            finished, self._finished = self._finished, set()
+            invalid, self._invalid = self._invalid, set()
+        return finished, invalid
+
+    # ------------------------------------------------------------ loading
+
+    def _bytes(self, offset: int, size_bytes: int) -> Bytes:
+        return np.frombuffer(self._pool.view(offset, size_bytes), dtype=np.uint8)
+
+    def _load_loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            bad = list(range(len(job.blocks)))
+            try:
+                started_s = time.perf_counter()
+                for block, block_id in zip(job.blocks, job.block_ids, strict=True):
+                    source = self._bytes(block.offset, block.size_bytes)
+                    for layer in range(len(self.kv.pages)):
+                        self.kv.write_layer(layer, block_id, source)
+                self._pulse.add("load_seconds", time.perf_counter() - started_s)
+                bad = self._bad_blocks(job)
+            except (MooncakeError, ValueError, IndexError) as error:
+                # every block of the job counts as bad: the engine recomputes them
+                log.warning("pool.load_failed", request=job.request_id, error=str(error))
+            self._conclude(job, bad, asynchronous=True)
+
+    def _bad_blocks(self, job: LoadJob) -> list[int]:
+        """Return the positions whose bytes are not what was committed under their key."""
+        return [
+            index
+            for index, (key, block) in enumerate(zip(job.keys, job.blocks, strict=True))
+            if block.size_bytes != self.kv.block_bytes
+            or block_checksum(key, self._pool.view(block.offset, block.size_bytes)) != block.checksum
+        ]
+
+    def _conclude(self, job: LoadJob, bad: list[int], *, asynchronous: bool = False) -> None:
+        good = len(job.blocks) - len(bad)
+        self._pulse.add("load_blocks", good)
+        self._pulse.add("load_bytes", good * self.kv.block_bytes)
+        with self._lock:
+            self._invalid.update(job.block_ids[index] for index in bad)
+            if asynchronous:
+                self._finished.add(job.request_id)
+        try:
+            self._pool.release(job.lease_id)
+            if bad:
+                self._pulse.add("bad_blocks", len(bad))
+                log.warning("pool.bad_blocks", request=job.request_id, blocks=len(bad))
+                self._pool.report_bad([job.keys[index] for index in bad])
+        except MooncakeError as error:
+            log.warning("pool.report_failed", error=str(error))
+
+    # ------------------------------------------------------------ saving
+
+    def _begin_reserve(self, saves: list[SaveJob]) -> None:
+        wanted = [pair for job in saves for pair in zip(job.keys, job.block_ids, strict=True)]
+        self._save_started_s = time.perf_counter()
+        try:
+            call = self._pool.begin_reserve([key for key, _ in wanted], self.kv.block_bytes)
+            self._reserving = (call, wanted)
+        except MooncakeError as error:
+            self._pulse.add("pool_errors", 1)
+            log.warning("pool.reserve_failed", error=str(error))
+
+    def _finish_reserve(self) -> None:
+        assert self._reserving is not None
+        (call, wanted), self._reserving = self._reserving, None
+        self._layers_saved = 0
+        try:
+            slots = self._pool.finish_reserve(call, RESERVE_WAIT_S)
+        except MooncakeError as error:
+            self._pulse.add("pool_errors", 1)
+            log.warning("pool.reserve_failed", error=str(error))
+            return
+        for (key, block_id), slot in zip(wanted, slots, strict=True):
+            if slot is not None:
+                target = np.frombuffer(slot.view, dtype=np.uint8)
+                self._writing.append(Writing(key, block_id, slot.ticket, target))
+
+    def _commit(self) -> None:
+        started_s = time.perf_counter()
+        writing, self._writing = self._writing, []
+        try:
+            tickets = [item.ticket for item in writing]
+            if self._layers_saved != len(self.kv.pages):
+                self._pool.abandon(tickets)  # the forward pass broke off: bytes are incomplete
+                return
+            sums = [block_checksum(item.key, item.target.data) for item in writing]
+            done = self._pool.commit(tickets, sums, COMMIT_WAIT_S)
+            self._pulse.add("save_blocks", sum(done))
+            self._pulse.add("save_bytes", sum(done) * self.kv.block_bytes)
+        except MooncakeError as error:
+            self._pulse.add("pool_errors", 1)
+            log.warning("pool.commit_failed", error=str(error))
+        self._pulse.add("save_seconds", time.perf_counter() - started_s)
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self._jobs.put(None)
+        self._loader.join(timeout=2.0)

@@ -1,0 +1,272 @@
+"""The relay: a light process (no vLLM, no torch) between gateways and one engine.
+
+It forwards vLLM's own msgpack frames as they are, never decoding a token: gateway slot k owns the
+engine's output socket k. One blocking poll loop, because an asyncio hop per frame costs several
+times the forwarding itself. The loop also watches the engine's process (pidfd) and pulse, answers
+heartbeats, and releases everything of a gateway that fell silent.
+Protocol: core.messages, "between a gateway and a relay".
+"""
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+import zmq
+
+from mooncake.core import rpc, wire
+from mooncake.core.errors import CapacityError, MooncakeError, ProtocolError
+from mooncake.core.messages import (
+    RELAY_PROTOCOL,
+    RELAY_SLOTS,
+    Failure,
+    Hello,
+    Pulse,
+    RelayOp,
+    Welcome,
+)
+from mooncake.worker.pulse import Pulse as PulseFile
+from mooncake.worker.spec import EngineSpec
+
+log = structlog.get_logger(__name__)
+
+ENGINE_IDENTITY = (0).to_bytes(2, "little")  # EngineCoreProc: engine_index as two bytes
+VLLM_ADD, VLLM_ABORT, VLLM_UTILITY = b"\x00", b"\x01", b"\x03"
+FORWARDED = (VLLM_ADD, VLLM_ABORT, VLLM_UTILITY)
+GATEWAY_SILENT_S = 5.0
+"""A gateway pings every 0.25 s; 20 missed pings mean that it is gone."""
+POLL_MS = 200
+QUEUE_MESSAGES_MAX = 100_000
+"""Per gateway: about 20 s of frames at 5,000 tokens/s; a gateway that far behind is cut off."""
+DRAIN_FRAMES = 64
+"""Frames taken from one socket before the others get a look."""
+
+
+class Slot:
+    """One connected gateway."""
+
+    def __init__(self, gateway_id: str, identity: bytes, seen_s: float) -> None:
+        """`identity` is the ROUTER's name of the gateway's current connection."""
+        self.gateway_id = gateway_id
+        self.identity = identity
+        self.seen_s = seen_s
+
+
+class Relay:
+    """Owns the sockets; `run` forwards until told to stop or the engine ends."""
+
+    def __init__(self, spec: EngineSpec, pulse: PulseFile, endpoint: str = "tcp://127.0.0.1:0") -> None:
+        """Bind everything at once, so that the engine can connect as soon as it starts."""
+        self.spec = spec
+        self._pulse = pulse
+        self._ctx = zmq.Context()
+        self._slots: list[Slot | None] = [None] * RELAY_SLOTS
+        self._by_identity: dict[bytes, int] = {}
+        self.ready: dict[str, Any] | None = None
+        self.tokens_forwarded = 0
+        self.cpu_s = 0.0
+
+        self._front = self._ctx.socket(zmq.ROUTER)
+        self._front.set_hwm(QUEUE_MESSAGES_MAX)
+        self._front.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a lost gateway is an error, not silence
+        self._front.setsockopt(zmq.LINGER, 500)
+        self.endpoint = rpc.bind(self._front, endpoint)
+        self._engine = self._ctx.socket(zmq.ROUTER)
+        self._engine.set_hwm(0)  # bounded by what gateways send: their own HWM applies
+        self._engine.setsockopt(zmq.LINGER, 0)
+        self._engine.bind(spec.engine_in)
+        self._outputs = []
+        for slot in range(RELAY_SLOTS):
+            socket = self._ctx.socket(zmq.PULL)
+            socket.set_hwm(0)
+            socket.bind(spec.engine_out(slot))
+            self._outputs.append(socket)
+
+    # ------------------------------------------------------------ loop
+
+    def run(self, engine_pidfd: int, stop_fd: int, on_ready: Callable[[dict[str, Any]], None]) -> str:
+        """Forward until `stop_fd` is readable or the engine ends; return why ("stop" | "died")."""
+        poller = zmq.Poller()
+        poller.register(self._front, zmq.POLLIN)
+        poller.register(self._engine, zmq.POLLIN)
+        for socket in self._outputs:
+            poller.register(socket, zmq.POLLIN)
+        poller.register(engine_pidfd, zmq.POLLIN)
+        poller.register(stop_fd, zmq.POLLIN)
+        handlers: dict[Any, Callable[[], None]] = {self._front: self._from_gateways}
+        for slot, socket in enumerate(self._outputs):
+            handlers[socket] = self._make_output_handler(slot, socket)
+        swept_s = time.monotonic()
+        while True:
+            for ready, _ in poller.poll(POLL_MS):
+                if handler := handlers.get(ready):
+                    handler()
+                elif ready is self._engine:
+                    self._from_engine(on_ready)
+                elif ready == stop_fd:
+                    return "stop"
+                elif ready == engine_pidfd:
+                    return "died"
+            now_s = time.monotonic()
+            if now_s - swept_s > 1.0:
+                swept_s = now_s
+                self._sweep(now_s)
+
+    def announce_death(self, reason: str) -> None:
+        """Tell every gateway that the engine is gone."""
+        payload = wire.encode(Failure("gone", reason))
+        for index, slot in enumerate(self._slots):
+            if slot is not None:
+                self._send(index, [RelayOp.DIED, payload])
+
+    def close(self) -> None:
+        """Close the sockets; what is queued gets half a second."""
+        self._ctx.destroy(linger=500)
+
+    # ------------------------------------------------------------ engine side
+
+    def _from_engine(self, on_ready: Callable[[dict[str, Any]], None]) -> None:
+        # the engine's input DEALER speaks once: its ready message
+        frames = self._engine.recv_multipart()
+        self.ready = msgspec.msgpack.decode(frames[1])
+        on_ready(self.ready)
+
+    def _make_output_handler(self, index: int, socket: zmq.Socket[bytes]) -> Callable[[], None]:
+        def handle() -> None:
+            for _ in range(DRAIN_FRAMES):
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    return
+                self._send(index, [RelayOp.OUTPUT, *frames])
+
+        return handle
+
+    def _send(self, index: int, frames: list[Any]) -> None:
+        slot = self._slots[index]
+        if slot is None:
+            return  # outputs of a gateway that left: nobody wants them
+        try:
+            self._front.send_multipart([slot.identity, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            # EHOSTUNREACH: the connection is gone; EAGAIN: it is hopelessly behind
+            self._release(index, f"cannot send: {error}")
+
+    # ------------------------------------------------------------ gateway side
+
+    def _from_gateways(self) -> None:
+        for _ in range(DRAIN_FRAMES):
+            try:
+                identity, operation, *frames = self._front.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:
+                continue  # a message without an operation
+            try:
+                self._handle(identity, operation, frames)
+            except MooncakeError as error:
+                log.warning("relay.refused", error=str(error), operation=operation.hex())
+                self._reply(identity, [RelayOp.REFUSED, wire.encode(rpc.failure_of(error))])
+
+    def _reply(self, identity: bytes, frames: list[bytes]) -> None:
+        try:
+            self._front.send_multipart([identity, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.debug("relay.reply_lost", error=str(error))
+
+    def _handle(self, identity: bytes, operation: bytes, frames: list[bytes]) -> None:
+        if operation == RelayOp.HELLO:
+            self._welcome(identity, frames)
+            return
+        index = self._by_identity.get(identity)
+        if index is None:
+            raise ProtocolError("say HELLO first")
+        slot = self._slots[index]
+        assert slot is not None
+        slot.seen_s = time.monotonic()
+        if operation == RelayOp.ENGINE:
+            self._to_engine(frames)
+        elif operation == RelayOp.PING:
+            self._pong(identity, frames)
+        elif operation == RelayOp.BYE:
+            self._release(index, "bye")
+        else:
+            raise ProtocolError(f"unknown operation {operation!r}")
+
+    def _to_engine(self, frames: list[bytes]) -> None:
+        if len(frames) < 2 or frames[0] not in FORWARDED:
+            raise ProtocolError("not an engine request")
+        if frames[0] != VLLM_ADD:
+            # rare and small: a frame that does not decode would kill the engine's input thread
+            body = wire.decode(frames[1], list)
+            if frames[0] == VLLM_UTILITY and len(body) != 4:
+                raise ProtocolError("a utility call has four fields")
+        if self.ready is None:
+            raise CapacityError("the engine is still loading")
+        self._engine.send_multipart([ENGINE_IDENTITY, *frames])
+
+    def _pong(self, identity: bytes, frames: list[bytes]) -> None:
+        if len(frames) != 1 or len(frames[0]) != 8:
+            raise ProtocolError("a ping carries 8 bytes")
+        pulse = Pulse(self.spec.epoch, self._pulse.age_s(time.monotonic()))
+        self._reply(identity, [RelayOp.PONG, frames[0], wire.encode(pulse)])
+
+    def _welcome(self, identity: bytes, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            raise ProtocolError("HELLO carries one frame")
+        hello = wire.decode(frames[0], Hello)
+        if hello.protocol != RELAY_PROTOCOL:
+            raise ProtocolError(f"relay protocol {RELAY_PROTOCOL}, gateway speaks {hello.protocol}")
+        now_s = time.monotonic()
+        index = self._slot_of(hello.gateway_id)
+        previous = self._slots[index]
+        if previous is not None:
+            self._by_identity.pop(previous.identity, None)
+        self._slots[index] = Slot(hello.gateway_id, identity, now_s)
+        self._by_identity[identity] = index
+        welcome = Welcome(index, self.spec.instance_id, self.spec.epoch)
+        self._reply(identity, [RelayOp.WELCOME, wire.encode(welcome)])
+
+    def _slot_of(self, gateway_id: str) -> int:
+        free = None
+        for index, slot in enumerate(self._slots):
+            if slot is not None and slot.gateway_id == gateway_id:
+                return index
+            if slot is None and free is None:
+                free = index
+        if free is None:
+            raise CapacityError(f"{RELAY_SLOTS} gateways are connected to {self.spec.instance_id} already")
+        log.info("relay.gateway_joined", gateway=gateway_id, slot=free)
+        return free
+
+    def _sweep(self, now_s: float) -> None:
+        for index, slot in enumerate(self._slots):
+            if slot is not None and now_s - slot.seen_s > GATEWAY_SILENT_S:
+                self._release(index, f"silent for {GATEWAY_SILENT_S:g} s")
+
+    def _release(self, index: int, reason: str) -> None:
+        """Forget a gateway and abort everything it had in the engine."""
+        slot = self._slots[index]
+        if slot is None:
+            return
+        self._slots[index] = None
+        self._by_identity.pop(slot.identity, None)
+        log.info("relay.gateway_left", gateway=slot.gateway_id, slot=index, reason=reason)
+        if self.ready is not None:
+            call = msgspec.msgpack.encode([index, 0, "mooncake_abort_client", [index]])
+            self._engine.send_multipart([ENGINE_IDENTITY, VLLM_UTILITY, call])
+
+
+def make_stop_pipe() -> tuple[int, int]:
+    """Return (readable end for the poll loop, writable end for signal handlers)."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    return readable, writable
+
+
+def request_stop(writable: int) -> None:
+    """Wake the poll loop; safe in a signal handler."""
+    os.write(writable, struct.pack("b", 1))

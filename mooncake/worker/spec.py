@@ -1,0 +1,107 @@
+"""What an engine process is told, and what it answers once it is ready."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from mooncake.core.errors import ConfigError
+from mooncake.core.messages import StoreRecord
+
+LOAD_MODES = ("async", "layerwise")
+SAMPLES_PER_FILE = 64
+SAMPLE_BYTES = 4096
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one engine process needs; travels as JSON, never holds a secret.
+
+    Sizes in bytes, block_size in tokens. `store` None = no pool: the engine runs alone.
+    """
+
+    instance_id: str
+    role: str  # prefill | decode | both
+    epoch: str
+    run_dir: str
+    model: str
+    dtype: str = "bfloat16"
+    block_size: int = 32
+    max_model_len: int = 0  # 0 = the model's own
+    kv_memory_bytes: int = 512 << 20
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    cores: list[int] = []  # [] = not bound
+    load_mode: str = "async"
+    save_decoded: bool = True
+    store: StoreRecord | None = None
+    vllm_args: list[str] = []
+
+    @property
+    def engine_in(self) -> str:
+        """ZMQ address on which the relay feeds the engine."""
+        return f"ipc://{self.run_dir}/in"
+
+    def engine_out(self, slot: int) -> str:
+        """ZMQ address on which the relay takes the outputs for gateway slot `slot`."""
+        return f"ipc://{self.run_dir}/out{slot}"
+
+    @property
+    def facts_path(self) -> Path:
+        """File that the engine writes (atomically) before it reports ready."""
+        return Path(self.run_dir) / "facts.json"
+
+    @property
+    def pulse_path(self) -> Path:
+        """File of the shared counters (see pulse.py)."""
+        return Path(self.run_dir) / "pulse"
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What only the engine knows: the root of its block names and the size of one block."""
+
+    context_root: str  # hex, core.keys.context_root
+    block_bytes: int
+    context: dict[str, str]
+
+
+def write_facts(path: Path, facts: EngineFacts) -> None:
+    """Write `facts` so that a reader sees all or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(msgspec.json.encode(facts))
+    temporary.replace(path)
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Yield the safetensors header (shapes, offsets) and evenly spaced samples of the data."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        yield file.read(min(size_bytes, 1 << 20))
+        for index in range(SAMPLES_PER_FILE):
+            file.seek(size_bytes * index // SAMPLES_PER_FILE)
+            yield file.read(SAMPLE_BYTES)
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """Return a name for the model's *weights*: two fine-tunes of one shape must differ.
+
+    A local folder is named by its config and samples of its weight files (64 x 4 KiB each: all of
+    a 140 GB model would take minutes); a hub name by name and revision.
+
+    Raises:
+        ConfigError: a local folder without config.json.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"hub:{model}@{revision or 'main'}"
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"model {model!r}: no config.json in that folder")
+    digest = hashlib.sha256(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{path.name}:{os.path.getsize(path)}".encode())
+        for sample in _samples(path):
+            digest.update(sample)
+    return f"sha256:{digest.hexdigest()}"
