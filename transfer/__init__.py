@@ -1,1 +1,1 @@
-"""The transfer engine: segments, and how bytes move between them."""
+"""The transfer engine: memory that other processes can reach, and the ways bytes get there (DESIGN 7)."""
