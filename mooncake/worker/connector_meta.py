@@ -1,8 +1,6 @@
-"""What the connector's scheduler half tells its worker half in one step."""
+"""What the connector's scheduler half tells its worker half in one step (no vLLM import)."""
 
 from dataclasses import dataclass, field
-
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from mooncake.core.messages import Block
 
@@ -27,7 +25,7 @@ class SaveJob:
 
 
 @dataclass
-class StepMeta(KVConnectorMetadata):
+class StepMeta:
     """Jobs of one step. `sync_loads` must be there before each layer's attention."""
 
     async_loads: list[LoadJob] = field(default_factory=list)

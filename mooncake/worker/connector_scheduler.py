@@ -18,8 +18,8 @@ from mooncake.core import keys as names
 from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import Acquired, Block
 from mooncake.worker.connector_meta import NOTHING, LoadJob, SaveJob, StepMeta
+from mooncake.worker.params import kv_params_of
 from mooncake.worker.pulse import Pulse
-from mooncake.worker.resume import kv_params_of
 
 log = structlog.get_logger(__name__)
 

@@ -207,7 +207,10 @@ def run(spec: EngineSpec) -> int:
 
 
 def main() -> None:
-    """`python -m mooncake.worker.engine SPEC.json`."""
+    """`python -m mooncake.worker.engine SPEC.json PARENT_PID`."""
+    from mooncake.worker.launch import die_with_parent
+
+    die_with_parent(int(sys.argv[2]))
     spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineSpec)
     code = run(spec)
     sys.stdout.flush()

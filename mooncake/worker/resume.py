@@ -22,22 +22,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
 
+from mooncake.worker.params import emitted_of
+
 _INSTALLED = "_mooncake_resume"
-
-
-def kv_params_of(extra_args: dict[str, Any] | None) -> dict[str, Any]:
-    """Return our part of a request's sampling_params.extra_args, or {}."""
-    outer = (extra_args or {}).get("kv_transfer_params")
-    inner = outer.get("mooncake") if isinstance(outer, dict) else None
-    return inner if isinstance(inner, dict) else {}
-
-
-def emitted_of(sampling_params: Any) -> list[int]:
-    """Return the tokens that an earlier engine emitted for this request."""
-    if sampling_params is None:
-        return []
-    emitted = kv_params_of(sampling_params.extra_args).get("emitted") or []
-    return list(emitted)
 
 
 def resume_request(request: Request) -> int:

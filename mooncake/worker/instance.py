@@ -1,0 +1,272 @@
+"""One instance: an engine, its relay, its registration and its metrics, in the relay's process.
+
+Reads startup, main loop, shutdown. The main thread forwards frames; a second thread runs the
+asyncio side (registration, metrics, the pool's address); the engine is a child process.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from mooncake.core.config import WorkerOptions
+from mooncake.core.errors import MooncakeError, PeerTimeout
+from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, StoreRecord
+from mooncake.core.metadata_client import RemoteMetadata
+from mooncake.core.metadata_registration import Registration
+from mooncake.worker.engine import refuse_insecure_serialization
+from mooncake.worker.launch import EngineProcess, start_engine
+from mooncake.worker.pulse import Pulse
+from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
+from mooncake.worker.spec import EngineFacts, EngineSpec
+
+log = structlog.get_logger(__name__)
+
+STORE_WAIT_S = 60.0
+"""A worker started before its store waits this long for it, then says so."""
+ENGINE_STOP_S = 10.0
+STORE_POLL_S = 1.0
+METRICS = {
+    "load_bytes": ("mooncake_kv_load_bytes", "Bytes copied from the pool into the engine"),
+    "load_seconds": ("mooncake_kv_load_seconds", "Seconds spent copying from the pool"),
+    "load_blocks": ("mooncake_kv_load_blocks", "Blocks loaded from the pool"),
+    "save_bytes": ("mooncake_kv_save_bytes", "Bytes copied from the engine into the pool"),
+    "save_seconds": ("mooncake_kv_save_seconds", "Seconds spent copying and hashing into the pool"),
+    "save_blocks": ("mooncake_kv_save_blocks", "Blocks committed to the pool"),
+    "bad_blocks": ("mooncake_kv_checksum_failures", "Blocks whose bytes differed from their checksum"),
+    "failed_loads": ("mooncake_kv_failed_loads", "Requests that recomputed because a load failed"),
+    "lookup_timeouts": ("mooncake_kv_lookup_timeouts", "Pool look-ups given up"),
+    "pool_errors": ("mooncake_kv_pool_errors", "Pool calls that failed"),
+    "hit_tokens": ("mooncake_kv_hit_tokens", "Prompt tokens taken from the pool"),
+    "lookup_tokens": ("mooncake_kv_lookup_tokens", "Prompt tokens looked up in the pool"),
+    "resumed_requests": ("mooncake_resumed_requests", "Requests continued from another engine"),
+}
+
+
+class PulseCollector(Collector):
+    """Turns the engine's shared counters into Prometheus metrics at scrape time."""
+
+    def __init__(self, pulse: Pulse, instance_id: str, role: str) -> None:
+        """Labels are fixed: one engine per relay."""
+        self._pulse, self._labels = pulse, [instance_id, role]
+
+    def collect(self) -> Any:
+        """Yield one family per counter."""
+        names = ["instance", "role"]
+        for field, (name, text) in METRICS.items():
+            family = CounterMetricFamily(name, text, labels=names)
+            family.add_metric(self._labels, self._pulse.read(field))
+            yield family
+        age = GaugeMetricFamily(
+            "mooncake_engine_pulse_age_seconds", "Age of the engine's pulse", labels=names
+        )
+        age.add_metric(self._labels, self._pulse.age_s(time.monotonic()))
+        yield age
+
+
+def node_name() -> str:
+    """Return this host's name in the cluster."""
+    return socket.gethostname()
+
+
+async def find_store(metadata: RemoteMetadata, node: str, wait_s: float) -> StoreRecord:
+    """Return the record of this node's store, waiting for it to register.
+
+    Raises:
+        PeerTimeout: no store on this node within `wait_s`.
+    """
+    end_s = time.monotonic() + wait_s
+    problem = "no store has registered"
+    while time.monotonic() < end_s:
+        try:
+            for entry in (await metadata.get(STORES_PREFIX)).entries:
+                record = msgspec.json.decode(entry.value, type=StoreRecord)
+                if record.node == node:
+                    return record
+        except MooncakeError as error:
+            problem = str(error)
+        await asyncio.sleep(0.1)
+    raise PeerTimeout(
+        f"no KV pool on node {node!r} after {wait_s:g} s ({problem}): start `mooncake store` on this host, "
+        "or run without a pool (--no-pool)"
+    )
+
+
+def make_spec(options: WorkerOptions, role: str, store: StoreRecord | None) -> EngineSpec:
+    """Return what the engine is told, in a fresh private folder."""
+    epoch = uuid.uuid4().hex[:12]
+    parent = Path(options.run_dir) if options.run_dir else Path(tempfile.gettempdir())
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    instance_id = options.instance_id or f"{role}-{epoch[:6]}"
+    run_dir = tempfile.mkdtemp(prefix=f"{instance_id}-", dir=parent)  # 0700
+    return EngineSpec(
+        instance_id=instance_id,
+        role=role,
+        epoch=epoch,
+        run_dir=run_dir,
+        model=options.model,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        max_model_len=options.max_model_len or 0,
+        kv_memory_bytes=options.kv_memory_bytes,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        cores=list(options.cores),
+        load_mode=options.load_mode,
+        save_decoded=options.save_decoded,
+        store=store,
+        vllm_args=list(options.vllm_args),
+    )
+
+
+class Instance:
+    """Wires the parts together; `run` returns the process's exit code."""
+
+    def __init__(self, options: WorkerOptions, role: str) -> None:
+        """Nothing is started yet."""
+        self._options = options
+        self._role = role
+        self._stop_read, self._stop_write = make_stop_pipe()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._control: threading.Thread | None = None
+        self._leave = threading.Event()
+        self._ready = threading.Event()
+        self._record: InstanceRecord | None = None
+
+    def run(self) -> int:
+        """Start, serve until SIGTERM or the engine's end, clean up."""
+        refuse_insecure_serialization()
+        store = None
+        if self._options.use_pool:
+            store = asyncio.run(self._find_store())
+        spec = make_spec(self._options, self._role, store)
+        pulse = Pulse(spec.pulse_path, create=True)
+        engine = start_engine(spec)  # before any thread of ours: it may fork
+        relay = Relay(spec, pulse)
+        signal.signal(signal.SIGTERM, lambda *_: request_stop(self._stop_write))
+        signal.signal(signal.SIGINT, lambda *_: request_stop(self._stop_write))
+        self._start_control(spec, pulse, engine)
+        log.info("engine.loading", instance=spec.instance_id, pid=engine.pid, model=spec.model)
+        try:
+            started_s = time.monotonic()
+
+            def ready(answer: dict[str, Any]) -> None:
+                self._record = self._describe(spec, relay, answer)
+                self._ready.set()
+                log.info(
+                    "engine.ready", instance=spec.instance_id, seconds=round(time.monotonic() - started_s, 1)
+                )
+
+            why = relay.run(engine.pidfd, self._stop_read, ready)
+            return self._finish(why, relay, engine, spec)
+        finally:
+            engine.stop(ENGINE_STOP_S)
+            relay.close()
+            self._stop_control()
+            shutil.rmtree(spec.run_dir, ignore_errors=True)
+
+    def _finish(self, why: str, relay: Relay, engine: EngineProcess, spec: EngineSpec) -> int:
+        if why == "stop":
+            relay.announce_death(f"{spec.instance_id} is stopping")
+            code = engine.stop(ENGINE_STOP_S)
+            log.info("engine.stopped", instance=spec.instance_id, code=code)
+            return 0
+        code = engine.stop(0.0)
+        relay.announce_death(f"engine of {spec.instance_id} ended with code {code}")
+        log.error("engine.died", instance=spec.instance_id, code=code)
+        return 1
+
+    async def _find_store(self) -> StoreRecord:
+        metadata = RemoteMetadata(self._options.metadata)
+        try:
+            return await find_store(metadata, node_name(), STORE_WAIT_S)
+        finally:
+            await metadata.close()
+
+    def _describe(self, spec: EngineSpec, relay: Relay, answer: dict[str, Any]) -> InstanceRecord:
+        facts = EngineFacts("", 0, {})
+        with contextlib.suppress(FileNotFoundError):  # an engine without a pool has no block names
+            facts = msgspec.json.decode(spec.facts_path.read_bytes(), type=EngineFacts)
+        return InstanceRecord(
+            instance_id=spec.instance_id,
+            role=spec.role,
+            epoch=spec.epoch,
+            endpoint=relay.endpoint,
+            node=node_name(),
+            pid=os.getpid(),
+            model=spec.model,
+            context_root=facts.context_root,
+            block_size=answer["block_size"],
+            max_model_len=answer["max_model_len"],
+            kv_blocks=answer["num_gpu_blocks"],
+            max_num_seqs=answer["max_num_seqs"],
+            max_num_batched_tokens=answer["max_num_batched_tokens"],
+            block_bytes=facts.block_bytes,
+            vllm_version=answer["vllm_version"],
+        )
+
+    # ------------------------------------------------------------ the asyncio side
+
+    def _start_control(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
+        self._control = threading.Thread(
+            target=lambda: asyncio.run(self._control_main(spec, pulse, engine)), name="control", daemon=True
+        )
+        self._control.start()
+
+    def _stop_control(self) -> None:
+        self._leave.set()
+        if self._control:
+            self._control.join(timeout=5.0)
+
+    async def _control_main(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
+        if self._options.metrics_port is not None:
+            registry = CollectorRegistry()
+            registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
+            start_http_server(self._options.metrics_port, addr="127.0.0.1", registry=registry)
+        metadata = RemoteMetadata(self._options.metadata)
+        registration: Registration | None = None
+        try:
+            while not self._leave.is_set():
+                if self._ready.is_set() and registration is None and self._record is not None:
+                    value = msgspec.json.encode(self._record)
+                    registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, lambda: value)
+                    registration.start()
+                if engine.poll() is not None:
+                    break
+                if spec.store is not None:
+                    await self._refresh_store(metadata, spec)
+                await asyncio.sleep(0.05 if registration is None else STORE_POLL_S)
+        finally:
+            if registration is not None:
+                await registration.close()
+            await metadata.close()
+
+    async def _refresh_store(self, metadata: RemoteMetadata, spec: EngineSpec) -> None:
+        """Keep the store's current address where the engine's pool client looks for it."""
+        with contextlib.suppress(MooncakeError):  # metadata away: the last address stays
+            record = await find_store(metadata, node_name(), 0.2)
+            path = Path(spec.run_dir) / "store.json"
+            payload = msgspec.json.encode(record)
+            if not path.exists() or path.read_bytes() != payload:
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(payload)
+                temporary.replace(path)
+
+
+def main(options: WorkerOptions, role: str) -> int:
+    """Run one instance in this process."""
+    return Instance(options, role).run()
