@@ -1,1 +1,1 @@
-"""The KV pool: nodes that own segments of KV blocks, and their clients."""
+"""The KV pool: nodes that own memory, their policies, and the clients inside engines (DESIGN 6)."""
