@@ -6,6 +6,7 @@ asyncio side (registration, metrics, the pool's address); the engine is a child 
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -242,8 +243,8 @@ class Instance:
         try:
             while not self._leave.is_set():
                 if self._ready.is_set() and registration is None and self._record is not None:
-                    value = msgspec.json.encode(self._record)
-                    registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, lambda: value)
+                    encode = functools.partial(msgspec.json.encode, self._record)
+                    registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()
                 if engine.poll() is not None:
                     break
