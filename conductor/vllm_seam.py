@@ -51,8 +51,8 @@ __all__ = [
 VLLM_SERIES: Final = "0.32."
 """The version the seam was written against; another one needs the contract test to be read."""
 
-ENGINE_SLOTS: Final = 16
-"""vLLM fixes its per-engine metric labels at start; instances share this many. More instances than
+ENGINE_SLOTS: Final = 8
+"""vLLM fixes its per-engine metric labels at start (34 kB of /metrics per slot). More instances than
 slots share the last one (their vllm:* gauges then alternate; mooncake_* metrics stay apart)."""
 
 INSECURE_ENV: Final = "VLLM_ALLOW_INSECURE_SERIALIZATION"
@@ -92,7 +92,7 @@ VLLM_SYMBOLS: Final[dict[str, str]] = {
 """module:name -> what we use it for."""
 
 
-class Unavailable(GracefulHTTPError):  # type: ignore[misc]
+class Unavailable(GracefulHTTPError):
     """A request the cluster turns away: vLLM answers it with `status`, we add Retry-After."""
 
     def __init__(self, message: str, retry_after_s: float, status: HTTPStatus) -> None:

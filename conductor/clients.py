@@ -1,0 +1,136 @@
+"""What the dispatcher remembers of a request: no behaviour beyond naming and grouping."""
+
+import time
+from collections.abc import Sequence
+
+from conductor.http import HttpFate
+from conductor.legs import Leg1Result, exact_first, two_legs_possible
+from conductor.plan import Leg, Plan, RequestFacts
+from conductor.request import PrefillGroup, RequestMachine
+from conductor.vllm_seam import EngineCoreRequest
+from mooncake.core.keys import prompt_keys, request_root
+
+
+class Family:
+    """Requests that share one leg 1: the children of an n > 1 request, or one lone request."""
+
+    __slots__ = ("clients", "eids", "family_id", "group")
+
+    def __init__(self, family_id: str) -> None:
+        self.family_id = family_id
+        self.group = PrefillGroup(family_id)
+        self.clients: list[Client] = []
+        self.eids: list[str] = []  # of leg 1, one per attempt
+
+
+class Client:
+    """One request of vLLM's front end (a child, when n > 1)."""
+
+    __slots__ = (
+        "eids",
+        "emitted",
+        "family",
+        "fate",
+        "first_s",
+        "heard_s",
+        "last_s",
+        "leg1",
+        "leg1_end_s",
+        "machine",
+        "move_reason",
+        "plan",
+        "request",
+        "started_s",
+        "told",
+    )
+
+    def __init__(
+        self,
+        request: EngineCoreRequest,
+        machine: RequestMachine,
+        family: Family,
+        now_s: float,
+        fate: HttpFate | None,
+    ) -> None:
+        self.request = request
+        self.machine = machine
+        self.family = family
+        self.fate = fate
+        self.plan: Plan | None = None
+        self.eids: list[str] = []  # of legs that work for this request alone
+        self.emitted: list[int] = []  # tokens the front end has
+        self.told = False  # whether it has seen any output, and with it usage and queue times
+        self.leg1: Leg1Result | None = None
+        self.leg1_end_s = 0.0
+        self.started_s = now_s
+        self.heard_s = now_s
+        self.first_s = 0.0
+        self.last_s = 0.0
+        self.move_reason = ""
+
+
+class Running:
+    """One leg an engine works on; `clients` are those it works for (shared with the family)."""
+
+    __slots__ = ("clients", "eid", "instance_id", "leg", "measured")
+
+    def __init__(self, eid: str, leg: Leg, instance_id: str, clients: list[Client]) -> None:
+        self.eid = eid
+        self.leg = leg
+        self.instance_id = instance_id
+        self.clients = clients
+        self.measured = False
+
+
+def family_of(request: EngineCoreRequest) -> str | None:
+    """Return the parent's id if `request` is a child of an n > 1 request, else None.
+
+    vLLM names children "<index>_<parent id>", and a parent's id starts with the client-visible one
+    (ParentRequest.get_child_info, InputProcessor.assign_request_id).
+    """
+    request_id: str = request.request_id
+    index, separator, parent = request_id.partition("_")
+    external = request.external_req_id
+    if not separator or external is None or not index.isdecimal():
+        return None
+    if request_id.startswith(external) or not parent.startswith(external):
+        return None
+    return parent
+
+
+def facts_of(
+    request: EngineCoreRequest, context_root: str, block_size: int, *, first_token: bool, shared: bool
+) -> RequestFacts:
+    """Return what the policy may know of `request`.
+
+    Args:
+        request: the client's request.
+        context_root: hex root of the instances considered; "" = none known.
+        block_size: tokens per KV block of these instances.
+        first_token: whether leg 1's own token may be streamed at all.
+        shared: siblings share leg 1 (n > 1).
+    """
+    tokens: Sequence[int] = request.prompt_token_ids or ()
+    params = request.sampling_params
+    max_tokens = params.max_tokens if params is not None and params.max_tokens is not None else 1
+    single = not two_legs_possible(request) or max_tokens == 1
+    keys: list[bytes] = []
+    tail: bytes | None = None
+    if context_root and tokens:
+        lora = request.lora_request
+        root = request_root(
+            bytes.fromhex(context_root), request.cache_salt, None if lora is None else lora.lora_name
+        )
+        keys, tail = prompt_keys(root, tokens, block_size)
+    return RequestFacts(
+        request_id=request.request_id,
+        prompt_len=len(tokens),
+        max_tokens=max_tokens,
+        keys=keys,
+        tail_key=tail,
+        arrival_s=time.monotonic(),
+        priority=request.priority,
+        context_root=context_root,
+        single_leg=single,
+        first_token=first_token and not single and exact_first(request, 2 if shared else 1),
+    )

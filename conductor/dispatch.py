@@ -1,0 +1,406 @@
+"""The IO shell of Scheduler and RequestMachine: engine outputs and client calls in, legs out.
+
+Everything runs on one event loop and never waits: sends are non-blocking, decisions take
+microseconds, so `add` has dispatched the request when it returns. Hashing a prompt's keys happens
+inline too: 64 blocks of 128 tokens take about 60 us, once per request.
+
+One request: add -> plan -> Send -> engine outputs -> Deliver -> outputs queue -> vLLM's front end.
+Each leg has its own engine-side id (eid); an output whose eid is not registered is late and dropped.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+
+import structlog
+
+from conductor import legs
+from conductor.clients import Client, Family, Running, facts_of, family_of
+from conductor.cost import CostModel
+from conductor.http import FATE
+from conductor.links import Link
+from conductor.members import Members
+from conductor.metrics import GatewayMetrics
+from conductor.observe import Observer
+from conductor.plan import (
+    Abort,
+    Command,
+    Deliver,
+    Done,
+    Fail,
+    Leg,
+    Need,
+    Plan,
+    Reason,
+    Rejection,
+    Release,
+    Replan,
+    RequestFacts,
+    Send,
+    Stale,
+)
+from conductor.request import RequestMachine, State
+from conductor.scheduler import Scheduler
+from conductor.vllm_seam import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    Unavailable,
+)
+
+log = structlog.get_logger(__name__)
+
+INSTANCE_WAIT_S = 30.0
+"""A request in flight waits this long for any instance to come back: an engine restart on a warm
+machine. Then it fails, and the client knows."""
+INSTANCE_POLL_S = 0.25
+"""How often a waiting request looks again (the pulse interval: nothing changes faster)."""
+REQUEST_SILENT_S_MAX = 600.0
+"""No engine output for this long although its engine lives: something is stuck, fail the request."""
+SWEEP_S = 5.0
+"""How often silent requests are looked for."""
+OUTPUTS_MAX = 100_000
+"""Decoded frames waiting for vLLM's output handler; beyond it the gateway has lost the race."""
+
+_STATUS = {
+    Reason.NO_INSTANCE_FITS: HTTPStatus.BAD_REQUEST,
+    Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
+    Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
+}
+"""HTTP status of a rejection; 503 where nothing is said."""
+
+FINISH = {str(reason): reason for reason in FinishReason}
+"""The request machine's words for vLLM's finish reasons."""
+
+_COMPLETE = (FinishReason.LENGTH, FinishReason.STOP)
+"""Finish reasons of a leg 1 that did its work."""
+
+FailRequest = Callable[[str, Exception], Sequence[str]]
+"""Ends a client's stream with an error; returns sibling requests to abort."""
+
+
+def unavailable(rejection: Rejection) -> Unavailable:
+    """Return the error that tells an HTTP client of `rejection`."""
+    detail = f": {rejection.detail}" if rejection.detail else ""
+    status = _STATUS.get(rejection.reason, HTTPStatus.SERVICE_UNAVAILABLE)
+    return Unavailable(f"{rejection.reason}{detail}", rejection.retry_after_s, status)
+
+
+class Dispatcher:
+    """Owns every request between vLLM's front end and the engines. A Sink of Members."""
+
+    def __init__(
+        self,
+        members: Members,
+        scheduler: Scheduler,
+        cost: CostModel,
+        metrics: GatewayMetrics,
+        *,
+        first_token: bool = True,
+    ) -> None:
+        """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9)."""
+        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue(OUTPUTS_MAX)
+        self.fail_request: FailRequest | None = None
+        self._members = members
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._observe = Observer(cost, metrics)
+        self._first_token = first_token
+        self._clients: dict[str, Client] = {}
+        self._families: dict[str, Family] = {}
+        self._running: dict[str, Running] = {}
+        self._swept_s = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ------------------------------------------------------------ from the front end
+
+    def add(self, request: EngineCoreRequest) -> None:
+        """Plan and dispatch one request (or one of its n > 1 children).
+
+        Raises:
+            Unavailable: nobody can take it, or nobody in time.
+        """
+        if request.abort_immediately:
+            return  # vLLM frees another engine's hand-over this way; ours expire by themselves
+        if request.resumable or request.request_id in self._clients:
+            raise Unavailable("streaming input is not supported", 0.0, HTTPStatus.NOT_IMPLEMENTED)
+        now_s = time.monotonic()
+        family_id = family_of(request)
+        try:
+            facts, plan = self._plan(now_s, request, shared=family_id is not None)
+        except Unavailable as error:
+            self._metrics.requests.labels("rejected").inc()
+            if (fate := FATE.get()) is not None:
+                fate.error = error
+            raise
+        family = self._family(family_id or request.request_id)
+        group = family.group if family_id is not None else None
+        client = Client(request, RequestMachine(facts, group), family, now_s, FATE.get())
+        client.plan = plan
+        family.clients.append(client)
+        self._clients[request.request_id] = client
+        self._idle.clear()
+        self._observe.planned(facts, plan)
+        self._metrics.in_flight.set(len(self._clients))
+        self._run(client.machine.start(plan))
+
+    def _plan(self, now_s: float, request: EngineCoreRequest, shared: bool) -> tuple[RequestFacts, Plan]:
+        """Plan against every context that is alive, the most common first."""
+        contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
+        rejection: Rejection | None = None
+        for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
+            facts = facts_of(request, root, block_size, first_token=self._first_token, shared=shared)
+            answer = self._scheduler.on_request(now_s, facts)
+            if isinstance(answer, Plan):
+                return facts, answer
+            rejection = answer
+        assert rejection is not None
+        raise unavailable(rejection)
+
+    def _family(self, family_id: str) -> Family:
+        family = self._families.get(family_id)
+        if family is None:
+            family = self._families[family_id] = Family(family_id)
+        return family
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """The client left, or vLLM's detokenizer found a stop string. Unknown ids are fine."""
+        for request_id in request_ids:
+            if client := self._clients.get(request_id):
+                self._run(client.machine.abort())
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._clients)
+
+    async def idle(self, deadline_s: float) -> bool:
+        """Wait until nothing is in flight; False if `deadline_s` passed before."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ------------------------------------------------------------ from the engines (Sink)
+
+    def on_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
+        """See Sink. Runs once per engine step: the gateway's hot path."""
+        now_s = time.monotonic()
+        legs.shift_events(outputs.outputs, now_s - outputs.timestamp)
+        outputs.timestamp = now_s  # engines on other hosts have other monotonic clocks
+        outputs.engine_index = self._members.engine_slot(link.instance_id)
+        kept: list[EngineCoreOutput] = []
+        context_tokens = 0
+        pure = True
+        for output in outputs.outputs:
+            running = self._running.get(output.request_id)
+            if running is None:
+                self._metrics.stale_outputs.inc()
+                continue
+            if not running.measured:
+                pure = False
+                self._observe.prefilled(running, output, now_s)
+            client = running.clients[0]
+            context_tokens += client.machine.facts.prompt_len + len(client.emitted)
+            self._on_output(running, output, now_s, kept)
+        if kept:
+            batch = len(outputs.outputs)
+            self._observe.frame(link.instance_id, now_s, batch, context_tokens, pure)
+        outputs.outputs = kept
+        # statistics travel even when every request of the step is gone, else gauges freeze
+        if kept or outputs.scheduler_stats is not None:
+            self._enqueue(outputs)
+
+    def _on_output(
+        self, running: Running, output: EngineCoreOutput, now_s: float, kept: list[EngineCoreOutput]
+    ) -> None:
+        client = running.clients[0]
+        client.heard_s = now_s
+        reason = output.finish_reason
+        finish = None if reason is None else str(reason)
+        if running.leg is Leg.PREFILL and reason in _COMPLETE:
+            leg1 = legs.leg1_result(output)
+            for member in running.clients:
+                member.leg1, member.leg1_end_s = leg1, now_s
+        commands = client.machine.output(running.eid, output.new_token_ids, finish)
+        if reason is not None:
+            self._running.pop(running.eid, None)
+        for command in commands:
+            if type(command) is Deliver and command.request_id == client.request.request_id:
+                self._deliver(client, command, output, now_s)
+                kept.append(output)
+            else:
+                self._execute(command)
+
+    def on_lost(self, instance_id: str, reason: str) -> None:
+        """See Sink."""
+        hit = [running for running in self._running.values() if running.instance_id == instance_id]
+        for running in hit:
+            del self._running[running.eid]  # late outputs of this leg are nobody's
+        label = reason.partition(" for ")[0]  # a metric label: no numbers in it
+        # everyone is told: a request may count on the instance before it runs there
+        for client in list(self._clients.values()):
+            client.move_reason = label
+            self._run(client.machine.instance_lost(instance_id))
+        log.warning("dispatch.instance_lost", instance=instance_id, reason=reason, legs=len(hit))
+
+    def on_tick(self, now_s: float) -> None:
+        """See Sink: look for requests that an engine forgot."""
+        if now_s - self._swept_s < SWEEP_S:
+            return
+        self._swept_s = now_s
+        silent = [c for c in self._clients.values() if now_s - c.heard_s > REQUEST_SILENT_S_MAX]
+        for client in silent:
+            log.error("dispatch.request_silent", request=client.request.request_id)
+            self._run(client.machine.deadline())
+
+    # ------------------------------------------------------------ commands
+
+    def _run(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            self._execute(command)
+
+    def _execute(self, command: Command) -> None:
+        client = self._clients.get(command.request_id)
+        match command:
+            case Release():
+                self._scheduler.release(time.monotonic(), command.ticket)
+            case Stale():
+                self._metrics.stale_outputs.inc()
+            case Abort():
+                self._running.pop(command.eid, None)
+                if link := self._members.up(command.instance_id):
+                    link.abort([command.eid])
+            case Send() if client is not None:
+                self._send(client, command)
+            case Replan():
+                self._replan(command)
+            case Deliver() if client is not None:
+                self._deliver_own(client, command)
+            case Fail() if client is not None:
+                self._fail(client, command)
+            case Done() if client is not None:
+                self._done(client, command)
+            case _:
+                log.debug("dispatch.command_late", command=type(command).__name__)
+
+    def _send(self, client: Client, command: Send) -> None:
+        link = self._members.up(command.instance_id)
+        shared = command.leg is Leg.PREFILL
+        clients = client.family.clients if shared else [client]
+        (client.family.eids if shared else client.eids).append(command.eid)
+        self._running[command.eid] = Running(command.eid, command.leg, command.instance_id, clients)
+        if link is None:
+            # lost between plan and send: tell the machine once it has settled
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self.on_lost, command.instance_id, "no link")
+            return
+        request, slot = client.request, link.slot
+        if shared:
+            first = client.machine.facts.first_token
+            link.add(legs.prefill_leg(request, command.eid, slot, first=first))
+            return
+        make = legs.decode_leg if command.leg is Leg.DECODE else legs.whole_leg
+        emitted = client.emitted[: command.resume_n]
+        link.add(make(request, command.eid, slot, emitted, client.told or client.leg1 is not None))
+
+    def _deliver(self, client: Client, command: Deliver, output: EngineCoreOutput, now_s: float) -> None:
+        """Turn an engine's output into the client's."""
+        output.request_id = client.request.request_id
+        output.new_token_ids = command.tokens
+        output.finish_reason = None if command.finish is None else FINISH[command.finish]
+        if client.told:
+            legs.strip_continuation(output)
+        elif command.leg is not Leg.PREFILL:
+            legs.graft_leg1(output, client.leg1)
+        client.told = True
+        client.emitted += command.tokens
+        self._observe.delivered(client, len(command.tokens), now_s)
+
+    def _deliver_own(self, client: Client, command: Deliver) -> None:
+        """Deliver something that no engine output carries (the end of a request that lost its engine)."""
+        output = EngineCoreOutput(request_id=client.request.request_id, new_token_ids=[])
+        self._deliver(client, command, output, time.monotonic())
+        self._enqueue(EngineCoreOutputs(outputs=[output]))
+
+    def _enqueue(self, outputs: EngineCoreOutputs) -> None:
+        try:
+            self.outputs.put_nowait(outputs)
+        except asyncio.QueueFull:
+            log.error("dispatch.outputs_full", frames=OUTPUTS_MAX)
+            for output in outputs.outputs:  # a stream with a hole must not go on
+                if client := self._clients.get(output.request_id):
+                    rejection = Rejection(
+                        request_id=output.request_id, reason=Reason.QUEUE_FULL, retry_after_s=1.0
+                    )
+                    self._tell_failure(client, unavailable(rejection))
+                    self._run(client.machine.abort())
+
+    def _replan(self, command: Replan) -> None:
+        client = self._clients.get(command.request_id)
+        if client is None:
+            return
+        if command.emitted_n:
+            self._metrics.migrations.labels(client.move_reason or "unknown").inc()
+        else:
+            self._metrics.retries.inc()
+        until_s = time.monotonic() + command.delay_s + INSTANCE_WAIT_S
+        loop = asyncio.get_running_loop()
+        if command.delay_s > 0:
+            loop.call_later(command.delay_s, self._answer, client, command, until_s)
+        else:
+            # not inline: the machine's other commands come first
+            loop.call_soon(self._answer, client, command, until_s)
+
+    def _answer(self, client: Client, command: Replan, until_s: float) -> None:
+        now_s = time.monotonic()
+        machine = client.machine
+        answer = self._scheduler.replan(
+            now_s, machine.facts, machine.emitted_n, command.exclude, command.need
+        )
+        waiting = isinstance(answer, Rejection) and machine.state is not State.DONE
+        if waiting and now_s < until_s and not self._members.view.alive():
+            client.heard_s = now_s
+            asyncio.get_running_loop().call_later(INSTANCE_POLL_S, self._answer, client, command, until_s)
+            return
+        if isinstance(answer, Plan) and command.need is Need.DECODE:
+            self._metrics.decisions.labels(str(answer.decision)).inc()
+        self._run(machine.plan_result(command.need, answer))
+
+    def _fail(self, client: Client, command: Fail) -> None:
+        status = HTTPStatus.SERVICE_UNAVAILABLE if command.retryable else HTTPStatus.INTERNAL_SERVER_ERROR
+        log.error("dispatch.request_failed", request=command.request_id, reason=command.reason)
+        self._tell_failure(client, Unavailable(command.reason, 1.0, status))
+
+    def _tell_failure(self, client: Client, error: Unavailable) -> None:
+        if client.fate is not None and not client.told:
+            client.fate.error = error
+        if self.fail_request is None:
+            output = legs.error_output(client.request.request_id)
+            self.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+            return
+        siblings = self.fail_request(client.request.request_id, error)
+        if siblings:
+            asyncio.get_running_loop().call_soon(self.abort, siblings)
+
+    def _done(self, client: Client, command: Done) -> None:
+        request_id = client.request.request_id
+        del self._clients[request_id]
+        self._observe.ended(client, str(command.outcome))
+        self._metrics.in_flight.set(len(self._clients))
+        family = client.family
+        family.clients.remove(client)
+        over = list(client.eids)
+        if not family.clients:
+            over += family.eids
+            self._families.pop(family.family_id, None)
+        for eid in over:
+            self._running.pop(eid, None)
+        if not self._clients:
+            self._idle.set()

@@ -1,0 +1,85 @@
+"""The gateway's own metrics, on the /metrics page beside vLLM's.
+
+They live in prometheus_client's default registry, which vLLM serves; vLLM unregisters only names
+that start with "vllm:", so ours survive. One set per process.
+"""
+
+from functools import cache
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_GAP_S = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
+_ERROR_S = (-5.0, -1.0, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+
+class GatewayMetrics:
+    """All counters, gauges and histograms of one gateway."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        """A second instance in the same registry raises; tests bring their own."""
+        self.requests = Counter(
+            "mooncake_requests", "Client requests by how they ended.", ["outcome"], registry=registry
+        )
+        self.decisions = Counter(
+            "mooncake_decisions", "Plans by how they came about.", ["kind"], registry=registry
+        )
+        self.migrations = Counter(
+            "mooncake_migrations",
+            "Requests moved to another engine after their first token.",
+            ["reason"],
+            registry=registry,
+        )
+        self.retries = Counter(
+            "mooncake_retries", "Legs placed again before the first token.", registry=registry
+        )
+        self.stale_outputs = Counter(
+            "mooncake_stale_outputs", "Engine outputs of legs that were over.", registry=registry
+        )
+        self.tokens = Counter("mooncake_tokens", "Tokens handed to clients.", registry=registry)
+        self.prefix_lookup_blocks = Counter(
+            "mooncake_prefix_lookup_blocks", "Full blocks of planned prompts.", registry=registry
+        )
+        self.prefix_hit_blocks = Counter(
+            "mooncake_prefix_hit_blocks", "Of these, expected in the pool.", registry=registry
+        )
+        self.ttft_s = Histogram(
+            "mooncake_ttft_seconds", "Time to first token.", buckets=_LATENCY_S, registry=registry
+        )
+        self.tbt_s = Histogram(
+            "mooncake_tbt_seconds", "Gap between outputs of a request.", buckets=_GAP_S, registry=registry
+        )
+        self.predicted_ttft_s = Histogram(
+            "mooncake_predicted_ttft_seconds",
+            "Time to first token as planned.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.ttft_error_s = Histogram(
+            "mooncake_ttft_prediction_error_seconds",
+            "Measured minus predicted time to first token.",
+            buckets=_ERROR_S,
+            registry=registry,
+        )
+        self.handover_s = Histogram(
+            "mooncake_handover_seconds",
+            "From the end of leg 1 to the first output of leg 2.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.detect_s = Histogram(
+            "mooncake_detect_seconds",
+            "From an engine's last sign of life to its being declared lost.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.instances = Gauge(
+            "mooncake_instances", "Engine instances.", ["role", "state"], registry=registry
+        )
+        self.in_flight = Gauge("mooncake_requests_in_flight", "Requests not ended.", registry=registry)
+
+
+@cache
+def process_metrics() -> GatewayMetrics:
+    """Return this process's metrics in the registry that /metrics shows."""
+    return GatewayMetrics()
