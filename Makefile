@@ -1,0 +1,30 @@
+# Two commands matter:  make up   (install, then serve)     make test   (install, then test)
+.PHONY: up install test check unit integration lock clean
+SHELL := bash
+
+up: install            ## install everything and serve SmolLM2 on http://127.0.0.1:8000
+	@.venv/bin/mooncake up $(ARGS)
+
+install:               ## install the pinned packages into .venv (nothing to do when they are there)
+	@scripts/install
+
+check: install         ## style, types, layers
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: check            ## everything: style, types, layers, unit, simulation, real engines
+	.venv/bin/python -m pytest
+
+unit: install          ## unit, contract and simulation tests: under a minute
+	.venv/bin/python -m pytest -m "not integration and not rdma and not chaos"
+
+integration: install   ## only the tests with real engines
+	.venv/bin/python -m pytest -m "integration"
+
+lock: install          ## write requirements/cpu.lock anew from pyproject.toml
+	@scripts/lock
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
