@@ -1,14 +1,33 @@
-"""Chooses where a request runs (paper 1.2, Algorithm 1)."""
+"""Chooses where a request runs (paper 1.2: Mooncake's Algorithm 1, KVCache-centric scheduling).
+
+Per prefill instance the predicted time to first token is the better of
+    queue + load of the blocks its own node holds + compute of the rest
+    max(queue, fetch of the deepest prefix from another node) + load + compute of the rest
+The paper adds fetch and queue although they overlap, and decides to fetch by a hand-tuned ratio;
+taking the minimum of both honest sums per instance needs no such knob and is never worse than
+either alone. The decode instance is the one with the least predicted seconds for the hand-over and
+the whole answer. Load is charged when a plan is made, so a burst does not pile up on one instance.
+Ties go to the lower instance id. Prefill and decode must share a context_root: block keys commit
+to it, so across two roots no hand-over could ever hit.
+"""
 
 from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
 
-from conductor.cluster import ClusterView
+from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
-from conductor.plan import Need, Plan, Rejection, RequestFacts
+from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
+from mooncake.core.messages import InstanceRecord
+
+RETRY_AFTER_S = 1.0
+"""Told to clients when nobody is alive: an engine is back in seconds, or not soon."""
+RETRY_AFTER_MAX_S = 30.0
+"""Longest wait suggested to a client: beyond it, predictions are not worth much."""
+
+_WORD = (1 << 64) - 1
 
 
 class Mode(StrEnum):
@@ -21,15 +40,28 @@ class Mode(StrEnum):
 class Policy(StrEnum):
     """How instances are chosen."""
 
-    KVCACHE = "kvcache"
-    CACHE_AWARE = "cache_aware"
+    KVCACHE = "kvcache"  # predicted time to first token, counting fetches from other nodes
+    CACHE_AWARE = "cache_aware"  # the same without fetches
     LEAST_LOAD = "least_load"
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
 
 
+_DECISIONS = {
+    Policy.KVCACHE: Decision.KVCACHE_CENTRIC,
+    Policy.CACHE_AWARE: Decision.CACHE_AWARE,
+    Policy.LEAST_LOAD: Decision.LEAST_LOAD,
+    Policy.ROUND_ROBIN: Decision.ROUND_ROBIN,
+    Policy.RANDOM: Decision.RANDOM,
+}
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`None` objectives are not enforced."""
+    """`None` objectives are not enforced.
+
+    waiting_max: prefills that one instance may hold, and decode requests beyond max_num_seqs; new
+        requests are rejected beyond it. Requests already accepted are never dropped for it.
+    """
 
     mode: Mode = Mode.DISAGGREGATED
     policy: Policy = Policy.KVCACHE
@@ -39,6 +71,32 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class _Worker(msgspec.Struct, frozen=True):
+    record: InstanceRecord
+    load: Load
+
+    @property
+    def id(self) -> str:
+        return self.record.instance_id
+
+
+class _Prefill(msgspec.Struct, frozen=True):
+    """One way to prefill a request on one instance. work_s excludes the queue."""
+
+    worker: _Worker
+    ttft_s: float
+    work_s: float
+    hit_blocks: int
+    fetch_blocks: int
+    fetch_node: str | None
+
+
+class _Decode(msgspec.Struct, frozen=True):
+    worker: _Worker
+    tbt_s: float
+    kv_tokens: int
+
+
 class Scheduler:
     """Pure: the same events give the same plans."""
 
@@ -46,16 +104,304 @@ class Scheduler:
         self, config: SchedulerConfig, index: PrefixIndex, cost: CostModel, cluster: ClusterView
     ) -> None:
         """The three views are shared with the shell, which feeds them."""
+        self._config = config
+        self._index = index
+        self._cost = cost
+        self._cluster = cluster
+        self._turns = 0
+        self._draws = 0
 
     def on_request(self, now_s: float, facts: RequestFacts) -> Plan | Rejection:
-        """Plan a new request and charge its load."""
-        raise NotImplementedError
+        """Plan a new request and charge its load; a Rejection charges nothing."""
+        workers = self._eligible(facts)
+        if isinstance(workers, Rejection):
+            return workers
+        prefills, decodes = _by_role(workers, "prefill"), _by_role(workers, "decode")
+        if self._config.mode is Mode.AGGREGATED:
+            return self._one_leg(now_s, facts, workers, Decision.AGGREGATED)
+        if not prefills:
+            return self._one_leg(now_s, facts, decodes, Decision.NO_PREFILL_ALIVE)
+        if facts.single_leg:
+            return self._one_leg(now_s, facts, prefills, Decision.SINGLE_TOKEN)
+        if not decodes:
+            return self._one_leg(now_s, facts, prefills, Decision.NO_DECODE_ALIVE)
+        roots = {w.record.context_root: None for w in decodes}  # a dict: order is not to depend on hashes
+        paired = [w for w in prefills if w.record.context_root in roots]
+        if not paired:
+            return _no_common_context(facts, prefills, decodes)
+        return self._two_legs(now_s, facts, paired, decodes)
 
     def replan(
         self, now_s: float, facts: RequestFacts, emitted_n: int, exclude: Sequence[str], need: Need
     ) -> Plan | Rejection:
-        """Place a leg again; `exclude` is avoided unless nobody else is alive."""
-        raise NotImplementedError
+        """Place a leg of an accepted request again (retry or migration) and charge its load.
+
+        Objectives and queue bounds do not apply: the request is served already.
+
+        Args:
+            now_s: the time.
+            facts: the request's.
+            emitted_n: tokens the client has; they are part of the new leg's context.
+            exclude: instances that failed it; avoided unless nobody else is alive.
+            need: the leg. PREFILL leaves the decode side alone (Plan.decode is None).
+        """
+        workers = self._eligible(facts)
+        if isinstance(workers, Rejection):
+            return workers
+        workers = [w for w in workers if w.id not in exclude] or workers
+        prefills, decodes = _by_role(workers, "prefill"), _by_role(workers, "decode")
+        if need is Need.PREFILL:
+            if not prefills:
+                return Plan(
+                    request_id=facts.request_id,
+                    prefill=None,
+                    decode=None,
+                    decision=Decision.NO_PREFILL_ALIVE,
+                )
+            return self._prefill_plan(now_s, facts, prefills)
+        decision = Decision.MIGRATED
+        if self._config.mode is Mode.AGGREGATED:
+            decodes = workers
+        elif not decodes:
+            decodes, decision = prefills, Decision.NO_DECODE_ALIVE
+        chosen = self._choose_decode(facts, emitted_n, decodes)
+        work = self._price(now_s, facts, chosen.worker, self._index.longest_prefix(facts.keys), emitted_n)
+        return self._plan(now_s, facts, decision, None, work, chosen)
 
     def release(self, now_s: float, ticket: int) -> None:
-        """Give charged load back; releasing twice is harmless."""
+        """Give charged load back; 0 and tickets given back before are ignored."""
+        self._cluster.release(now_s, ticket)
+
+    # ------------------------------------------------------------ who may serve
+
+    def _eligible(self, facts: RequestFacts) -> list[_Worker] | Rejection:
+        alive = [_Worker(record, load) for record, load in self._cluster.alive()]
+        if not alive:
+            return Rejection(
+                request_id=facts.request_id, reason=Reason.NO_INSTANCE_ALIVE, retry_after_s=RETRY_AFTER_S
+            )
+        if facts.context_root:
+            same = [w for w in alive if w.record.context_root == facts.context_root]
+            if not same:
+                return _no_common_context(facts, alive, [])
+            alive = same
+        fitting = [w for w in alive if w.record.max_model_len > facts.prompt_len]
+        if not fitting:
+            longest = max(w.record.max_model_len for w in alive)
+            return Rejection(
+                request_id=facts.request_id,
+                reason=Reason.NO_INSTANCE_FITS,
+                retry_after_s=0.0,
+                detail=f"prompt of {facts.prompt_len} tokens, longest context {longest}",
+            )
+        return fitting
+
+    def _room(self, facts: RequestFacts, workers: list[_Worker], *, leg: str) -> list[_Worker] | Rejection:
+        limit = self._config.waiting_max
+        if leg == "prefill":
+            free = [w for w in workers if w.load.prefill_requests < limit]
+        else:
+            free = [w for w in workers if w.load.decode_requests < limit + w.record.max_num_seqs]
+        if free:
+            return free
+        return Rejection(
+            request_id=facts.request_id,
+            reason=Reason.QUEUE_FULL,
+            retry_after_s=RETRY_AFTER_S,
+            detail=f"every {leg} instance ({len(workers)}) has {limit} requests waiting",
+        )
+
+    # ------------------------------------------------------------ plans
+
+    def _one_leg(
+        self, now_s: float, facts: RequestFacts, workers: list[_Worker], decision: Decision
+    ) -> Plan | Rejection:
+        free = self._room(facts, workers, leg="prefill")
+        if not isinstance(free, Rejection):
+            free = self._room(facts, free, leg="decode")
+        if isinstance(free, Rejection):
+            return free
+        work = self._choose_prefill(now_s, facts, free)
+        chosen = self._price_decode(facts, 0, work.worker)
+        rejected = self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
+        return rejected or self._plan(now_s, facts, decision, None, work, chosen)
+
+    def _two_legs(
+        self, now_s: float, facts: RequestFacts, prefills: list[_Worker], decodes: list[_Worker]
+    ) -> Plan | Rejection:
+        free_prefills = self._room(facts, prefills, leg="prefill")
+        if isinstance(free_prefills, Rejection):
+            return free_prefills
+        free_decodes = self._room(facts, decodes, leg="decode")
+        if isinstance(free_decodes, Rejection):
+            return free_decodes
+        roots = {w.record.context_root: None for w in free_decodes}
+        free_prefills = [w for w in free_prefills if w.record.context_root in roots]
+        if not free_prefills:
+            return Rejection(
+                request_id=facts.request_id,
+                reason=Reason.QUEUE_FULL,
+                retry_after_s=RETRY_AFTER_S,
+                detail="no context has both a prefill and a decode instance with room",
+            )
+        work = self._choose_prefill(now_s, facts, free_prefills)
+        root, node = work.worker.record.context_root, work.worker.record.node
+        same_root = [w for w in free_decodes if w.record.context_root == root]
+        chosen = self._choose_decode(facts, 0, same_root, node)
+        rejected = self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
+        if rejected:
+            return rejected
+        if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
+            return self._plan(now_s, facts, Decision.AGGREGATED, None, work, chosen)
+        return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, chosen)
+
+    def _prefill_plan(self, now_s: float, facts: RequestFacts, prefills: list[_Worker]) -> Plan:
+        work = self._choose_prefill(now_s, facts, prefills)
+        return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, None)
+
+    def _plan(
+        self,
+        now_s: float,
+        facts: RequestFacts,
+        decision: Decision,
+        prefill: str | None,
+        work: _Prefill,
+        chosen: _Decode | None,
+    ) -> Plan:
+        decode_ticket = 0
+        if chosen is not None:
+            decode_ticket = self._cluster.charge_decode(chosen.worker.id, chosen.kv_tokens)
+        return Plan(
+            request_id=facts.request_id,
+            prefill=prefill,
+            decode=None if chosen is None else chosen.worker.id,
+            decision=decision,
+            hit_blocks=work.hit_blocks,
+            fetch_blocks=work.fetch_blocks,
+            fetch_node=work.fetch_node,
+            predicted_ttft_s=work.ttft_s,
+            predicted_prefill_s=work.work_s,
+            predicted_tbt_s=0.0 if chosen is None else chosen.tbt_s,
+            prefill_ticket=self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len),
+            decode_ticket=decode_ticket,
+        )
+
+    def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
+        ttft_slo_s, tbt_slo_s = self._config.ttft_slo_s, self._config.tbt_slo_s
+        if ttft_slo_s is not None and ttft_s > ttft_slo_s:
+            return Rejection(
+                request_id=facts.request_id,
+                reason=Reason.TTFT_SLO,
+                # by then the queue has drained to where the same request would fit
+                retry_after_s=min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S),
+                detail=f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s",
+            )
+        if tbt_slo_s is not None and tbt_s > tbt_slo_s:
+            return Rejection(
+                request_id=facts.request_id,
+                reason=Reason.TBT_SLO,
+                retry_after_s=RETRY_AFTER_S,
+                detail=f"predicted {tbt_s:.4f} s, objective {tbt_slo_s:.4f} s",
+            )
+        return None
+
+    # ------------------------------------------------------------ choices
+
+    def _choose_prefill(self, now_s: float, facts: RequestFacts, workers: list[_Worker]) -> _Prefill:
+        hits = self._index.longest_prefix(facts.keys)
+        policy = self._config.policy
+        if policy in {Policy.KVCACHE, Policy.CACHE_AWARE}:
+            options = [self._price(now_s, facts, worker, hits, 0) for worker in workers]
+            return min(options, key=lambda option: (option.ttft_s, option.worker.id))
+        if policy is Policy.LEAST_LOAD:
+            worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, w.id))
+        else:
+            worker = self._blind(workers)
+        return self._price(now_s, facts, worker, hits, 0)
+
+    def _choose_decode(
+        self, facts: RequestFacts, emitted_n: int, workers: list[_Worker], node: str | None = None
+    ) -> _Decode:
+        """Least predicted seconds to the last token; instances without KV room come last."""
+        if self._config.policy in {Policy.ROUND_ROBIN, Policy.RANDOM}:
+            return self._price_decode(facts, emitted_n, self._blind(workers))
+        left = max(1, self._cost.output_tokens(facts.max_tokens) - emitted_n)
+        options = [self._price_decode(facts, emitted_n, worker) for worker in workers]
+
+        def score(option: _Decode) -> tuple[bool, float, str]:
+            record, load = option.worker.record, option.worker.load
+            kv_tokens = load.decode_kv_tokens + option.kv_tokens
+            full = kv_tokens > record.kv_blocks * record.block_size
+            full = full or load.decode_requests >= record.max_num_seqs
+            size_bytes = -(-facts.prompt_len // record.block_size) * record.block_bytes
+            remote = node is not None and record.node != node
+            handover_s = self._cost.transfer_s(size_bytes, remote=remote)
+            return full, handover_s + option.tbt_s * left, option.worker.id
+
+        return min(options, key=score)
+
+    def _blind(self, workers: list[_Worker]) -> _Worker:
+        if self._config.policy is Policy.RANDOM:
+            self._draws += 1
+            return workers[_mix(self._config.seed, self._draws) % len(workers)]
+        self._turns += 1
+        return workers[(self._turns - 1) % len(workers)]
+
+    def _price(
+        self, now_s: float, facts: RequestFacts, worker: _Worker, hits: dict[str, int], emitted_n: int
+    ) -> _Prefill:
+        """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
+        record = worker.record
+        total = facts.prompt_len + emitted_n
+        queue_s = worker.load.queue_s(now_s)
+        local = hits.get(record.node, 0)
+        work_s = self._compute_s(record, total, local)
+        best = _Prefill(worker, queue_s + work_s, work_s, local, 0, None)
+        if self._config.policy is not Policy.KVCACHE or not hits:
+            return best
+        depth, node = max((blocks, node) for node, blocks in hits.items())
+        if depth <= local:
+            return best
+        fetch_s = self._cost.transfer_s((depth - local) * record.block_bytes, remote=True)
+        work_s = self._compute_s(record, total, depth)
+        # what the fetch takes beyond the queue holds the engine's place, so it counts as its work
+        ttft_s = max(queue_s, fetch_s) + work_s
+        if ttft_s >= best.ttft_s:
+            return best
+        return _Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - local, node)
+
+    def _compute_s(self, record: InstanceRecord, total_tokens: int, hit_blocks: int) -> float:
+        # the last token is always computed: its logits are the first token
+        hit_tokens = min(hit_blocks * record.block_size, total_tokens - 1)
+        load_s = self._cost.transfer_s(hit_blocks * record.block_bytes, remote=False)
+        return load_s + self._cost.prefill_s(total_tokens - hit_tokens, hit_tokens)
+
+    def _price_decode(self, facts: RequestFacts, emitted_n: int, worker: _Worker) -> _Decode:
+        left = max(1, self._cost.output_tokens(facts.max_tokens) - emitted_n)
+        kv_tokens = facts.prompt_len + emitted_n + left
+        load = worker.load
+        tbt_s = self._cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
+        return _Decode(worker, tbt_s, kv_tokens)
+
+
+def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:
+    return [w for w in workers if w.record.role in {role, "both"}]
+
+
+def _no_common_context(facts: RequestFacts, left: list[_Worker], right: list[_Worker]) -> Rejection:
+    seen = ", ".join(f"{w.id} ({w.record.role}) {w.record.context_root[:12]}" for w in [*left, *right])
+    wanted = f"request has {facts.context_root[:12]}; " if facts.context_root else ""
+    return Rejection(
+        request_id=facts.request_id,
+        reason=Reason.NO_COMMON_CONTEXT,
+        retry_after_s=RETRY_AFTER_S,
+        detail=f"{wanted}alive context roots: {seen}",
+    )
+
+
+def _mix(seed: int, draw: int) -> int:
+    """Splitmix64: a seeded draw that is the same on every machine (this module has no random)."""
+    z = (seed + draw * 0x9E3779B97F4A7C15) & _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)
