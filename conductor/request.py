@@ -5,10 +5,7 @@
                  |       '-'                       | v
                  '------ no leg 1 -------------> REPLANNING
 
-    machine = RequestMachine(facts)                # n>1: RequestMachine(facts, group) per child
-    for command in machine.start(plan): ...        # the shell carries out commands in order
-
-The shell tells ClusterView first and the machines second, so that a Replan sees the loss. Commands
+The shell carries out commands in order. It tells ClusterView first and the machines second, so that a Replan sees the loss. Commands
 carry their request_id: with a shared PrefillGroup an event of one child may move its siblings.
 Every leg has its own engine-side id (`rid#p1`, `rid#d2`): an output of a leg that was aborted, or of
 an instance wrongly taken for dead, is answered with Stale. A lost leg is also aborted, best effort:
@@ -77,7 +74,7 @@ def request_id_of(eid: str) -> str:
     return eid.rpartition("#")[0]
 
 
-def _replan_delay_s(rejection: Rejection) -> float:
+def _delay_s(rejection: Rejection) -> float:
     return min(max(rejection.retry_after_s, REPLAN_DELAY_MIN_S), REPLAN_DELAY_MAX_S)
 
 
@@ -169,7 +166,7 @@ class PrefillGroup:
             self._rejections += 1
             if self._rejections > REPLAN_REJECTIONS_MAX:
                 return self._fail(str(answer.reason))
-            return [self._replan(_replan_delay_s(answer))]
+            return [self._replan(_delay_s(answer))]
         if self._phase is not _Phase.REPLANNING or self._idle_if_empty():
             return _releases(rid, answer.prefill_ticket, answer.decode_ticket)
         commands = _releases(rid, answer.decode_ticket)  # the children have their own places
@@ -314,7 +311,7 @@ class RequestMachine:
             self._rejections += 1
             if self._rejections > REPLAN_REJECTIONS_MAX:
                 return self.fail(str(answer.reason), retryable=True)
-            return [self._replan(_replan_delay_s(answer))]
+            return [self._replan(_delay_s(answer))]
         if not waiting:
             return _releases(self.facts.request_id, answer.prefill_ticket, answer.decode_ticket)
         assert answer.prefill is None

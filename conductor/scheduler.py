@@ -108,7 +108,7 @@ class Scheduler:
         self._index = index
         self._cost = cost
         self._cluster = cluster
-        self._turns = 0
+        self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
         self._draws = 0
 
     def on_request(self, now_s: float, facts: RequestFacts) -> Plan | Rejection:
@@ -177,9 +177,7 @@ class Scheduler:
     def _eligible(self, facts: RequestFacts) -> list[_Worker] | Rejection:
         alive = [_Worker(record, load) for record, load in self._cluster.alive()]
         if not alive:
-            return Rejection(
-                request_id=facts.request_id, reason=Reason.NO_INSTANCE_ALIVE, retry_after_s=RETRY_AFTER_S
-            )
+            return _reject(facts, Reason.NO_INSTANCE_ALIVE, "")
         if facts.context_root:
             same = [w for w in alive if w.record.context_root == facts.context_root]
             if not same:
@@ -188,12 +186,8 @@ class Scheduler:
         fitting = [w for w in alive if w.record.max_model_len > facts.prompt_len]
         if not fitting:
             longest = max(w.record.max_model_len for w in alive)
-            return Rejection(
-                request_id=facts.request_id,
-                reason=Reason.NO_INSTANCE_FITS,
-                retry_after_s=0.0,
-                detail=f"prompt of {facts.prompt_len} tokens, longest context {longest}",
-            )
+            detail = f"prompt of {facts.prompt_len} tokens, longest context {longest}"
+            return _reject(facts, Reason.NO_INSTANCE_FITS, detail, retry_after_s=0.0)
         return fitting
 
     def _room(self, facts: RequestFacts, workers: list[_Worker], *, leg: str) -> list[_Worker] | Rejection:
@@ -204,12 +198,8 @@ class Scheduler:
             free = [w for w in workers if w.load.decode_requests < limit + w.record.max_num_seqs]
         if free:
             return free
-        return Rejection(
-            request_id=facts.request_id,
-            reason=Reason.QUEUE_FULL,
-            retry_after_s=RETRY_AFTER_S,
-            detail=f"every {leg} instance ({len(workers)}) has {limit} requests waiting",
-        )
+        detail = f"every {leg} instance ({len(workers)}) has {limit} requests waiting"
+        return _reject(facts, Reason.QUEUE_FULL, detail)
 
     # ------------------------------------------------------------ plans
 
@@ -238,12 +228,8 @@ class Scheduler:
         roots = {w.record.context_root: None for w in free_decodes}
         free_prefills = [w for w in free_prefills if w.record.context_root in roots]
         if not free_prefills:
-            return Rejection(
-                request_id=facts.request_id,
-                reason=Reason.QUEUE_FULL,
-                retry_after_s=RETRY_AFTER_S,
-                detail="no context has both a prefill and a decode instance with room",
-            )
+            detail = "no context has both a prefill and a decode instance with room"
+            return _reject(facts, Reason.QUEUE_FULL, detail)
         work = self._choose_prefill(now_s, facts, free_prefills)
         root, node = work.worker.record.context_root, work.worker.record.node
         same_root = [w for w in free_decodes if w.record.context_root == root]
@@ -289,20 +275,13 @@ class Scheduler:
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
         ttft_slo_s, tbt_slo_s = self._config.ttft_slo_s, self._config.tbt_slo_s
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
-            return Rejection(
-                request_id=facts.request_id,
-                reason=Reason.TTFT_SLO,
-                # by then the queue has drained to where the same request would fit
-                retry_after_s=min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S),
-                detail=f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s",
-            )
+            # by then the queue has drained to where the same request would fit
+            retry_after_s = min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+            detail = f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s"
+            return _reject(facts, Reason.TTFT_SLO, detail, retry_after_s)
         if tbt_slo_s is not None and tbt_s > tbt_slo_s:
-            return Rejection(
-                request_id=facts.request_id,
-                reason=Reason.TBT_SLO,
-                retry_after_s=RETRY_AFTER_S,
-                detail=f"predicted {tbt_s:.4f} s, objective {tbt_slo_s:.4f} s",
-            )
+            detail = f"predicted {tbt_s:.4f} s, objective {tbt_slo_s:.4f} s"
+            return _reject(facts, Reason.TBT_SLO, detail)
         return None
 
     # ------------------------------------------------------------ choices
@@ -316,7 +295,7 @@ class Scheduler:
         if policy is Policy.LEAST_LOAD:
             worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, w.id))
         else:
-            worker = self._blind(workers)
+            worker = self._blind(workers, "prefill")
         return self._price(now_s, facts, worker, hits, 0)
 
     def _choose_decode(
@@ -324,7 +303,7 @@ class Scheduler:
     ) -> _Decode:
         """Least predicted seconds to the last token; instances without KV room come last."""
         if self._config.policy in {Policy.ROUND_ROBIN, Policy.RANDOM}:
-            return self._price_decode(facts, emitted_n, self._blind(workers))
+            return self._price_decode(facts, emitted_n, self._blind(workers, "decode"))
         left = max(1, self._cost.output_tokens(facts.max_tokens) - emitted_n)
         options = [self._price_decode(facts, emitted_n, worker) for worker in workers]
 
@@ -340,12 +319,12 @@ class Scheduler:
 
         return min(options, key=score)
 
-    def _blind(self, workers: list[_Worker]) -> _Worker:
+    def _blind(self, workers: list[_Worker], leg: str) -> _Worker:
         if self._config.policy is Policy.RANDOM:
             self._draws += 1
             return workers[_mix(self._config.seed, self._draws) % len(workers)]
-        self._turns += 1
-        return workers[(self._turns - 1) % len(workers)]
+        self._turns[leg] += 1
+        return workers[(self._turns[leg] - 1) % len(workers)]
 
     def _price(
         self, now_s: float, facts: RequestFacts, worker: _Worker, hits: dict[str, int], emitted_n: int
@@ -384,6 +363,12 @@ class Scheduler:
         return _Decode(worker, tbt_s, kv_tokens)
 
 
+def _reject(
+    facts: RequestFacts, reason: Reason, detail: str, retry_after_s: float = RETRY_AFTER_S
+) -> Rejection:
+    return Rejection(request_id=facts.request_id, reason=reason, retry_after_s=retry_after_s, detail=detail)
+
+
 def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:
     return [w for w in workers if w.record.role in {role, "both"}]
 
@@ -391,12 +376,7 @@ def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:
 def _no_common_context(facts: RequestFacts, left: list[_Worker], right: list[_Worker]) -> Rejection:
     seen = ", ".join(f"{w.id} ({w.record.role}) {w.record.context_root[:12]}" for w in [*left, *right])
     wanted = f"request has {facts.context_root[:12]}; " if facts.context_root else ""
-    return Rejection(
-        request_id=facts.request_id,
-        reason=Reason.NO_COMMON_CONTEXT,
-        retry_after_s=RETRY_AFTER_S,
-        detail=f"{wanted}alive context roots: {seen}",
-    )
+    return _reject(facts, Reason.NO_COMMON_CONTEXT, f"{wanted}alive context roots: {seen}")
 
 
 def _mix(seed: int, draw: int) -> int:
