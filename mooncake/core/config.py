@@ -1,0 +1,228 @@
+"""Settings of every process, checked before anything is started with them.
+
+The command line fills these structs; `checked()` returns the struct or raises ConfigError that
+names the key, the value and what to do. They travel to child processes as msgpack. Secrets are no
+settings: they come from the environment (`MOONCAKE_API_KEY`), never on a command line of a child.
+"""
+
+import ipaddress
+import re
+from typing import Self
+
+import msgspec
+
+from mooncake.core.errors import ConfigError
+from mooncake.core.rpc import check_endpoint
+
+API_KEY_ENV = "MOONCAKE_API_KEY"
+ROLES = ("prefill", "decode", "both")
+LOAD_MODES = ("async", "layerwise")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+BLOCK_TOKENS_STEP = 32
+"""vLLM's CPU kernels want multiples of 32; on GPUs 32 and its multiples are fine as well."""
+MODEL_LEN_MAX = 1 << 22
+POOL_BYTES_MIN = 1 << 20
+KV_BYTES_MIN = 16 << 20
+API_KEY_CHARS_MIN = 16
+"""Below this a key can be guessed; `python -c 'import secrets; print(secrets.token_urlsafe())'`."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", re.IGNORECASE | re.ASCII)
+
+
+def fail(key: str, value: object, advice: str) -> ConfigError:
+    """Return the error of a bad setting: key, value, what to do."""
+    return ConfigError(f"{key} = {value!r}: {advice}")
+
+
+def parse_size_bytes(text: str, key: str = "size") -> int:
+    """Return the bytes that a text like 512MiB, 2GiB, 1.5GB or 4096 means.
+
+    Raises:
+        ConfigError: it is not such a text, or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() == "i":
+        raise fail(key, text, "write a size like 512MiB, 2GiB or a number of bytes")
+    size_bytes = float(match[1]) * _UNITS[match[2].lower()]
+    if size_bytes != int(size_bytes) or size_bytes <= 0:
+        raise fail(key, text, "must be a whole number of bytes above 0")
+    return int(size_bytes)
+
+
+def format_size(size_bytes: int) -> str:
+    """Return bytes as a short text for people, 536870912 -> 512 MiB."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def parse_cores(text: str) -> list[int]:
+    """Return the cores of a text like 0, 0,2 or 0-3; an empty text = not bound.
+
+    Raises:
+        ConfigError: it is not such a text.
+    """
+    cores: list[int] = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip(), re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise fail("cores", text, "write cores like 0, 0,2 or 0-3")
+        cores += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return sorted(set(cores))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can connect to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all options share."""
+
+    def checked(self) -> Self:
+        """Return self.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+
+class WorkerOptions(_Options, frozen=True, kw_only=True):
+    """One engine instance with its relay (`mooncake prefill`, `mooncake decode`)."""
+
+    role: str  # prefill | decode | both
+    model: str  # folder or hub name, see mooncake.model.resolve_model
+    metadata: str  # endpoint of the metadata store
+    run_dir: str  # sockets, facts and logs; exists, ours alone
+    instance_id: str
+    node: str = "localhost"  # the store node whose segment this engine shares
+    served_name: str = ""  # "" = model
+    cores: list[int] = []  # [] = not bound
+    kv_memory_bytes: int = 512 << 20
+    max_model_len: int = 0  # 0 = the model's own
+    dtype: str = "bfloat16"
+    load_mode: str = "async"
+    save_decoded: bool = True
+    block_size: int = 32
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    log_level: str = "info"
+    vllm_args: list[str] = []
+
+    def _check(self) -> None:
+        _choice("role", self.role, ROLES)
+        _choice("load_mode", self.load_mode, LOAD_MODES)
+        _choice("dtype", self.dtype, DTYPES)
+        _name("instance_id", self.instance_id)
+        check_endpoint(self.metadata)
+        _engine_sizes(self.block_size, self.max_model_len, self.kv_memory_bytes)
+        _between("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _between("max_num_batched_tokens", self.max_num_batched_tokens, self.block_size, MODEL_LEN_MAX)
+        if not self.model:
+            raise fail("model", self.model, "name a folder or a hub model, or run `mooncake model`")
+
+
+class GatewayOptions(_Options, frozen=True, kw_only=True):
+    """The Conductor with its gateway (`mooncake conductor`)."""
+
+    model: str
+    run_dir: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    metadata_endpoint: str = "tcp://127.0.0.1:*"  # bound: the Conductor hosts the metadata server
+    served_name: str = ""  # "" = model
+    aggregated: bool = False
+    first_token: bool = False
+    api_key: str = ""  # from the environment in child processes
+    block_size: int = 32
+    max_model_len: int = 0
+    dtype: str = "bfloat16"
+    log_level: str = "info"
+    vllm_args: list[str] = []
+
+    def __repr__(self) -> str:
+        """The key stays out of logs and tracebacks."""
+        return f"GatewayOptions({self.host}:{self.port}, model={self.model!r})"
+
+    def _check(self) -> None:
+        _between("port", self.port, 1, 65535)
+        _choice("dtype", self.dtype, DTYPES)
+        _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
+        check_endpoint(self.metadata_endpoint)
+        check_host(self.host, self.api_key)
+        if not self.model:
+            raise fail("model", self.model, "name the model that the instances serve")
+
+
+class StoreOptions(_Options, frozen=True, kw_only=True):
+    """One store node (`mooncake store`)."""
+
+    node: str
+    capacity_bytes: int
+    run_dir: str
+    metadata: str
+    endpoint: str = "tcp://127.0.0.1:*"
+    events: str = "tcp://127.0.0.1:*"
+    metrics_port: int = 0  # 0 = none
+    log_level: str = "info"
+
+    def _check(self) -> None:
+        _name("node", self.node)
+        _between("metrics_port", self.metrics_port, 0, 65535)
+        for endpoint in (self.metadata, self.endpoint, self.events):
+            check_endpoint(endpoint)
+        if self.capacity_bytes < POOL_BYTES_MIN:
+            raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
+
+
+def check_host(host: str, api_key: str) -> None:
+    """Refuse to serve a network without authentication.
+
+    Raises:
+        ConfigError: `host` is reachable from elsewhere and `api_key` is missing or too short.
+    """
+    if is_loopback(host):
+        return
+    if not api_key:
+        raise fail("host", host, f"others can reach it: set --api-key or {API_KEY_ENV}, or bind 127.0.0.1")
+    if len(api_key) < API_KEY_CHARS_MIN:
+        raise ConfigError(f"api key: at least {API_KEY_CHARS_MIN} characters on a reachable address")
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise fail(key, value, f"must be one of {', '.join(allowed)}")
+
+
+def _between(key: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise fail(key, value, f"must be {low}..{high}")
+
+
+def _name(key: str, value: str) -> None:
+    # names become file names and metadata keys
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value, re.ASCII):
+        raise fail(key, value, "use up to 64 letters, digits, dots, dashes and underscores")
+
+
+def _engine_sizes(block_size: int, max_model_len: int, kv_memory_bytes: int) -> None:
+    if block_size < BLOCK_TOKENS_STEP or block_size % BLOCK_TOKENS_STEP or block_size > 1024:
+        raise fail("block_size", block_size, f"must be a multiple of {BLOCK_TOKENS_STEP}, at most 1024")
+    _between("max_model_len", max_model_len, 0, MODEL_LEN_MAX)
+    if kv_memory_bytes < KV_BYTES_MIN:
+        raise fail("kv_memory", format_size(kv_memory_bytes), f"must be at least {format_size(KV_BYTES_MIN)}")
