@@ -9,9 +9,7 @@ from mooncake.core.config import WorkerOptions
 
 from mooncake.worker import instance
 
-ROLE = "decode"
-
 
 def main(options: WorkerOptions) -> int:
     """Run one decode instance in this process; return its exit code."""
-    return instance.main(options, ROLE)
+    return instance.main(options)

@@ -9,9 +9,7 @@ from mooncake.core.config import WorkerOptions
 
 from mooncake.worker import instance
 
-ROLE = "prefill"
-
 
 def main(options: WorkerOptions) -> int:
     """Run one prefill instance in this process; return its exit code."""
-    return instance.main(options, ROLE)
+    return instance.main(options)

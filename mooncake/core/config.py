@@ -121,6 +121,8 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
     block_size: int = 32
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
+    use_pool: bool = True  # False: no KV blocks are shared (a plain engine, for comparison)
+    metrics_port: int = 0  # 0 = none
     log_level: str = "info"
     vllm_args: list[str] = []
 

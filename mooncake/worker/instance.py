@@ -10,7 +10,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -79,11 +78,6 @@ class PulseCollector(Collector):
         yield age
 
 
-def node_name() -> str:
-    """Return this host's name in the cluster."""
-    return socket.gethostname()
-
-
 async def find_store(metadata: RemoteMetadata, node: str, wait_s: float) -> StoreRecord:
     """Return the record of this node's store, waiting for it to register.
 
@@ -107,22 +101,20 @@ async def find_store(metadata: RemoteMetadata, node: str, wait_s: float) -> Stor
     )
 
 
-def make_spec(options: WorkerOptions, role: str, store: StoreRecord | None) -> EngineSpec:
+def make_spec(options: WorkerOptions, store: StoreRecord | None) -> EngineSpec:
     """Return what the engine is told, in a fresh private folder."""
-    epoch = uuid.uuid4().hex[:12]
-    parent = Path(options.run_dir) if options.run_dir else Path(tempfile.gettempdir())
+    parent = Path(options.run_dir)
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    instance_id = options.instance_id or f"{role}-{epoch[:6]}"
-    run_dir = tempfile.mkdtemp(prefix=f"{instance_id}-", dir=parent)  # 0700
+    run_dir = tempfile.mkdtemp(prefix=f"{options.instance_id}-", dir=parent)  # 0700
     return EngineSpec(
-        instance_id=instance_id,
-        role=role,
-        epoch=epoch,
+        instance_id=options.instance_id,
+        role=options.role,
+        epoch=uuid.uuid4().hex[:12],
         run_dir=run_dir,
         model=options.model,
         dtype=options.dtype,
         block_size=options.block_size,
-        max_model_len=options.max_model_len or 0,
+        max_model_len=options.max_model_len,
         kv_memory_bytes=options.kv_memory_bytes,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -137,10 +129,9 @@ def make_spec(options: WorkerOptions, role: str, store: StoreRecord | None) -> E
 class Instance:
     """Wires the parts together; `run` returns the process's exit code."""
 
-    def __init__(self, options: WorkerOptions, role: str) -> None:
+    def __init__(self, options: WorkerOptions) -> None:
         """Nothing is started yet."""
         self._options = options
-        self._role = role
         self._stop_read, self._stop_write = make_stop_pipe()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._control: threading.Thread | None = None
@@ -154,7 +145,7 @@ class Instance:
         store = None
         if self._options.use_pool:
             store = asyncio.run(self._find_store())
-        spec = make_spec(self._options, self._role, store)
+        spec = make_spec(self._options, store)
         pulse = Pulse(spec.pulse_path, create=True)
         engine = start_engine(spec)  # before any thread of ours: it may fork
         relay = Relay(spec, pulse)
@@ -194,7 +185,7 @@ class Instance:
     async def _find_store(self) -> StoreRecord:
         metadata = RemoteMetadata(self._options.metadata)
         try:
-            return await find_store(metadata, node_name(), STORE_WAIT_S)
+            return await find_store(metadata, self._options.node, STORE_WAIT_S)
         finally:
             await metadata.close()
 
@@ -207,7 +198,7 @@ class Instance:
             role=spec.role,
             epoch=spec.epoch,
             endpoint=relay.endpoint,
-            node=node_name(),
+            node=self._options.node,
             pid=os.getpid(),
             model=spec.model,
             context_root=facts.context_root,
@@ -234,7 +225,7 @@ class Instance:
             self._control.join(timeout=5.0)
 
     async def _control_main(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
-        if self._options.metrics_port is not None:
+        if self._options.metrics_port:
             registry = CollectorRegistry()
             registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
             start_http_server(self._options.metrics_port, addr="127.0.0.1", registry=registry)
@@ -259,7 +250,7 @@ class Instance:
     async def _refresh_store(self, metadata: RemoteMetadata, spec: EngineSpec) -> None:
         """Keep the store's current address where the engine's pool client looks for it."""
         with contextlib.suppress(MooncakeError):  # metadata away: the last address stays
-            record = await find_store(metadata, node_name(), 0.2)
+            record = await find_store(metadata, self._options.node, 0.2)
             path = Path(spec.run_dir) / "store.json"
             payload = msgspec.json.encode(record)
             if not path.exists() or path.read_bytes() != payload:
@@ -268,6 +259,6 @@ class Instance:
                 temporary.replace(path)
 
 
-def main(options: WorkerOptions, role: str) -> int:
-    """Run one instance in this process."""
-    return Instance(options, role).run()
+def main(options: WorkerOptions) -> int:
+    """Run one instance in this process; return its exit code."""
+    return Instance(options).run()
