@@ -6,7 +6,6 @@ request spans both legs and therefore lives in the Conductor (conductor/request.
 """
 
 from mooncake.core.config import WorkerOptions
-
 from mooncake.worker import instance
 
 

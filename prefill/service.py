@@ -6,7 +6,6 @@ both legs and therefore lives in the Conductor (conductor/request.py, ADR 0001).
 """
 
 from mooncake.core.config import WorkerOptions
-
 from mooncake.worker import instance
 
 
