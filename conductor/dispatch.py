@@ -31,7 +31,6 @@ from conductor.plan import (
     Done,
     Fail,
     Leg,
-    Need,
     Plan,
     Reason,
     Rejection,
@@ -41,7 +40,7 @@ from conductor.plan import (
     Send,
     Stale,
 )
-from conductor.request import RequestMachine, State
+from conductor.request import RequestMachine
 from conductor.scheduler import Scheduler
 from conductor.vllm_seam import (
     EngineCoreOutput,
@@ -53,11 +52,6 @@ from conductor.vllm_seam import (
 
 log = structlog.get_logger(__name__)
 
-INSTANCE_WAIT_S = 30.0
-"""A request in flight waits this long for any instance to come back: an engine restart on a warm
-machine. Then it fails, and the client knows."""
-INSTANCE_POLL_S = 0.25
-"""How often a waiting request looks again (the pulse interval: nothing changes faster)."""
 REQUEST_SILENT_S_MAX = 600.0
 """No engine output for this long although its engine lives: something is stuck, fail the request."""
 SWEEP_S = 5.0
@@ -113,6 +107,7 @@ class Dispatcher:
         self._families: dict[str, Family] = {}
         self._running: dict[str, Running] = {}
         self._swept_s = 0.0
+        self._refusal = ""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -128,6 +123,8 @@ class Dispatcher:
             return  # vLLM frees another engine's hand-over this way; ours expire by themselves
         if request.resumable or request.request_id in self._clients:
             raise Unavailable("streaming input is not supported", 0.0, HTTPStatus.NOT_IMPLEMENTED)
+        if self._refusal:
+            raise Unavailable(self._refusal, 1.0, HTTPStatus.SERVICE_UNAVAILABLE)
         now_s = time.monotonic()
         family_id = family_of(request)
         try:
@@ -177,6 +174,10 @@ class Dispatcher:
     def in_flight(self) -> int:
         """Requests that have not ended."""
         return len(self._clients)
+
+    def refuse(self, why: str) -> None:
+        """Take no new requests from now on; those in flight go on."""
+        self._refusal = why
 
     async def idle(self, deadline_s: float) -> bool:
         """Wait until nothing is in flight; False if `deadline_s` passed before."""
@@ -346,30 +347,22 @@ class Dispatcher:
         client = self._clients.get(command.request_id)
         if client is None:
             return
-        if command.emitted_n:
-            self._metrics.migrations.labels(client.move_reason or "unknown").inc()
-        else:
-            self._metrics.retries.inc()
-        until_s = time.monotonic() + command.delay_s + INSTANCE_WAIT_S
-        loop = asyncio.get_running_loop()
-        if command.delay_s > 0:
-            loop.call_later(command.delay_s, self._answer, client, command, until_s)
-        else:
-            # not inline: the machine's other commands come first
-            loop.call_soon(self._answer, client, command, until_s)
+        if command.delay_s <= 0:  # later ones only ask again (bounded by the machine)
+            if command.emitted_n:
+                self._metrics.migrations.labels(client.move_reason or "engine error").inc()
+            else:
+                self._metrics.retries.inc()
+        # never inline: the machine's other commands come first
+        asyncio.get_running_loop().call_later(command.delay_s, self._answer, client, command)
 
-    def _answer(self, client: Client, command: Replan, until_s: float) -> None:
+    def _answer(self, client: Client, command: Replan) -> None:
         now_s = time.monotonic()
         machine = client.machine
+        client.heard_s = now_s
         answer = self._scheduler.replan(
             now_s, machine.facts, machine.emitted_n, command.exclude, command.need
         )
-        waiting = isinstance(answer, Rejection) and machine.state is not State.DONE
-        if waiting and now_s < until_s and not self._members.view.alive():
-            client.heard_s = now_s
-            asyncio.get_running_loop().call_later(INSTANCE_POLL_S, self._answer, client, command, until_s)
-            return
-        if isinstance(answer, Plan) and command.need is Need.DECODE:
+        if isinstance(answer, Plan):
             self._metrics.decisions.labels(str(answer.decision)).inc()
         self._run(machine.plan_result(command.need, answer))
 

@@ -1,0 +1,186 @@
+"""The gateway process: vLLM's HTTP front end over the cluster, decision core included.
+
+startup     metadata server, vLLM's configuration (in a thread: engines register meanwhile),
+            AsyncLLM over ClusterCoreClient, HTTP
+main loop   the event loop; nothing of ours blocks it
+shutdown    SIGTERM or SIGINT: refuse new work, finish what is in flight within drain_s, leave
+"""
+
+import argparse
+import asyncio
+import hmac
+import os
+import secrets
+import signal
+from typing import Any
+
+import structlog
+
+from conductor import vllm_seam
+from conductor.cluster import ClusterView
+from conductor.core_client import ClusterCoreClient
+from conductor.cost import CostModel
+from conductor.dispatch import Dispatcher
+from conductor.http import RejectionMiddleware
+from conductor.index import PrefixIndex
+from conductor.members import FollowStore, Members
+from conductor.metrics import process_metrics
+from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from mooncake.core.config import GatewayOptions, check_host
+from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_client import MetadataServer
+
+log = structlog.get_logger(__name__)
+
+DRAIN_S = 25.0
+"""Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
+
+
+class Cluster:
+    """Everything between vLLM's front end and the relays, wired together."""
+
+    def __init__(
+        self,
+        options: GatewayOptions,
+        metadata: MetadataStore,
+        follow_store: FollowStore | None = None,
+    ) -> None:
+        """Nothing runs before `start`."""
+        metrics = process_metrics()
+        self.view = ClusterView()
+        index, cost = PrefixIndex(), CostModel()
+        mode = Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED
+        scheduler = Scheduler(SchedulerConfig(mode=mode), index, cost, self.view)
+        gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
+        self.members = Members(metadata, self.view, index, gateway_id, metrics, follow_store)
+        self.dispatcher = Dispatcher(self.members, scheduler, cost, metrics, first_token=options.first_token)
+        self.client = ClusterCoreClient(self.dispatcher, self.members)
+
+    def start(self, llm: Any) -> None:
+        """Begin, under the AsyncLLM that was made over `client`."""
+        self.client.bind(llm, vllm_seam.fail_requests)
+        self.members.start(self.dispatcher)
+
+    async def drain(self) -> None:
+        """Take nothing new and wait, at most DRAIN_S, for what is in flight."""
+        log.info("gateway.draining", in_flight=self.dispatcher.in_flight)
+        self.dispatcher.refuse("the gateway is shutting down")
+        if not await self.dispatcher.idle(DRAIN_S):
+            log.warning("gateway.drain_deadline", in_flight=self.dispatcher.in_flight)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the instances as JSON-ready dictionaries."""
+        return [
+            {
+                "instance_id": record.instance_id,
+                "role": record.role,
+                "state": str(health),
+                "node": record.node,
+                "epoch": record.epoch,
+                "model": record.model,
+                "load": {
+                    "prefill_requests": load.prefill_requests,
+                    "prefill_tokens": load.prefill_tokens,
+                    "decode_requests": load.decode_requests,
+                    "decode_kv_tokens": load.decode_kv_tokens,
+                },
+            }
+            for record, health, load in self.view.instances()
+        ]
+
+
+def vllm_arguments(options: GatewayOptions) -> list[str]:
+    """Return vLLM's front-end flags for `options`; later ones win, so the user's come last."""
+    arguments = [
+        f"--model={options.model}",
+        f"--host={options.host}",
+        f"--port={options.port}",
+        f"--block-size={options.block_size}",
+        f"--dtype={options.dtype}",
+    ]
+    if options.served_name:
+        arguments.append(f"--served-model-name={options.served_name}")
+    if options.max_model_len:
+        arguments.append(f"--max-model-len={options.max_model_len}")
+    return [*arguments, *options.vllm_args]
+
+
+def configure(options: GatewayOptions) -> tuple[argparse.Namespace, Any]:
+    """Return vLLM's arguments and configuration. Takes seconds; may run in a thread.
+
+    Raises:
+        ConfigError: vLLM rejects its flags, or they would serve a network without a key.
+    """
+    args = vllm_seam.parse_args(vllm_arguments(options))
+    if options.api_key:
+        args.api_key = [*(args.api_key or []), options.api_key]
+    if not args.uds:  # flags of the user's may have changed what options.checked() saw
+        check_host(args.host or "0.0.0.0", "".join(api_keys(args)))
+    vllm_seam.load_plugins(args)
+    return args, vllm_seam.build_config(args)
+
+
+def api_keys(args: argparse.Namespace) -> list[str]:
+    """Return the keys that vLLM's own middleware accepts."""
+    given = args.api_key or [os.environ.get("VLLM_API_KEY")]
+    return [key for key in given if key]
+
+
+def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
+    """Add GET /mooncake/instances; vLLM's key check covers only its own paths, so it is ours here."""
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    keys = [f"Bearer {key}".encode() for key in api_keys(args)]
+
+    async def instances(request: Request) -> Response:
+        shown = request.headers.get("authorization", "").encode()
+        if keys and not any(hmac.compare_digest(shown, key) for key in keys):
+            return JSONResponse({"error": "Unauthorized"}, status_code=401)
+        return JSONResponse({"instances": cluster.describe(), "in_flight": cluster.dispatcher.in_flight})
+
+    app.router.routes.insert(0, Route("/mooncake/instances", instances, methods=["GET"]))
+
+
+async def run(options: GatewayOptions, follow_store: FollowStore | None = None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a setting cannot work.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = MetadataServer(options.metadata_endpoint)
+    server.start()
+    log.info("gateway.metadata", endpoint=server.endpoint)
+    try:
+        args, config = await asyncio.to_thread(configure, options)
+        cluster = Cluster(options, server.store, follow_store)
+        llm = vllm_seam.build_llm(args, config, cluster.client)
+        try:
+            app = await vllm_seam.build_app(llm, args)
+            add_routes(app, cluster, args)
+            app.add_middleware(RejectionMiddleware)
+            cluster.start(llm)
+            await vllm_seam.serve(app, args, stop, cluster.drain)
+        finally:
+            await cluster.members.close()
+            llm.shutdown()
+    finally:
+        await server.close()
+
+
+def main(options: GatewayOptions, follow_store: FollowStore | None = None) -> int:
+    """Run the gateway on uvloop; return the exit status.
+
+    Raises:
+        ConfigError: a setting cannot work, or the installed vLLM is not the one we know.
+    """
+    import uvloop
+
+    vllm_seam.check_environment()
+    uvloop.run(run(options.checked(), follow_store))
+    return 0

@@ -1,0 +1,140 @@
+"""A cluster of fake engines around the production dispatcher, on one event loop."""
+
+import asyncio
+import itertools
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode: helpers beside the tests
+
+from fake_engine import BLOCK_SIZE, FakeEngine, encoded
+from prometheus_client import CollectorRegistry
+
+from conductor.cluster import ClusterView, Health
+from conductor.cost import CostModel
+from conductor.dispatch import Dispatcher
+from conductor.index import PrefixIndex
+from conductor.members import Members
+from conductor.metrics import GatewayMetrics
+from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from conductor.vllm_seam import (
+    EngineCoreOutput,
+    EngineCoreRequest,
+    SamplingParams,
+)
+from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.metadata_memory import MemoryMetadata
+
+__all__ = ["BLOCK_SIZE"]
+
+DEADLINE_S = 10.0
+_ids = itertools.count()
+
+
+def make_request(
+    prompt: list[int], *, rid: str = "", external: str = "", arrival_time: float = 1.0, **params: object
+) -> EngineCoreRequest:
+    """A request as InputProcessor makes it."""
+    number = next(_ids)
+    external = external or f"cmpl-{number}"
+    return EngineCoreRequest(
+        request_id=rid or f"{external}-abcd",
+        prompt_token_ids=prompt,
+        mm_features=None,
+        sampling_params=SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **params}),
+        pooling_params=None,
+        arrival_time=arrival_time,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id=external,
+    )
+
+
+class World:
+    """Fake engines, metadata, and the production shell over them."""
+
+    def __init__(self, first_token: bool, mode: Mode) -> None:
+        self.metadata = MemoryMetadata()
+        self.view = ClusterView()
+        self.registry = CollectorRegistry()
+        self.metrics = GatewayMetrics(self.registry)
+        self.cost = CostModel()
+        index = PrefixIndex()
+        self.members = Members(self.metadata, self.view, index, "gw", self.metrics)
+        scheduler = Scheduler(SchedulerConfig(mode=mode), index, self.cost, self.view)
+        self.dispatcher = Dispatcher(
+            self.members, scheduler, self.cost, self.metrics, first_token=first_token
+        )
+        self.members.start(self.dispatcher)
+        self.engines: list[FakeEngine] = []
+        self.outputs: dict[str, list[EngineCoreOutput]] = {}
+        self.stats: list[int] = []
+        self.finished: dict[str, asyncio.Event] = {}
+        self._pump = asyncio.create_task(self._collect())
+
+    async def engine(self, instance_id: str, role: str, **kwargs: object) -> FakeEngine:
+        """Start and register a fake engine; returns when the view calls it alive."""
+        engine = FakeEngine(instance_id, role, **kwargs)
+        self.engines.append(engine)
+        await self.register(engine)
+        await self.until(lambda: self.view.health(instance_id) is Health.ALIVE)
+        return engine
+
+    async def register(self, engine: FakeEngine) -> None:
+        await self.metadata.put(INSTANCES_PREFIX + engine.instance_id, encoded(engine.record))
+
+    async def until(self, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+        async with asyncio.timeout(deadline_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    def add(self, request: EngineCoreRequest) -> str:
+        self.finished[request.request_id] = asyncio.Event()
+        self.dispatcher.add(request)
+        return request.request_id
+
+    def tokens(self, rid: str) -> list[int]:
+        return [token for output in self.outputs.get(rid, []) for token in output.new_token_ids]
+
+    async def finish(self, rid: str, deadline_s: float = DEADLINE_S) -> list[int]:
+        async with asyncio.timeout(deadline_s):
+            await self.finished[rid].wait()
+        return self.tokens(rid)
+
+    async def _collect(self) -> None:
+        while True:
+            step = await self.dispatcher.outputs.get()
+            if step.scheduler_stats is not None:
+                self.stats.append(step.engine_index)
+            for output in step.outputs:
+                self.outputs.setdefault(output.request_id, []).append(output)
+                if output.finish_reason is not None:
+                    self.finished[output.request_id].set()
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    async def close(self) -> None:
+        self._pump.cancel()
+        await self.members.close()
+        await self.metadata.close()
+        for engine in self.engines:
+            engine.frozen.clear()
+            engine.kill()
+
+
+@pytest.fixture
+async def make_world() -> AsyncIterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(first_token: bool = False, mode: Mode = Mode.DISAGGREGATED) -> World:
+        worlds.append(World(first_token, mode))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        await world.close()

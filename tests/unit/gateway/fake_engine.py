@@ -1,0 +1,193 @@
+"""A relay with an engine behind it that speaks the relay protocol and makes up tokens.
+
+Runs in a thread of the test process. Token i of a prompt is `token(prompt, i)`, so a stream that
+moved between fake engines can be compared with one that did not.
+"""
+
+import threading
+import time
+from typing import Any
+
+import msgspec
+import zmq
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    UtilityOutput,
+)
+from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
+
+from mooncake.core import wire
+from mooncake.core.messages import Hello, InstanceRecord, Pulse, RelayOp, Welcome
+
+BLOCK_SIZE = 4
+CONTEXT_ROOT = "ab" * 32
+
+
+def token(prompt: list[int], index: int) -> int:
+    """The index-th token after `prompt`."""
+    return 2 + (sum(prompt) * 31 + index * 7) % 250
+
+
+class Job:
+    def __init__(self, request: EngineCoreRequest) -> None:
+        params = request.sampling_params
+        assert params is not None
+        self.request = request
+        self.kv: dict[str, Any] = params.extra_args["kv_transfer_params"]["mooncake"]
+        self.made = len(self.kv.get("emitted", []))
+        self.max_tokens = params.max_tokens
+        self.first = True
+
+
+class FakeEngine:
+    """`freeze` stops everything (SIGSTOP); `kill` closes the sockets (SIGKILL)."""
+
+    def __init__(self, instance_id: str, role: str, step_s: float = 0.002, epoch: str = "e1") -> None:
+        self.instance_id, self.role, self.epoch, self.step_s = instance_id, role, epoch, step_s
+        self.received: list[EngineCoreRequest] = []
+        self.aborted: list[str] = []
+        self.hellos = 0
+        self.frozen = threading.Event()
+        self.fail_next = 0  # legs that end in finish reason "error"
+        self.jobs: dict[str, Job] = {}
+        self._stop = threading.Event()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind("tcp://127.0.0.1:*")
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._gateway = b""
+        self._encoder = MsgpackEncoder()
+        self._requests = MsgpackDecoder(EngineCoreRequest)
+        self._generic = MsgpackDecoder()
+        self._thread = threading.Thread(target=self._run, name=f"fake {instance_id}", daemon=True)
+        self._thread.start()
+
+    @property
+    def record(self) -> InstanceRecord:
+        return InstanceRecord(
+            instance_id=self.instance_id,
+            role=self.role,
+            epoch=self.epoch,
+            endpoint=self.endpoint,
+            node="n1",
+            pid=1,
+            model="tiny",
+            context_root=CONTEXT_ROOT,
+            block_size=BLOCK_SIZE,
+            max_model_len=4096,
+            kv_blocks=100_000,
+            max_num_seqs=256,
+            max_num_batched_tokens=2048,
+            block_bytes=1024,
+            vllm_version="0.32.0",
+        )
+
+    def kill(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def legs(self) -> list[str]:
+        return [r.sampling_params.extra_args["kv_transfer_params"]["mooncake"]["leg"] for r in self.received]
+
+    def _run(self) -> None:
+        step_at_s = time.monotonic()
+        while not self._stop.is_set():
+            if self.frozen.is_set():
+                time.sleep(0.01)
+                continue
+            wait_s = max(0.0, step_at_s - time.monotonic()) if self.jobs else 0.02
+            if self._socket.poll(int(wait_s * 1000)):
+                self._read()
+            if self.jobs and time.monotonic() >= step_at_s:
+                self._step()
+                step_at_s = time.monotonic() + self.step_s
+        self._socket.close()
+        self._context.destroy(linger=0)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                identity, operation, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if operation == RelayOp.HELLO:
+                wire.decode(frames[0], Hello)
+                self.hellos += 1
+                self._gateway = identity
+                welcome = wire.encode(Welcome(3, self.instance_id, self.epoch))
+                self._socket.send_multipart([identity, RelayOp.WELCOME, welcome])
+            elif operation == RelayOp.PING:
+                pulse = wire.encode(Pulse(self.epoch, 0.01))
+                self._socket.send_multipart([identity, RelayOp.PONG, frames[0], pulse])
+            elif operation == RelayOp.BYE:
+                self.jobs.clear()
+            elif operation == RelayOp.ENGINE:
+                self._engine(frames)
+
+    def _engine(self, frames: list[bytes]) -> None:
+        kind, body = frames[0], frames[1:]
+        if kind == b"\x00":
+            request = self._requests.decode(body)
+            self.received.append(request)
+            self.jobs[request.request_id] = Job(request)
+        elif kind == b"\x01":
+            for engine_id in self._generic.decode(body):
+                self.aborted.append(engine_id)
+                self.jobs.pop(engine_id, None)
+        else:
+            _, call_id, method, args = self._generic.decode(body)
+            answer = UtilityOutput(call_id, None, UtilityResult([method, list(args)]))
+            if method == "broken":
+                answer = UtilityOutput(call_id, "no such method", None)
+            self._send(EngineCoreOutputs(utility_output=answer))
+
+    def _step(self) -> None:
+        now_s = time.monotonic()
+        outputs = [self._output(job, now_s) for job in list(self.jobs.values())]
+        stats = SchedulerStats(num_running_reqs=len(self.jobs))
+        self._send(EngineCoreOutputs(outputs=outputs, scheduler_stats=stats, timestamp=now_s))
+
+    def _output(self, job: Job, now_s: float) -> EngineCoreOutput:
+        request = job.request
+        prompt = request.prompt_token_ids
+        assert prompt is not None
+        output = EngineCoreOutput(request_id=request.request_id, new_token_ids=[])
+        if job.first:
+            job.first = False
+            # a decode engine finds the prompt in the pool; only leg 1 and whole legs compute it
+            cached = len(prompt) if job.kv["leg"] == "decode" else 0
+            output.prefill_stats = PrefillStats(
+                num_prompt_tokens=len(prompt),
+                num_computed_tokens=len(prompt) - cached,
+                num_cached_tokens=cached,
+            )
+            output.events = [
+                EngineCoreEvent(EngineCoreEventType.QUEUED, now_s - 0.002),
+                EngineCoreEvent(EngineCoreEventType.SCHEDULED, now_s - 0.001),
+            ]
+        if self.fail_next > 0:
+            self.fail_next -= 1
+            output.finish_reason = FinishReason.ERROR
+            del self.jobs[request.request_id]
+            return output
+        output.new_token_ids = [token(prompt, job.made)]
+        job.made += 1
+        if job.made >= job.max_tokens:
+            output.finish_reason = FinishReason.LENGTH
+            del self.jobs[request.request_id]
+        return output
+
+    def _send(self, outputs: EngineCoreOutputs) -> None:
+        frames = self._encoder.encode(outputs)
+        self._socket.send_multipart([self._gateway, RelayOp.OUTPUT, *frames])
+
+
+def encoded(record: InstanceRecord) -> bytes:
+    return msgspec.json.encode(record)
