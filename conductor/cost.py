@@ -10,16 +10,17 @@ make more work look cheaper and pull the whole load onto one instance.
 """
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite, sqrt
 
 import msgspec
 
 FORGETTING = 0.98
 """Weight of the past per observation: the last ~50 decide, so a load change shows within seconds."""
-PRIOR_SPREAD = 1.0
-"""Prior variance of a coefficient relative to its prior: one honest measurement may move it 100 %."""
-SPREAD_MAX = 100.0
-"""Bound of the covariance: without it, identical observations blow it up under forgetting."""
+PRIOR_SPREAD = 100.0
+"""Prior variance of a coefficient relative to its prior: it may be ten times wrong, so the first
+few dozen measurements decide, not the prior."""
+SPREAD_MAX = 1000.0
+"""Bound of each variance: without it, identical observations blow it up under forgetting."""
 ERROR_RATIO_MAX = 4.0
 """One observation is taken for at most this many times its prediction: a stall is not a trend."""
 SECONDS_MAX = 3600.0
@@ -73,7 +74,7 @@ class _Fit:
         self._scale = tuple(prior)
         size = len(self._scale)
         self._coefficients = [1.0] * size
-        self._spread = [[PRIOR_SPREAD if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self._spread = _diagonal(PRIOR_SPREAD, size)
         self.error = _Error()
 
     @property
@@ -81,23 +82,32 @@ class _Fit:
         return tuple(c * s for c, s in zip(self._coefficients, self._scale, strict=True))
 
     def predict(self, features: Sequence[float]) -> float:
-        total = sum(c * s * f for c, s, f in zip(self._coefficients, self._scale, features, strict=True))
+        total = sum(c * f for c, f in zip(self.coefficients, features, strict=True))
         return max(total, SECONDS_MIN)
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
         predicted = self.predict(features)
         self.error.add(predicted, seconds)
         bounded = min(seconds, predicted * ERROR_RATIO_MAX)
-        # dividing a row by its prediction makes the error relative
-        row = [f * s / predicted for f, s in zip(features, self._scale, strict=True)]
+        # dividing a row by its own seconds makes the error relative
+        row = [f * s / bounded for f, s in zip(features, self._scale, strict=True)]
         spread, size = self._spread, range(len(row))
         gain = [sum(spread[i][j] * row[j] for j in size) for i in size]
         denominator = FORGETTING + sum(row[i] * gain[i] for i in size)
-        step = (bounded - predicted) / predicted / denominator
+        step = (1 - sum(self._coefficients[i] * row[i] for i in size)) / denominator
         self._coefficients = [max(0.0, c + g * step) for c, g in zip(self._coefficients, gain, strict=True)]
         fresh = [[(spread[i][j] - gain[i] * gain[j] / denominator) / FORGETTING for j in size] for i in size]
-        if max(fresh[i][i] for i in size) <= SPREAD_MAX:
-            self._spread = fresh
+        if not all(0 < fresh[i][i] < inf for i in size):
+            # rounding has eaten a variance (features many orders of magnitude apart): learn afresh
+            self._spread = _diagonal(PRIOR_SPREAD, len(row))
+            return
+        # shrink only what was not seen lately: rows and columns alike, so that it stays positive
+        shrink = [min(1.0, sqrt(SPREAD_MAX / fresh[i][i])) for i in size]
+        self._spread = [[fresh[i][j] * shrink[i] * shrink[j] for j in size] for i in size]
+
+
+def _diagonal(value: float, size: int) -> list[list[float]]:
+    return [[value if i == j else 0.0 for j in range(size)] for i in range(size)]
 
 
 class CostModel:

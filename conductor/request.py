@@ -1,12 +1,12 @@
 """The two-leg state machine of one client request (DESIGN 2.3, 5 and "Failure").
 
     PLANNED --start--> PREFILLING --leg 1 done--> DECODING --finish--> DONE
-                 |       ^ |  retry on loss        ^ |  loss, error: move with what was emitted
-                 |       '-'                       | v
-                 '------ no leg 1 -------------> REPLANNING
+       |                  ^ | leg 1 lost: again      ^ | lost: move with what was emitted
+       |                  '-'           place found  | v
+       '---- start without leg 1 ----> DECODING    REPLANNING
 
-The shell carries out commands in order. It tells ClusterView first and the machines second, so that a Replan sees the loss. Commands
-carry their request_id: with a shared PrefillGroup an event of one child may move its siblings.
+The shell carries out commands in order; it tells ClusterView first and machines second, so that a
+Replan sees the loss. Commands carry request_ids: an event of one child may move its siblings.
 Every leg has its own engine-side id (`rid#p1`, `rid#d2`): an output of a leg that was aborted, or of
 an instance wrongly taken for dead, is answered with Stale. A lost leg is also aborted, best effort:
 an instance that was only stopped finds the abort in its queue when it wakes.
@@ -43,7 +43,7 @@ REPLAN_REJECTIONS_MAX = 20
 """Times a replan may find nobody; with the delays below a stream survives about 10 s of that."""
 REPLAN_DELAY_MIN_S = 0.1
 REPLAN_DELAY_MAX_S = 0.5
-"""Bounds of the wait between rejected replans: an instance that comes back is used within this."""
+"""Bounds of the wait between rejected replans."""
 ENGINE_FAILED = frozenset({"error", "abort"})
 """Finish reasons that no request asked for: an abort of ours makes the leg's outputs stale first."""
 

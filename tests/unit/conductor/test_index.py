@@ -1,0 +1,136 @@
+"""PrefixIndex: what it answers, how it forgets, and that it agrees with a dict of sets."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conductor.index import DEAD_BITS_MAX, PrefixIndex
+from mooncake.core.errors import ProtocolError
+from tests.unit.conductor.make import keys
+
+KEYS = keys(12)
+
+
+def blob(*which: int) -> bytes:
+    return b"".join(KEYS[i] for i in which)
+
+
+def test_a_node_hits_as_many_leading_blocks_as_it_holds():
+    index = PrefixIndex()
+    index.apply("a", blob(0, 1, 2, 3), b"")
+    index.apply("b", blob(0, 1), b"")
+    assert index.longest_prefix(KEYS) == {"b": 2, "a": 4}
+
+
+def test_a_hole_ends_the_hit_although_deeper_blocks_are_there():
+    index = PrefixIndex()
+    index.apply("a", blob(0, 1, 2, 3), blob(1))
+    assert index.longest_prefix(KEYS) == {"a": 1}
+
+
+def test_a_node_without_the_first_block_is_left_out():
+    index = PrefixIndex()
+    index.apply("a", blob(1, 2), b"")
+    assert index.longest_prefix(KEYS) == {}
+
+
+def test_no_keys_and_no_nodes_are_no_hits():
+    assert PrefixIndex().longest_prefix(KEYS) == {}
+    index = PrefixIndex()
+    index.apply("a", blob(0), b"")
+    assert index.longest_prefix([]) == {}
+
+
+def test_keys_that_agree_in_their_first_64_bits_are_different_blocks():
+    index = PrefixIndex()
+    twin = KEYS[0][:8] + bytes(24)
+    index.apply("a", KEYS[0], b"")
+    assert index.longest_prefix([twin]) == {}
+
+
+def test_applying_an_event_twice_changes_nothing():
+    index = PrefixIndex()
+    for _ in range(2):
+        index.apply("a", blob(0, 1), b"")
+    assert index.longest_prefix(KEYS) == {"a": 2}
+    assert index.stats().blocks == 2
+
+
+def test_removing_the_last_holder_frees_the_block():
+    index = PrefixIndex()
+    index.apply("a", blob(0), b"")
+    index.apply("b", blob(0), b"")
+    index.apply("a", b"", blob(0))
+    assert index.holders(KEYS[0]) == ("b",)
+    index.apply("b", b"", blob(0, 5))  # 5 was never there: fine
+    assert index.stats().blocks == 0
+
+
+def test_reset_forgets_one_node_at_once_and_it_can_load_a_snapshot():
+    index = PrefixIndex()
+    index.apply("a", blob(0, 1, 2), b"")
+    index.apply("b", blob(0), b"")
+    index.reset("a")
+    assert index.longest_prefix(KEYS) == {"b": 1}
+    index.apply("a", blob(0, 1), b"")
+    assert index.longest_prefix(KEYS) == {"b": 1, "a": 2}
+
+
+def test_many_restarts_are_swept_and_leave_nothing_behind():
+    index = PrefixIndex()
+    for _ in range(3 * DEAD_BITS_MAX):
+        index.apply("a", blob(*range(12)), b"")
+        index.drop("a")
+    assert index.longest_prefix(KEYS) == {}
+    assert index.stats().sweeps == 3
+    assert index.stats().blocks == 0
+    assert index.stats().nodes == 0
+
+
+def test_a_full_index_drops_its_oldest_blocks_and_counts_them():
+    index = PrefixIndex(blocks_max=8)
+    index.apply("a", blob(*range(8)), b"")
+    index.apply("a", blob(8), b"")
+    assert index.stats().blocks == 8
+    assert index.stats().dropped == 1
+    assert index.holders(KEYS[0]) == ()
+    assert index.holders(KEYS[8]) == ("a",)
+
+
+@pytest.mark.parametrize("bad", [b"x", KEYS[0] + b"x"])
+def test_half_a_key_is_a_protocol_error_and_applies_nothing(bad):
+    index = PrefixIndex()
+    with pytest.raises(ProtocolError):
+        index.apply("a", blob(0), bad)
+    assert index.stats().blocks == 0
+
+
+NODES = st.sampled_from("abc")
+IDS = st.lists(st.integers(0, 11), max_size=12)
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("apply"), NODES, IDS, IDS),
+        st.tuples(st.just("reset"), NODES, st.just([]), st.just([])),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(EVENTS)
+def test_it_agrees_with_one_set_per_node(events):
+    index = PrefixIndex()
+    model: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
+    for kind, node, stored, removed in events:
+        if kind == "apply":
+            index.apply(node, blob(*stored), blob(*removed))
+            model[node] = (model[node] | set(stored)) - set(removed)
+        else:
+            index.reset(node)
+            model[node] = set()
+        expected = {}
+        for name, held in model.items():
+            depth = next((i for i in range(12) if i not in held), 12)
+            if depth:
+                expected[name] = depth
+        assert index.longest_prefix(KEYS) == expected
