@@ -137,6 +137,9 @@ class Link:
             self._say_hello(self._began_s)
             self._send(RelayOp.BYE)
         self._say_hello(self._began_s)
+        # a ZMQ descriptor only signals again once its socket was read until empty
+        self._on_monitor()
+        self._drain()
 
     def tick(self, now_s: float) -> None:
         """Call every PULSE_S: pings, or repeats HELLO, or gives up connecting."""

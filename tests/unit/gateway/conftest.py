@@ -89,7 +89,7 @@ class World:
 
     async def until(self, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
         async with asyncio.timeout(deadline_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 -- conditions look at other threads
                 await asyncio.sleep(0.005)
 
     def add(self, request: EngineCoreRequest) -> str:
