@@ -29,5 +29,5 @@ def decode(data: bytes | memoryview, kind: type[T]) -> T:
         raise ProtocolError(f"message of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid {getattr(kind, '__name__', kind)}: {error}") from error
