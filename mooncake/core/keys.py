@@ -31,7 +31,8 @@ def request_root(root: bytes, cache_salt: str | None, lora: str | None) -> bytes
     """Return the chain root of one request: tenants and adapters never share blocks."""
     if cache_salt is None and lora is None:
         return root
-    return sha256(root + msgspec.msgpack.encode([cache_salt, lora])).digest()
+    # the label keeps this root apart from block keys: else some salts spell tokens after `root`
+    return sha256(b"mooncake-request-1" + root + msgspec.msgpack.encode([cache_salt, lora])).digest()
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
