@@ -8,6 +8,7 @@ REQ/REP: a lost peer never wedges the socket. Binds loopback or ipc only (see `c
 import asyncio
 import contextlib
 import itertools
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -35,6 +36,8 @@ IN_FLIGHT_MAX = 1024
 HWM_MESSAGES = 10_000
 """ZMQ queue bound per peer; control traffic is a few hundred messages a second."""
 LINGER_MS = 200
+LOOPBACK_TCP = re.compile(r"tcp://(127\.0\.0\.1|localhost):(\d{1,5}|\*)")
+"""IPv4 only: a ZMQ socket needs an option for [::1], and nobody needs two loopbacks."""
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -43,15 +46,14 @@ def check_endpoint(endpoint: str) -> str:
     """Return `endpoint` if it may be bound without authentication.
 
     Raises:
-        ConfigError: it is neither ipc:// nor a loopback tcp:// address.
+        ConfigError: it is neither ipc:// nor a loopback tcp:// address with a port.
     """
     if endpoint.startswith("ipc://"):
         return endpoint
-    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0]
-    if endpoint.startswith("tcp://") and host in ("127.0.0.1", "[::1]", "localhost"):
+    if LOOPBACK_TCP.fullmatch(endpoint):
         return endpoint
     raise ConfigError(
-        f"endpoint {endpoint!r}: control sockets bind 127.0.0.1 or ipc:// only; "
+        f"endpoint {endpoint!r}: control sockets bind tcp://127.0.0.1:PORT or ipc:// only; "
         "this release has no authenticated remote control plane yet"
     )
 
@@ -119,26 +121,25 @@ class RpcServer:
                 continue
             if len(self._tasks) >= IN_FLIGHT_MAX:
                 error = CapacityError(f"{IN_FLIGHT_MAX} calls in progress at {self.endpoint}")
-                await self._send(frames[0], frames[1], failure_of(error))
+                await self._send(frames[0], frames[1], wire.encode(failure_of(error)))
                 continue
             task = asyncio.create_task(self._answer(*frames))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, identity: bytes, call_id: bytes, payload: bytes) -> None:
-        reply: Any
         try:
-            reply = await self._handler(wire.decode(payload, self._request_type))
+            reply = wire.encode(await self._handler(wire.decode(payload, self._request_type)))
         except MooncakeError as error:
-            reply = failure_of(error)
+            reply = wire.encode(failure_of(error))
         except Exception as error:
             log.exception("rpc.handler_failed", endpoint=self.endpoint)
-            reply = Failure("internal", f"{type(error).__name__}: {error}")
+            reply = wire.encode(Failure("internal", f"{type(error).__name__}: {error}"))
         await self._send(identity, call_id, reply)
 
-    async def _send(self, identity: bytes, call_id: bytes, reply: Any) -> None:
+    async def _send(self, identity: bytes, call_id: bytes, reply: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the caller is gone: nobody waits for this
-            await self._socket.send_multipart([identity, call_id, wire.encode(reply)])
+            await self._socket.send_multipart([identity, call_id, reply])
 
 
 class RpcClient:
