@@ -1,0 +1,27 @@
+"""The Conductor's policy modules know no clock, randomness, sockets, engines or logs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PURE = ("plan", "index", "cost", "cluster", "scheduler", "request")
+ALLOWED = {"collections.abc", "enum", "itertools", "math", "msgspec"}
+OURS = {f"conductor.{name}" for name in PURE} | {
+    "mooncake.core.errors",
+    "mooncake.core.keys",
+    "mooncake.core.messages",
+}
+FOLDER = Path(__file__).parents[3] / "conductor"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_policy_module_imports_only_pure_things(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported <= ALLOWED | OURS
