@@ -119,6 +119,7 @@ async def test_a_faulty_store_or_value_never_reaches_the_owner():
 
 async def test_close_is_bounded_when_the_store_hangs(monkeypatch):
     monkeypatch.setattr(metadata_registration, "CLOSE_S", 0.2)
+
     class Hanging(MemoryMetadata):
         async def revoke(self, lease_id: int) -> None:
             await asyncio.sleep(60)

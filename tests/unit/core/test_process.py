@@ -37,7 +37,7 @@ async def first_line(path) -> str:
 async def test_a_child_leads_its_own_session_and_logs_to_a_private_file(tmp_path):
     log_path = tmp_path / "log"
     env = {"GREETING": "hello", "PATH": os.environ["PATH"]}
-    child = await spawn(["sh", "-c", "echo $GREETING; pwd >&2"], env, tmp_path, log_path)
+    child = await spawn(["sh", "-c", "echo $GREETING; pwd >&2; sleep 0.2"], env, tmp_path, log_path)
     assert os.getsid(child.pid) == child.pid
     assert await child.wait() == 0
     assert log_path.read_text().splitlines() == ["hello", str(tmp_path)]
