@@ -163,9 +163,8 @@ async def run(options: GatewayOptions, follow_store: FollowStore | None = None) 
         try:
             app = await vllm_seam.build_app(llm, args)
             add_routes(app, cluster, args)
-            app.add_middleware(RejectionMiddleware)
             cluster.start(llm)
-            await vllm_seam.serve(app, args, stop, cluster.drain)
+            await vllm_seam.serve(app, RejectionMiddleware(app), args, stop, cluster.drain)
         finally:
             await cluster.members.close()
             llm.shutdown()

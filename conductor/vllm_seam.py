@@ -238,9 +238,20 @@ async def build_app(llm: Any, args: argparse.Namespace) -> Any:
 
 
 async def serve(
-    app: Any, args: argparse.Namespace, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]
+    app: Any,
+    asgi: Any,
+    args: argparse.Namespace,
+    stop: asyncio.Event,
+    drain: Callable[[], Awaitable[None]],
 ) -> None:
     """Serve HTTP until `stop`, then refuse new connections, `drain`, and close.
+
+    Args:
+        app: what build_app returned.
+        asgi: `app`, or middleware around it (vLLM has built its own middleware stack by then).
+        args: from parse_args.
+        stop: set by signal handlers.
+        drain: returns when open requests may be cut.
 
     vLLM's serve_http would stop its engine client before the HTTP server, which cuts requests in
     flight; here the order is the other way round.
@@ -254,7 +265,7 @@ async def serve(
     if (log_config := get_uvicorn_log_config(args)) is not None:
         extra["log_config"] = log_config
     config = uvicorn.Config(
-        app,
+        asgi,
         host=args.host,
         port=args.port,
         uds=args.uds,

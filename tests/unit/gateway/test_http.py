@@ -1,0 +1,203 @@
+"""The whole gateway in one process: vLLM's HTTP app over fake engines."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import tiny_model
+from fake_engine import FakeEngine, encoded
+
+from conductor import gateway, vllm_seam
+from conductor.cluster import Health
+from conductor.http import RejectionMiddleware
+from mooncake.core.config import GatewayOptions
+from mooncake.core.errors import ConfigError
+from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.metadata_memory import MemoryMetadata
+
+KEY = "k" * 24
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
+
+
+def options(model_dir: Any, **changes: Any) -> GatewayOptions:
+    settings = {
+        "model": str(model_dir),
+        "run_dir": str(model_dir),
+        "served_name": "tiny",
+        "first_token": True,
+    }
+    return GatewayOptions(**{**settings, "api_key": KEY, **changes})
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model_dir = tiny_model.make(tmp_path_factory.mktemp("model"))
+    return model_dir, *gateway.configure(options(model_dir))
+
+
+@pytest.fixture
+async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
+    """The app with a client; `alive(role, ...)` adds a fake engine."""
+    from prometheus_client import CollectorRegistry
+
+    from conductor.metrics import GatewayMetrics
+
+    registry = CollectorRegistry()
+    monkeypatch.setattr(gateway, "process_metrics", lambda: GatewayMetrics(registry))
+    model_dir, args, config = configured
+    metadata = MemoryMetadata()
+    cluster = gateway.Cluster(options(model_dir), metadata)
+    llm = vllm_seam.build_llm(args, config, cluster.client)
+    app = await vllm_seam.build_app(llm, args)
+    gateway.add_routes(app, cluster, args)
+    cluster.start(llm)
+    engines: list[FakeEngine] = []
+
+    async def engine(instance_id: str, role: str) -> FakeEngine:
+        engines.append(FakeEngine(instance_id, role))
+        await metadata.put(INSTANCES_PREFIX + instance_id, encoded(engines[-1].record))
+        async with asyncio.timeout(5):
+            while cluster.view.health(instance_id) is not Health.ALIVE:  # noqa: ASYNC110 -- other thread
+                await asyncio.sleep(0.005)
+        return engines[-1]
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    transport = httpx.ASGITransport(app=RejectionMiddleware(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
+        yield SimpleNamespace(
+            client=client, cluster=cluster, llm=llm, engine=engine, registry=registry, app=app
+        )
+    await cluster.members.close()
+    llm.shutdown()
+    await metadata.close()
+    for one in engines:
+        one.kill()
+
+
+async def test_chat_is_answered_by_two_engines(site) -> None:
+    prefill, decode = await site.engine("p0", "prefill"), await site.engine("d0", "decode")
+    answer = await site.client.post("/v1/chat/completions", json=CHAT)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["usage"]["completion_tokens"] == 6
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0  # leg 2 loaded all of them
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert (prefill.legs(), decode.legs()) == (["prefill"], ["decode"])
+
+
+async def test_two_choices_cost_one_prefill(site) -> None:
+    prefill, decode = await site.engine("p0", "prefill"), await site.engine("d0", "decode")
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "n": 2})
+    assert len(answer.json()["choices"]) == 2, answer.text
+    assert (prefill.legs(), decode.legs()) == (["prefill"], ["decode", "decode"])
+
+
+async def test_a_stream_ends_with_done_and_its_usage(site) -> None:
+    await site.engine("b0", "both")
+    stream = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+    answer = await site.client.post("/v1/chat/completions", json=stream)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nobody_alive_is_503_with_retry_after_before_anything_streams(site, stream) -> None:
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "no instance alive" in answer.json()["error"]["message"]
+    assert site.llm.output_processor.get_num_unfinished_requests() == 0
+
+
+async def test_a_rejected_request_of_two_choices_leaves_nothing_behind(site) -> None:
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "n": 2})
+    assert answer.status_code == 503
+    assert site.llm.output_processor.get_num_unfinished_requests() == 0
+    assert site.cluster.dispatcher.in_flight == 0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_request_that_keeps_failing_is_503_and_leaves_nothing_behind(site, n) -> None:
+    engine = await site.engine("b0", "both")
+    engine.fail_next = 100
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "n": n})
+    assert answer.status_code == 503, answer.text
+    assert "error" in answer.json()["error"]["message"]
+    assert site.llm.output_processor.get_num_unfinished_requests() == 0
+    async with asyncio.timeout(2):
+        while site.cluster.dispatcher.in_flight:  # noqa: ASYNC110 -- aborts follow in the same turn
+            await asyncio.sleep(0.005)
+
+
+async def test_a_stop_string_frees_the_engine(site) -> None:
+    engine = await site.engine("b0", "both")
+    ask = {"model": "tiny", "prompt": "ab", "max_tokens": 120}
+    first = await site.client.post("/v1/completions", json=ask)
+    word = next(char for char in first.json()["choices"][0]["text"][1:] if char.isascii() and char.isalpha())
+    request = {"model": "tiny", "prompt": "ab", "max_tokens": 2000, "stop": [word]}
+    answer = await site.client.post("/v1/completions", json=request)
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    async with asyncio.timeout(5):
+        while engine.jobs:  # noqa: ASYNC110 -- other thread
+            await asyncio.sleep(0.005)
+
+
+async def test_embeddings_are_not_found_as_in_vllm(site) -> None:
+    assert (await site.client.post("/v1/embeddings", json={"model": "tiny", "input": "x"})).status_code == 404
+
+
+async def test_instances_are_listed_for_holders_of_the_key(site) -> None:
+    await site.engine("p0", "prefill")
+    listed = (await site.client.get("/mooncake/instances")).json()
+    assert [(i["instance_id"], i["role"], i["state"]) for i in listed["instances"]] == [
+        ("p0", "prefill", "alive")
+    ]
+    denied = await site.client.get("/mooncake/instances", headers={"Authorization": "Bearer wrong"})
+    assert denied.status_code == 401
+
+
+async def test_the_api_key_guards_vllms_routes(site) -> None:
+    answer = await site.client.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer no"})
+    assert answer.status_code == 401
+
+
+async def test_metrics_of_both_are_on_one_page(configured) -> None:
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    from conductor.metrics import process_metrics
+
+    process_metrics().requests.labels("finished")
+    page = generate_latest(get_prometheus_registry()).decode()
+    assert 'mooncake_requests_total{outcome="finished"}' in page
+
+
+async def test_utility_calls_go_to_every_engine(site) -> None:
+    await site.engine("p0", "prefill")
+    await site.engine("d0", "decode")
+    assert await site.llm.reset_prefix_cache() is True
+    with pytest.raises(vllm_seam.Unavailable, match="stop the instance"):
+        await site.llm.sleep()
+    assert not site.llm.errored
+
+
+@pytest.mark.parametrize(
+    "bad", [["--host=0.0.0.0", "--api-key=short"], ["--no-such-flag"], ["--enable-auto-tool-choice"]]
+)
+def test_settings_that_cannot_work_stop_the_gateway(configured, bad) -> None:
+    with pytest.raises(ConfigError):
+        gateway.configure(options(configured[0], api_key="", vllm_args=bad))
+
+
+def test_vllms_own_flags_pass_through(configured) -> None:
+    flags = ["--enable-auto-tool-choice", "--tool-call-parser=hermes", "--max-num-queued-reqs=7"]
+    args, config = gateway.configure(options(configured[0], vllm_args=flags))
+    assert args.tool_call_parser == "hermes"
+    assert args.enable_prompt_tokens_details
+    assert config.scheduler_config.max_num_queued_reqs == 7
+    assert config.cache_config.block_size == 32
