@@ -6,11 +6,11 @@ stock vLLM finds it: `--kv-transfer-config '{"kv_connector": "MooncakeConnector"
 "kv_connector_module_path": "mooncake.worker.connector", ...}'`.
 """
 
+import functools
 import platform
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from kvstore.client import PoolClient
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -18,13 +18,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvstore.client import PoolClient
 from mooncake.core.errors import ConfigError
 from mooncake.core.keys import context_root
 from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf
 from mooncake.worker.connector_worker import WorkerHalf
 from mooncake.worker.pulse import Pulse
-from mooncake.worker.spec import EngineFacts, EngineSpec, model_fingerprint, write_facts
+from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, model_fingerprint, write_facts
 
 # a virtual subclass: the halves and their tests need no vLLM import
 KVConnectorMetadata.register(StepMeta)
@@ -84,7 +85,12 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
                 f"world size {parallel.world_size}: this release shares blocks of single-rank engines only"
             )
         pulse = Pulse(spec.pulse_path, create=False)
-        pool = PoolClient(spec.store, writer=f"{spec.instance_id}/{spec.epoch}")
+        pool = PoolClient(
+            spec.store,
+            writer=f"{spec.instance_id}/{spec.epoch}",
+            resolve=functools.partial(current_store, spec.store_path),
+            touch=role == KVConnectorRole.WORKER,  # only that side copies bytes
+        )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:

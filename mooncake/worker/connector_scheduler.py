@@ -49,7 +49,6 @@ class Tracked:
     found: list[Block] = field(default_factory=list)
     looked_up: bool = False
     no_load: bool = False
-    job: LoadJob | None = None
     loading: set[int] = field(default_factory=set)
     saved: int = 0  # full blocks known to be in the pool, from the start
     tail_saved: bool = False
@@ -110,6 +109,7 @@ class SchedulerHalf:
         wanted = self._wanted(state)
         state.looked_up = False
         state.found = []
+        state.loading = set()
         if not wanted:
             state.looked_up = True
             return
@@ -150,7 +150,7 @@ class SchedulerHalf:
         state.call = None
         state.looked_up = True
         state.lease_id, state.found, state.leased_s = answer.lease_id, answer.blocks, time.monotonic()
-        state.saved = min(len(answer.blocks), len(state.keys))
+        state.saved = self._full_found(state)
         self._pulse.add("lookup_tokens", state.prompt_len)
         return True
 
@@ -170,10 +170,17 @@ class SchedulerHalf:
             return 0, False
         return extra, self._async
 
+    def _full_found(self, state: Tracked) -> int:
+        """Return how many of the found blocks are full ones: a decode leg's last may be the tail.
+
+        Not min(found, keys): decoding makes more keys, and then the tail would count as full.
+        """
+        with_tail = state.leg == "decode" and state.tail_key is not None
+        return min(len(state.found), state.prompt_len // self._block_size if with_tail else len(state.keys))
+
     def _covered(self, state: Tracked) -> int:
         """Return the tokens that the leased blocks cover, from the start."""
-        full = min(len(state.found), len(state.keys))
-        tokens = full * self._block_size
+        tokens = self._full_found(state) * self._block_size
         if len(state.found) > state.prompt_len // self._block_size and state.leg == "decode":
             tokens = max(tokens, state.prompt_len)  # the tail came too
         total = int(state.request.num_tokens)
@@ -185,9 +192,10 @@ class SchedulerHalf:
     def allocated(self, request: Any, block_ids: Sequence[int], extra: int) -> None:
         """VLLM has allocated blocks; load `extra` tokens behind the locally computed ones."""
         state = self._requests.get(request.request_id)
-        if state is None or (extra == 0 and state.job is not None):
+        if state is None:
             return
-        if extra == 0:
+        state.looked_up = False  # vLLM asks again only after a preemption: then look up anew
+        if extra == 0:  # also the second call of an async load, whose job has the lease
             self._drop_lease(state)
             return
         covered = self._covered(state)
@@ -201,7 +209,7 @@ class SchedulerHalf:
             list(block_ids[first:last]),
             state.lease_id,
         )
-        state.job, state.lease_id = job, 0  # the worker half releases the lease after the load
+        state.lease_id, state.found = 0, []  # the worker half releases the lease after the load
         state.loading = set(job.block_ids)
         (self._pending_loads if self._async else self._pending_sync).append(job)
         self._pulse.add("hit_tokens", extra)

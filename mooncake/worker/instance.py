@@ -32,7 +32,7 @@ from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.launch import EngineProcess, start_engine
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
-from mooncake.worker.spec import EngineFacts, EngineSpec
+from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_atomically
 
 log = structlog.get_logger(__name__)
 
@@ -251,12 +251,8 @@ class Instance:
         """Keep the store's current address where the engine's pool client looks for it."""
         with contextlib.suppress(MooncakeError):  # metadata away: the last address stays
             record = await find_store(metadata, self._options.node, 0.2)
-            path = Path(spec.run_dir) / "store.json"
-            payload = msgspec.json.encode(record)
-            if not path.exists() or path.read_bytes() != payload:
-                temporary = path.with_suffix(".tmp")
-                temporary.write_bytes(payload)
-                temporary.replace(path)
+            if current_store(spec.store_path) != record:
+                write_atomically(spec.store_path, msgspec.json.encode(record))
 
 
 def main(options: WorkerOptions) -> int:

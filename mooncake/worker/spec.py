@@ -54,6 +54,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.run_dir) / "facts.json"
 
     @property
+    def store_path(self) -> Path:
+        """File in which the relay keeps the store's current record (it may restart elsewhere)."""
+        return Path(self.run_dir) / "store.json"
+
+    @property
     def pulse_path(self) -> Path:
         """File of the shared counters (see pulse.py)."""
         return Path(self.run_dir) / "pulse"
@@ -67,11 +72,24 @@ class EngineFacts(msgspec.Struct, frozen=True):
     context: dict[str, str]
 
 
-def write_facts(path: Path, facts: EngineFacts) -> None:
-    """Write `facts` so that a reader sees all or nothing."""
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Write `path` so that a reader sees all or nothing."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.encode(facts))
+    temporary.write_bytes(payload)
     temporary.replace(path)
+
+
+def current_store(path: Path) -> StoreRecord | None:
+    """Return the store's record as the relay last saw it, or None."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=StoreRecord)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+def write_facts(path: Path, facts: EngineFacts) -> None:
+    """Write `facts` for the relay."""
+    write_atomically(path, msgspec.json.encode(facts))
 
 
 def _samples(path: Path) -> Iterator[bytes]:
