@@ -23,7 +23,7 @@ from conductor.cost import CostModel
 from conductor.dispatch import Dispatcher
 from conductor.http import RejectionMiddleware
 from conductor.index import PrefixIndex
-from conductor.members import FollowStore, Members
+from conductor.members import Members
 from conductor.metrics import process_metrics
 from conductor.scheduler import Mode, Scheduler, SchedulerConfig
 from mooncake.core.config import GatewayOptions, check_host
@@ -43,7 +43,6 @@ class Cluster:
         self,
         options: GatewayOptions,
         metadata: MetadataStore,
-        follow_store: FollowStore | None = None,
     ) -> None:
         """Nothing runs before `start`."""
         metrics = process_metrics()
@@ -52,7 +51,7 @@ class Cluster:
         mode = Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED
         scheduler = Scheduler(SchedulerConfig(mode=mode), index, cost, self.view)
         gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
-        self.members = Members(metadata, self.view, index, gateway_id, metrics, follow_store)
+        self.members = Members(metadata, self.view, index, gateway_id, metrics)
         self.dispatcher = Dispatcher(self.members, scheduler, cost, metrics, first_token=options.first_token)
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 
@@ -143,7 +142,7 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
     app.router.routes.insert(0, Route("/mooncake/instances", instances, methods=["GET"]))
 
 
-async def run(options: GatewayOptions, follow_store: FollowStore | None = None) -> None:
+async def run(options: GatewayOptions) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
@@ -158,7 +157,7 @@ async def run(options: GatewayOptions, follow_store: FollowStore | None = None) 
     log.info("gateway.metadata", endpoint=server.endpoint)
     try:
         args, config = await asyncio.to_thread(configure, options)
-        cluster = Cluster(options, server.store, follow_store)
+        cluster = Cluster(options, server.store)
         llm = vllm_seam.build_llm(args, config, cluster.client)
         try:
             app = await vllm_seam.build_app(llm, args)
@@ -172,7 +171,7 @@ async def run(options: GatewayOptions, follow_store: FollowStore | None = None) 
         await server.close()
 
 
-def main(options: GatewayOptions, follow_store: FollowStore | None = None) -> int:
+def main(options: GatewayOptions) -> int:
     """Run the gateway on uvloop; return the exit status.
 
     Raises:
@@ -181,5 +180,5 @@ def main(options: GatewayOptions, follow_store: FollowStore | None = None) -> in
     import uvloop
 
     vllm_seam.check_environment()
-    uvloop.run(run(options.checked(), follow_store))
+    uvloop.run(run(options.checked()))
     return 0

@@ -19,6 +19,7 @@ from conductor.index import PrefixIndex
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
+from kvstore import follower
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, Pulse, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_follow import Event, Removed, follow
@@ -57,6 +58,11 @@ class StoreFollower(Protocol):
 FollowStore = Callable[[StoreRecord, PrefixIndex], StoreFollower]
 
 
+def follow_events(record: StoreRecord, index: PrefixIndex) -> StoreFollower:
+    """Mirror a real store node: its snapshot, then its events."""
+    return follower.StoreFollower(record, follower.IndexListener(index)).start()
+
+
 class Members:
     """Engine instances and store nodes of one cluster, as this gateway sees them."""
 
@@ -67,9 +73,9 @@ class Members:
         index: PrefixIndex,
         gateway_id: str,
         metrics: GatewayMetrics,
-        follow_store: FollowStore | None = None,
+        follow_store: FollowStore = follow_events,
     ) -> None:
-        """`follow_store` None: the index stays empty, scheduling goes by load alone."""
+        """Nothing happens before `start`."""
         self.view = view
         self.links: dict[str, Link] = {}
         self._metadata = metadata
@@ -188,8 +194,7 @@ class Members:
             return
         record = msgspec.json.decode(event.value, type=StoreRecord)
         self.view.store_up(record)
-        if self._follow_store is not None:
-            self._stores[node] = self._follow_store(record, self._index)
+        self._stores[node] = self._follow_store(record, self._index)
 
     def _retire(self, follower: StoreFollower) -> None:
         task = asyncio.create_task(follower.close(), name="close store follower")
