@@ -26,17 +26,19 @@ BACKLOG = 16
 """Peers that may knock at once: the engines of one host."""
 PATH_BYTES_MAX = 107
 """sun_path of a unix socket, less its NUL."""
-HANDOVER_BYTES_MAX = 1024
-"""A hand-over message is about 60 bytes."""
+NOTE_BYTES_MAX = 2048
+"""A store's record is about 300 bytes."""
+HANDOVER_BYTES_MAX = NOTE_BYTES_MAX + 1024
 
 _UCRED = struct.Struct("3i")
 
 
 class Handover(msgspec.Struct, frozen=True, array_like=True, tag="fd"):
-    """Travels with the descriptor; `name` is the segment's name, for a store its epoch."""
+    """Travels with the descriptor; `note` is the owner's, for a store its encoded StoreRecord."""
 
     name: str
     size_bytes: int
+    note: bytes = b""
 
 
 def private_dir(path: str | Path) -> Path:
@@ -62,8 +64,8 @@ def peer_uid(connection: socket.socket) -> int:
 class FdServer:
     """Gives `segment` to every same-user peer that connects to `path`."""
 
-    def __init__(self, path: str | Path, segment: Segment) -> None:
-        """Bind at once; `path`'s directory becomes private.
+    def __init__(self, path: str | Path, segment: Segment, note: bytes = b"") -> None:
+        """Bind at once; `path`'s directory becomes private. `note` goes to every peer (Segment.note).
 
         Raises:
             ConfigError: the path is too long, not private, or a living server sits there.
@@ -73,8 +75,11 @@ class FdServer:
             raise ConfigError(
                 f"socket path {str(self.path)!r} exceeds {PATH_BYTES_MAX} bytes: shorten run_dir"
             )
+        if len(note) > NOTE_BYTES_MAX:
+            raise ConfigError(f"a note of {len(note)} bytes exceeds {NOTE_BYTES_MAX}")
         private_dir(self.path.parent)
         self._segment = segment
+        self._note = note
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             _remove_stale(self.path)
@@ -114,7 +119,7 @@ class FdServer:
         if uid != os.getuid():
             log.warning("fd.refused", path=str(self.path), peer_uid=uid)
             return
-        message = wire.encode(Handover(self._segment.name, self._segment.size_bytes))
+        message = wire.encode(Handover(self._segment.name, self._segment.size_bytes, self._note))
         # one small packet into an empty socket buffer: this never blocks
         socket.send_fds(connection, [message], [self._segment.fd])
 
@@ -163,6 +168,7 @@ def fetch_segment(
     if segment.size_bytes != handover.size_bytes:
         segment.close()
         raise ProtocolError(f"{path}: announced {handover.size_bytes} bytes, sent {segment.size_bytes}")
+    segment.note = handover.note
     return segment
 
 

@@ -1,0 +1,391 @@
+"""The pool as an engine sees it: threads, no event loop, and never a wait without an end.
+
+A store that is dead, slow or restarting makes the pool a *miss*: calls raise a PeerError and the
+engine computes. The first call that gets no answer pays its deadline; from then on every call fails
+at once (the breaker), while one background thread looks for the store, also for a restarted one, and
+attaches again. So no engine step is slowed by a dead store twice. Bytes never pass through the store:
+the client copies to and from the shared segment itself, see transfer.copy.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from kvstore.limits import LEASE_S_MAX, WRITE_S_MAX
+from kvstore.link import Call, StoreLink
+from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout, ProtocolError
+from mooncake.core.keys import block_checksum
+from mooncake.core.messages import (
+    Abandon,
+    Acquire,
+    Acquired,
+    Block,
+    Commit,
+    Committed,
+    Release,
+    ReportBad,
+    Reserve,
+    Reserved,
+    Stats,
+    StoreRecord,
+    StoreStats,
+)
+
+log = structlog.get_logger(__name__)
+
+DEADLINE_S = 0.2
+"""Default wait for an answer: round trips take 0.5 ms, so this is a store in trouble, and an engine
+step that is lengthened once by 0.2 s is still within any time-between-tokens objective's outliers."""
+ATTACH_S = 5.0
+"""Wait for the memory's descriptor at the start of an engine, which takes longer anyway."""
+PROBE_S = 1.0
+"""Wait of the background thread for a sign of life."""
+RETRY_S = 1.0
+"""Pause between two looks for a lost store."""
+
+Resolve = Callable[[], StoreRecord | None]
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """Where one block has to be written, before `expires_s` (time.monotonic), then committed."""
+
+    key: bytes
+    offset: int
+    ticket: int
+    view: memoryview
+    expires_s: float
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """The blocks of the longest known prefix; `views[i]` (read-only) are the bytes of `blocks[i]`.
+
+    Bytes are guaranteed until `expires_s` (time.monotonic); verify *after* copying to be sure.
+    """
+
+    lease_id: int
+    keys: list[bytes]
+    blocks: list[Block]
+    views: list[memoryview]
+    expires_s: float
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def verify(self, index: int) -> bool:
+        """Return whether block `index` still is what was committed under its key (0.2 ms for 3 MB)."""
+        return block_checksum(self.keys[index], self.views[index]) == self.blocks[index].checksum
+
+
+class PoolClient:
+    """One engine's access to its host's store. Thread-safe."""
+
+    def __init__(
+        self,
+        record: StoreRecord,
+        writer: str,
+        resolve: Resolve | None = None,
+        *,
+        touch: bool = True,
+        attach_s: float = ATTACH_S,
+    ) -> None:
+        """Attach, and give up what an earlier start of `writer` left in writing.
+
+        A store that cannot be reached now is looked for in the background; calls fail until then.
+
+        Args:
+            record: a store on this host.
+            writer: this engine's name; the same after a restart, or unique: both work.
+            resolve: asked for the store's record when nobody serves at the known fd_path any more;
+                called in the background thread, may raise MooncakeError.
+            touch: fill this process's page tables at once; False for a client that copies nothing.
+            attach_s: longest wait for the store, in seconds.
+
+        Raises:
+            ProtocolError: what answers is not a store of ours.
+        """
+        self._writer = writer
+        self._resolve = resolve
+        self._touch = touch
+        self._fd_path = record.fd_path
+        self._node = record.node
+        self._lock = threading.Lock()
+        self._link: StoreLink | None = None
+        self._up = False
+        self._closing = threading.Event()
+        self._reviver: threading.Thread | None = None
+        try:
+            self._use(StoreLink.attach(record.fd_path, attach_s, touch=touch))
+        except ProtocolError:
+            raise
+        except MooncakeError as error:
+            self._lost(None, error)
+        else:
+            self.abandon_all()
+
+    @property
+    def attached(self) -> bool:
+        """Whether calls are being sent; False = they fail at once."""
+        return self._up
+
+    # ------------------------------------------------------------ reading
+
+    def begin_acquire(self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0) -> Call:
+        """Ask for a lease on the longest complete prefix of `keys`.
+
+        Args:
+            keys: 32 bytes each, in prefix order.
+            lease_s: how long the bytes must stay; at most LEASE_S_MAX.
+            wait_s: let the store wait (at most its WAIT_S_MAX) for blocks in writing.
+
+        Raises:
+            PeerError: the store is known to be gone.
+            CapacityError: too many calls in flight.
+        """
+        keys = list(keys)
+        return self._begin(Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s), keys=keys, wait_s=wait_s)
+
+    def finish_acquired(self, call: Call, deadline_s: float = DEADLINE_S) -> Acquired:
+        """Return the store's answer as it is; bytes by `view`. The lease must be released.
+
+        Raises:
+            PeerTimeout: no answer within `deadline_s`, or the store went down meanwhile.
+            PeerError: the store is gone, restarted, or answers nonsense.
+            CapacityError: the store has too many leases.
+            RequestError: malformed keys.
+        """
+        reply: Acquired = self._finish(call, deadline_s, Acquired)
+        self._checked(call, lambda: call.link.check_acquired(reply, len(call.keys)))
+        return reply
+
+    def finish_acquire(self, call: Call, lease_s: float, deadline_s: float = DEADLINE_S) -> Lease:
+        """Return the answer as a Lease with views; `lease_s` as asked for. Raises as finish_acquired."""
+        reply = self.finish_acquired(call, deadline_s)
+        view = call.link.segment.view
+        try:
+            views = [view(block.offset, block.size_bytes).toreadonly() for block in reply.blocks]
+        except MooncakeError as error:  # the link was replaced and closed at this very moment
+            raise PeerGone(f"store {self._node}: {error}") from error
+        found = call.keys[: len(views)]
+        return Lease(reply.lease_id, found, reply.blocks, views, call.began_s + min(lease_s, LEASE_S_MAX))
+
+    def acquire(
+        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, deadline_s: float = DEADLINE_S
+    ) -> Lease:
+        """`begin_acquire` and `finish_acquire` in one; the deadline is on top of wait_s."""
+        return self.finish_acquire(self.begin_acquire(keys, lease_s, wait_s), lease_s, deadline_s + wait_s)
+
+    def release(self, lease_id: int) -> None:
+        """Give a lease back, without waiting; one of a lost or earlier store is already over.
+
+        Raises:
+            CapacityError: too many calls in flight; the lease then ends by its term.
+        """
+        link = self._link
+        if self._up and link is not None and link.is_mine(lease_id):
+            with contextlib.suppress(PeerGone):
+                link.send(Release(lease_id))
+
+    def view(self, offset: int, size_bytes: int) -> memoryview:
+        """Return bytes of the segment that is attached now, writable, without a copy.
+
+        Raises:
+            PeerGone: none is attached.
+            RequestError: the range leaves the segment.
+        """
+        if self._link is None:
+            raise PeerGone(f"store {self._node}: not attached yet")
+        return self._link.segment.view(offset, size_bytes)
+
+    def verify(self, key: bytes, block: Block) -> bool:
+        """Return whether the bytes of `block` are what was committed under `key`; raises as `view`."""
+        return block_checksum(key, self.view(block.offset, block.size_bytes)) == block.checksum
+
+    def report_bad(self, keys: Sequence[bytes]) -> None:
+        """Tell the store that these blocks failed verification, without waiting.
+
+        Raises:
+            PeerError, CapacityError: as begin_acquire.
+        """
+        self._live_link().send(ReportBad(list(keys)))
+
+    # ------------------------------------------------------------ writing
+
+    def begin_reserve(self, keys: Sequence[bytes], size_bytes: int) -> Call:
+        """Ask for room for blocks of `size_bytes` each; raises as begin_acquire."""
+        keys = list(keys)
+        return self._begin(Reserve(self._writer, keys, size_bytes), keys=keys, size_bytes=size_bytes)
+
+    def finish_reserve(self, call: Call, deadline_s: float = DEADLINE_S) -> list[Slot | None]:
+        """Return one Slot per key, None where there is nothing to write.
+
+        None: the block is already there, being written, or the store is full.
+        Raises as finish_acquired.
+        """
+        reply: Reserved = self._finish(call, deadline_s, Reserved)
+        self._checked(call, lambda: call.link.check_reserved(reply, len(call.keys), call.size_bytes))
+        expires_s = call.began_s + WRITE_S_MAX
+        view = call.link.segment.view
+        try:
+            return [
+                Slot(key, offset, ticket, view(offset, call.size_bytes), expires_s) if offset >= 0 else None
+                for key, offset, ticket in zip(call.keys, reply.offsets, reply.tickets, strict=True)
+            ]
+        except MooncakeError as error:
+            raise PeerGone(f"store {self._node}: {error}") from error
+
+    def reserve(
+        self, keys: Sequence[bytes], size_bytes: int, deadline_s: float = DEADLINE_S
+    ) -> list[Slot | None]:
+        """`begin_reserve` and `finish_reserve` in one."""
+        return self.finish_reserve(self.begin_reserve(keys, size_bytes), deadline_s)
+
+    def commit(
+        self, tickets: Sequence[int], checksums: Sequence[bytes], deadline_s: float = DEADLINE_S
+    ) -> list[bool]:
+        """Make written blocks visible; block_checksum(key, view) each. False: it came too late.
+
+        Raises as finish_acquired. After a PeerTimeout the blocks may or may not be visible.
+        """
+        call = self._begin(Commit(list(tickets), list(checksums)))
+        reply: Committed = self._finish(call, deadline_s, Committed)
+        if len(reply.done) != len(tickets):
+            raise ProtocolError(f"store {self._node}: {len(reply.done)} results for {len(tickets)} tickets")
+        return reply.done
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        """Give up some tickets, without waiting; raises as report_bad."""
+        if tickets:  # an empty list would mean all
+            self._live_link().send(Abandon(self._writer, list(tickets)))
+
+    def abandon_all(self) -> None:
+        """Give up everything this writer has in writing, without waiting; raises as report_bad."""
+        self._live_link().send(Abandon(self._writer, []))
+
+    # ------------------------------------------------------------ any call
+
+    def poll(self, call: Call) -> bool:
+        """Return whether `finish_` would return at once, be it with an error. Never waits."""
+        return call.link.poll(call.call_id) or not self._is_live(call.link)
+
+    def forget(self, call: Call) -> None:
+        """Drop interest in an answer. One that is overdue counts as a timeout of the store."""
+        overdue = time.monotonic() - call.began_s > DEADLINE_S + call.wait_s
+        if overdue and not call.link.poll(call.call_id):
+            self._lost(call.link, PeerTimeout("an answer that was given up"))
+        call.link.forget(call.call_id)
+
+    def stats(self, deadline_s: float = DEADLINE_S) -> StoreStats:
+        """Return the store's counters; raises as finish_acquired."""
+        stats: StoreStats = self._finish(self._begin(Stats()), deadline_s, StoreStats)
+        return stats
+
+    def reattach(self, record: StoreRecord, deadline_s: float = ATTACH_S) -> None:
+        """Attach to `record`'s store now, unless that epoch is attached already.
+
+        The old memory is unmapped when its last view is dropped.
+
+        Raises:
+            PeerError: it cannot be reached; the client stays as it was.
+        """
+        epoch = self._link.record.epoch if self._link else ""
+        link = StoreLink.attach(record.fd_path, deadline_s, touch=self._touch, unless_epoch=epoch)
+        self._fd_path = record.fd_path
+        if link is not None:
+            self._use(link)
+
+    def close(self) -> None:
+        """Stop (idempotent); views that are in use stay valid."""
+        self._closing.set()
+        with self._lock:
+            reviver, self._up = self._reviver, False
+        if reviver is not None:
+            reviver.join()
+        if self._link is not None:
+            self._link.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _is_live(self, link: StoreLink) -> bool:
+        return self._up and link is self._link
+
+    def _live_link(self) -> StoreLink:
+        link = self._link
+        if not self._up or link is None:
+            raise PeerTimeout(f"store {self._node} does not answer; it is looked for every {RETRY_S:g} s")
+        return link
+
+    def _begin(self, request: Any, **known: Any) -> Call:
+        link = self._live_link()
+        return Call(link, link.begin(request), time.monotonic(), **known)
+
+    def _finish(self, call: Call, deadline_s: float, kind: type[Any]) -> Any:
+        # a call that was under way when the store was lost must not pay the deadline once more
+        wait_s = deadline_s if self._is_live(call.link) else 0.0
+        try:
+            return call.link.finish(call.call_id, wait_s, kind)
+        except PeerTimeout as error:
+            if wait_s > 0:
+                self._lost(call.link, error)
+            raise
+
+    def _checked(self, call: Call, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except PeerError as error:  # another epoch, or nonsense: this link is over
+            self._lost(call.link, error)
+            raise
+
+    def _use(self, link: StoreLink | None) -> None:
+        assert link is not None
+        with self._lock:
+            old, self._link = self._link, link
+            self._up = not self._closing.is_set()
+        if old is not None:
+            old.close()
+        log.info("pool.attached", node=link.record.node, epoch=link.record.epoch)
+
+    def _lost(self, link: StoreLink | None, error: MooncakeError) -> None:
+        """Open the breaker and start to look for the store, once."""
+        with self._lock:
+            if link is not self._link or self._closing.is_set() or (self._reviver and not self._up):
+                return
+            self._up = False
+            self._reviver = threading.Thread(target=self._revive, name="pool-revive", daemon=True)
+            self._reviver.start()
+        log.warning("pool.lost", node=self._node, error=str(error))
+
+    def _revive(self) -> None:
+        """Look for the store until it answers; the first look is at once: it may have been a hiccup."""
+        while not self._closing.is_set():
+            try:
+                self._look()
+            except (MooncakeError, OSError, ValueError) as error:  # `resolve` is not ours
+                log.debug("pool.still_lost", node=self._node, error=str(error))
+            else:
+                return
+            self._closing.wait(RETRY_S)
+
+    def _look(self) -> None:
+        link = self._link
+        epoch = link.record.epoch if link else ""
+        try:
+            found = StoreLink.attach(self._fd_path, PROBE_S, touch=self._touch, unless_epoch=epoch)
+        except PeerGone:
+            record = self._resolve() if self._resolve else None
+            if record is None or record.fd_path == self._fd_path:
+                raise
+            found = StoreLink.attach(record.fd_path, PROBE_S, touch=self._touch, unless_epoch=epoch)
+            self._fd_path = record.fd_path
+        if found is not None:
+            self._use(found)
+            return
+        assert link is not None
+        link.finish(link.begin(Stats()), PROBE_S, StoreStats)  # the same start: does it answer again?
+        with self._lock:
+            self._up = not self._closing.is_set()
+        log.info("pool.answers_again", node=self._node)

@@ -1,0 +1,337 @@
+"""The shell of `mooncake store`: owns the segment, the clock, the sockets; Node decides (DESIGN 4, 6).
+
+Startup: segment (touched in a thread), fd server, event socket, rpc server, metrics. Main loop: every
+request is one call of the node; its events go out once per turn of the loop. Shutdown in reverse.
+"""
+
+import asyncio
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry
+
+from kvstore.allocator import ALIGN_BYTES
+from kvstore.events import EventPublisher, Snapshots
+from kvstore.limits import (
+    BAD_KEYS_MAX,
+    CHECK_LEASE_S,
+    CHECKS_WAITING_MAX,
+    HEARTBEAT_S,
+    TICK_S,
+    WAIT_S_MAX,
+    NodeLimits,
+)
+from kvstore.metrics import MetricsServer, StoreCollector
+from kvstore.node import Node, id_base
+from mooncake.core import wire
+from mooncake.core.errors import CapacityError, ConfigError, RequestError
+from mooncake.core.keys import block_checksum
+from mooncake.core.messages import (
+    Abandon,
+    Acquire,
+    Acquired,
+    Block,
+    Commit,
+    Committed,
+    Ok,
+    Release,
+    ReportBad,
+    Reserve,
+    Reserved,
+    Snapshot,
+    SnapshotPage,
+    Stats,
+    StoreRecord,
+    StoreRequest,
+    StoreStats,
+)
+from mooncake.core.rpc import RpcServer
+from transfer.fdpass import FdServer, private_dir
+from transfer.segment import Progress, Segment
+
+log = structlog.get_logger(__name__)
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a host name; becomes a file name
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one store node.
+
+    Args:
+        node: name of the host in the cluster, one store each.
+        capacity_bytes: memory given to KV blocks; rounded down to whole pages.
+        run_dir: private directory (0700) for the socket that hands out the memory.
+        endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
+        events: where events are published; as `endpoint`.
+        metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+    """
+
+    node: str
+    capacity_bytes: int
+    run_dir: str
+    endpoint: str = "tcp://127.0.0.1:0"
+    events: str = "tcp://127.0.0.1:0"
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            ConfigError: names the setting and its value.
+        """
+        if not _NODE_NAME.fullmatch(self.node):
+            raise ConfigError(f"node={self.node!r}: 1 to 63 letters, digits, '.', '_' or '-'")
+        if self.capacity_bytes < ALIGN_BYTES:
+            raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
+            raise ConfigError(f"metrics_port={self.metrics_port}: 0 to 65535, or none")
+
+
+class StoreService:
+    """One store node: `start`, `run_until`, `close`."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        limits: NodeLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is opened before `start`."""
+        self.config = config
+        self.epoch = secrets.token_hex(8)
+        capacity_bytes = config.capacity_bytes // ALIGN_BYTES * ALIGN_BYTES
+        self.node = Node(capacity_bytes, limits, first_id=id_base(self.epoch))
+        self._capacity_bytes = capacity_bytes
+        self._clock = clock
+        self._segment: Segment | None = None
+        self._fd_server: FdServer | None = None
+        self._events: EventPublisher | None = None
+        self._rpc: RpcServer | None = None
+        self._metrics: MetricsServer | None = None
+        self._beat: asyncio.Task[None] | None = None
+        self._snapshots = Snapshots(self.epoch)
+        self._flush_due = False
+        self._waiting: dict[asyncio.Future[None], bytes] = {}  # readers that wait for a key
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="store-hash")
+        self._checking: set[bytes] = set()
+        self._checks = 0
+        self._handlers: dict[type, Callable[[Any], Any]] = {
+            Release: self._release,
+            Reserve: self._reserve,
+            Commit: self._commit,
+            Abandon: self._abandon,
+            Snapshot: self._snapshot,
+            Stats: lambda _: self._stats(),
+        }
+
+    @property
+    def metrics_port(self) -> int | None:
+        """The port that is served, once started."""
+        return self._metrics.port if self._metrics else None
+
+    # ------------------------------------------------------------ life
+
+    async def start(self, progress: Progress | None = None) -> StoreRecord:
+        """Open everything and begin to serve; the record tells others how to reach it.
+
+        Args:
+            progress: called from a thread while memory is being touched.
+
+        Raises:
+            ConfigError: a setting cannot work on this machine. Nothing stays open.
+        """
+        try:
+            return await self._start(progress)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self, progress: Progress | None) -> StoreRecord:
+        config = self.config
+        run_dir = await asyncio.to_thread(private_dir, config.run_dir)
+        self._segment = await asyncio.to_thread(Segment.create, self.epoch, self._capacity_bytes, progress)
+        self._events = EventPublisher(config.events, config.node, self.epoch)
+        self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
+        record = StoreRecord(
+            node=config.node,
+            epoch=self.epoch,
+            endpoint=self._rpc.endpoint,
+            events=self._events.endpoint,
+            fd_path=str(Path(run_dir) / f"store-{config.node}.sock"),
+            capacity_bytes=self._capacity_bytes,
+            pid=os.getpid(),
+        )
+        # the record travels with the memory: an engine finds a restarted store without metadata
+        self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
+        if config.metrics_port is not None:
+            registry = CollectorRegistry()
+            registry.register(
+                StoreCollector(config.node, self.node.stats, lambda: self.node.quarantined_bytes)
+            )
+            self._metrics = MetricsServer(registry, config.metrics_port)
+        self._rpc.start()
+        self._fd_server.start()
+        self._beat = asyncio.create_task(self._keep_time(), name="store beat")
+        log.info("store.started", **msgspec.structs.asdict(record))
+        return record
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set; raises if one of the service's own tasks dies."""
+        if self._beat is None or self._fd_server is None or self._fd_server.task is None:
+            raise ConfigError("start the store before run_until")
+        stopped = asyncio.create_task(stop.wait(), name="store stop")
+        try:
+            tasks = {stopped, self._beat, self._fd_server.task}
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            stopped.cancel()
+
+    async def close(self) -> None:
+        """Stop serving and give the memory back (idempotent)."""
+        if self._beat:
+            self._beat.cancel()
+            await asyncio.gather(self._beat, return_exceptions=True)
+        if self._rpc:
+            await self._rpc.close()
+        if self._fd_server:
+            await self._fd_server.close()
+        if self._events:
+            self._events.close()
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.close)
+        # a hash in progress holds a view: the memory goes when it ends
+        self._hasher.shutdown(wait=False, cancel_futures=True)
+        if self._segment:
+            self._segment.close()
+        self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
+
+    async def _keep_time(self) -> None:
+        """Expire what is due; heartbeat."""
+        beat_s = self._clock()
+        while True:
+            self.node.tick(self._clock())
+            self._after_change()
+            if self._clock() >= beat_s:
+                beat_s = self._clock() + HEARTBEAT_S
+                self._flush()
+                assert self._events
+                self._events.heartbeat()
+            await asyncio.sleep(TICK_S)
+
+    # ------------------------------------------------------------ requests
+
+    async def _handle(self, request: StoreRequest) -> Any:
+        try:
+            if isinstance(request, Acquire):
+                return await self._acquire(request)
+            if isinstance(request, ReportBad):
+                return await self._report_bad(request)
+            return self._handlers[type(request)](request)
+        finally:
+            self._after_change()
+
+    async def _acquire(self, request: Acquire) -> Acquired:
+        if not request.wait_s >= 0:  # also refuses NaN
+            raise RequestError(f"wait_s={request.wait_s}: must not be negative")
+        end_s = self._clock() + min(request.wait_s, WAIT_S_MAX)
+        while request.wait_s and (rest_s := end_s - self._clock()) > 0:
+            key = self.node.first_writing(self._clock(), request.keys)
+            if key is None:
+                break
+            await self._until_written(key, rest_s)
+        return self.node.acquire(self._clock(), request.keys, request.lease_s)
+
+    async def _until_written(self, key: bytes, wait_s: float) -> None:
+        """Return when `key` is no longer being written, or after `wait_s`."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[future] = key
+        try:
+            await asyncio.wait((future,), timeout=wait_s)
+        finally:
+            del self._waiting[future]
+
+    def _release(self, request: Release) -> Ok:
+        self.node.release(self._clock(), request.lease_id)
+        return Ok()
+
+    def _reserve(self, request: Reserve) -> Reserved:
+        return self.node.reserve(self._clock(), request.writer, request.keys, request.size_bytes)
+
+    def _commit(self, request: Commit) -> Committed:
+        return self.node.commit(self._clock(), request.tickets, request.checksums)
+
+    def _abandon(self, request: Abandon) -> Ok:
+        self.node.abandon(self._clock(), request.writer, request.tickets)
+        return Ok()
+
+    def _stats(self) -> StoreStats:
+        self.node.tick(self._clock())
+        return self.node.stats()
+
+    def _snapshot(self, request: Snapshot) -> SnapshotPage:
+        self._flush()  # so that seq and the complete set are the same moment
+        assert self._events
+        return self._snapshots.page(request.cursor, self._events.seq, self.node.complete_keys)
+
+    async def _report_bad(self, request: ReportBad) -> Ok:
+        """Re-hash what a reader says is bad, one block at a time, off the loop."""
+        if len(request.keys) > BAD_KEYS_MAX:
+            raise RequestError(f"{len(request.keys)} keys reported: at most {BAD_KEYS_MAX} at once")
+        if self._checks >= CHECKS_WAITING_MAX:
+            raise CapacityError(f"{self._checks} reports are being checked")
+        self._checks += 1
+        try:
+            for key in request.keys:
+                if key not in self._checking:
+                    await self._check(key)
+        finally:
+            self._checks -= 1
+        return Ok()
+
+    async def _check(self, key: bytes) -> None:
+        held = self.node.lease_for_check(self._clock(), key, CHECK_LEASE_S)
+        if not held.blocks:
+            return
+        (block,) = held.blocks
+        self._checking.add(key)
+        try:
+            loop = asyncio.get_running_loop()
+            if not await loop.run_in_executor(self._hasher, self._is_sound, key, block):
+                log.warning("store.bad_block", key=key.hex()[:16], offset=block.offset)
+                self.node.drop_bad(self._clock(), key, block)
+        finally:
+            self._checking.discard(key)
+            self.node.release(self._clock(), held.lease_id)
+            self._after_change()
+
+    def _is_sound(self, key: bytes, block: Block) -> bool:
+        segment = self._segment
+        if segment is None:
+            return True  # closing
+        return block_checksum(key, segment.view(block.offset, block.size_bytes)) == block.checksum
+
+    # ------------------------------------------------------------ consequences
+
+    def _after_change(self) -> None:
+        """Wake readers whose block is written or lost; publish at the end of this turn of the loop."""
+        for future, key in self._waiting.items():
+            if not future.done() and not self.node.is_writing(key):
+                future.set_result(None)
+        if self.node.has_events and not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._events and self.node.has_events:
+            self._events.publish(self.node.drain_events())
