@@ -9,6 +9,7 @@ the step: when prefill reports a request finished, its blocks are readable.
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import structlog
 
 from mooncake.core.errors import MooncakeError
 from mooncake.core.keys import block_checksum
+from mooncake.core.messages import Block
 from mooncake.worker.connector_meta import LoadJob, SaveJob, StepMeta
 from mooncake.worker.layout import Bytes, PagedKv
 from mooncake.worker.pulse import Pulse
@@ -71,6 +73,7 @@ class WorkerHalf:
 
     def begin_step(self, meta: StepMeta) -> None:
         """Called before the forward pass: ask for room for what this step will save."""
+        self._end_saves(intact=False)  # of a step that broke off before its end
         self._meta = meta
         if meta.saves:
             self._begin_reserve(meta.saves)
@@ -88,7 +91,8 @@ class WorkerHalf:
         layer = self.kv.layer_index[layer_name]
         for job in self._meta.sync_loads:
             for block, block_id in zip(job.blocks, job.block_ids, strict=True):
-                self.kv.write_layer(layer, block_id, self._bytes(block.offset, block.size_bytes))
+                if (source := self._source(block)) is not None:  # else end_step reports it
+                    self.kv.write_layer(layer, block_id, source)
         self._pulse.add("load_seconds", time.perf_counter() - started_s)
 
     def save_layer(self, layer_name: str) -> None:
@@ -106,12 +110,12 @@ class WorkerHalf:
 
     def end_step(self) -> None:
         """After the forward pass: verify synchronous loads, commit saves."""
+        intact = True
         for job in self._meta.sync_loads:
-            self._conclude(job, self._bad_blocks(job))
-        if self._reserving is not None:  # no layer ran (empty step): nothing was written
-            self._finish_reserve()
-        if self._writing:
-            self._commit()
+            bad = self._bad_blocks(job)
+            intact = intact and not bad  # attention has read those: its results are not saved
+            self._conclude(job, bad)
+        self._end_saves(intact=intact)
 
     def outcome(self) -> tuple[set[str], set[int]]:
         """Return (requests whose async load ended, block ids with bad bytes) since the last call."""
@@ -124,8 +128,16 @@ class WorkerHalf:
 
     # ------------------------------------------------------------ loading
 
-    def _bytes(self, offset: int, size_bytes: int) -> Bytes:
-        return np.frombuffer(self._pool.view(offset, size_bytes), dtype=np.uint8)
+    def _source(self, block: Block) -> Bytes | None:
+        """Return the pool object of `block`, or None if its bytes cannot be a block of ours."""
+        if block.size_bytes != self.kv.block_bytes:
+            return None
+        try:
+            source = np.frombuffer(self._pool.view(block.offset, block.size_bytes), dtype=np.uint8)
+        except Exception as error:  # noqa: BLE001 - runs inside the forward pass: never an engine failure
+            log.warning("pool.unreadable", offset=block.offset, error=str(error))
+            return None
+        return source if len(source) == block.size_bytes else None
 
     def _load_loop(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -133,14 +145,16 @@ class WorkerHalf:
             try:
                 started_s = time.perf_counter()
                 for block, block_id in zip(job.blocks, job.block_ids, strict=True):
-                    source = self._bytes(block.offset, block.size_bytes)
+                    if (source := self._source(block)) is None:
+                        continue
                     for layer in range(len(self.kv.pages)):
                         self.kv.write_layer(layer, block_id, source)
                 self._pulse.add("load_seconds", time.perf_counter() - started_s)
                 bad = self._bad_blocks(job)
-            except (MooncakeError, ValueError, IndexError) as error:
-                # every block of the job counts as bad: the engine recomputes them
-                log.warning("pool.load_failed", request=job.request_id, error=str(error))
+            except Exception:
+                # every block of the job counts as bad: the engine recomputes them. A dead loader
+                # thread would hang every later load
+                log.exception("pool.load_failed", request=job.request_id)
             self._conclude(job, bad, asynchronous=True)
 
     def _bad_blocks(self, job: LoadJob) -> list[int]:
@@ -148,8 +162,7 @@ class WorkerHalf:
         return [
             index
             for index, (key, block) in enumerate(zip(job.keys, job.blocks, strict=True))
-            if block.size_bytes != self.kv.block_bytes
-            or block_checksum(key, self._pool.view(block.offset, block.size_bytes)) != block.checksum
+            if (source := self._source(block)) is None or block_checksum(key, source.data) != block.checksum
         ]
 
     def _conclude(self, job: LoadJob, bad: list[int], *, asynchronous: bool = False) -> None:
@@ -160,13 +173,17 @@ class WorkerHalf:
             self._invalid.update(job.block_ids[index] for index in bad)
             if asynchronous:
                 self._finished.add(job.request_id)
+        self._tell(self._pool.release, job.lease_id)
+        if bad:
+            self._pulse.add("bad_blocks", len(bad))
+            log.warning("pool.bad_blocks", request=job.request_id, blocks=len(bad))
+            self._tell(self._pool.report_bad, [job.keys[index] for index in bad])
+
+    def _tell(self, call: Callable[[Any], Any], argument: Any) -> None:
+        """Tell the pool something that it can also find out by itself (leases end, sums differ)."""
         try:
-            self._pool.release(job.lease_id)
-            if bad:
-                self._pulse.add("bad_blocks", len(bad))
-                log.warning("pool.bad_blocks", request=job.request_id, blocks=len(bad))
-                self._pool.report_bad([job.keys[index] for index in bad])
-        except MooncakeError as error:
+            call(argument)
+        except Exception as error:  # noqa: BLE001 - see _load_loop: the loader must live
             log.warning("pool.report_failed", error=str(error))
 
     # ------------------------------------------------------------ saving
@@ -196,13 +213,20 @@ class WorkerHalf:
                 target = np.frombuffer(slot.view, dtype=np.uint8)
                 self._writing.append(Writing(key, block_id, slot.ticket, target))
 
-    def _commit(self) -> None:
+    def _end_saves(self, *, intact: bool) -> None:
+        """Commit what was reserved if it is `intact` and every layer was copied, else abandon it."""
+        if self._reserving is not None:  # no layer ran (empty step): nothing was written
+            self._finish_reserve()
+        if self._writing:
+            self._commit(complete=intact and self._layers_saved == len(self.kv.pages))
+
+    def _commit(self, *, complete: bool) -> None:
         started_s = time.perf_counter()
         writing, self._writing = self._writing, []
         try:
             tickets = [item.ticket for item in writing]
-            if self._layers_saved != len(self.kv.pages):
-                self._pool.abandon(tickets)  # the forward pass broke off: bytes are incomplete
+            if not complete:
+                self._pool.abandon(tickets)
                 return
             sums = [block_checksum(item.key, item.target.data) for item in writing]
             done = self._pool.commit(tickets, sums, COMMIT_WAIT_S)
