@@ -50,6 +50,7 @@ async def spawn(
     cwd: str | Path | None = None,
     log_path: Path | None = None,
     cores: Sequence[int] = (),
+    pass_fds: Sequence[int] = (),
 ) -> asyncio.subprocess.Process:
     """Start `argv` as leader of a new session that dies with us.
 
@@ -59,6 +60,7 @@ async def spawn(
         cwd: working directory; None = ours.
         log_path: stdout and stderr are appended there, readable by us alone; None = inherited.
         cores: CPU affinity; empty = ours.
+        pass_fds: descriptors that the child inherits; all others are closed.
 
     Raises:
         ConfigError: the program does not exist or may not be run.
@@ -80,6 +82,7 @@ async def spawn(
             stdout=log_fd,
             stderr=log_fd,
             start_new_session=True,
+            pass_fds=pass_fds,
             preexec_fn=in_child,
         )
     except (FileNotFoundError, PermissionError) as error:

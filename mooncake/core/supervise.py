@@ -7,7 +7,7 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -104,8 +104,13 @@ class Supervised:
         start: Callable[[], Awaitable[Child]],
         on_event: Callable[[Started | Ended], None],
         policy: RestartPolicy | None = None,
+        hopeless_codes: Sequence[int] = (),
     ) -> None:
-        """`start` starts the child once; an exception of it counts as an end."""
+        """`start` starts the child once; an exception of it counts as an end.
+
+        An end with one of `hopeless_codes` is final: the same settings would fail again.
+        """
+        self._hopeless_codes = hopeless_codes
         self.name = name
         self._start = start
         self._on_event = on_event
@@ -137,23 +142,25 @@ class Supervised:
 
     async def _run(self) -> GiveUp:
         while True:
-            reason = await self._once()
+            code, reason = await self._once()
             then = self._policy.on_exit(time.monotonic())
+            if code in self._hopeless_codes:
+                then = GiveUp(1, 0.0)
             self._on_event(Ended(self.name, reason, then))
             if isinstance(then, GiveUp):
                 return then
             await asyncio.sleep(then.delay_s)
             self.restarts += 1
 
-    async def _once(self) -> str:
+    async def _once(self) -> tuple[int | None, str]:
         try:
             child = await self._start()
         except (MooncakeError, OSError) as error:
-            return f"did not start: {error}"
+            return None, f"did not start: {error}"
         self._child = child
         self._on_event(Started(self.name, child.pid, self.restarts))
         code = await child.wait()
         self._child = None
         # the group of a dead leader may still hold its helpers, and with them ports and memory
         await kill_group(child.pid, 0.0)
-        return exit_reason(code)
+        return code, exit_reason(code)

@@ -1,0 +1,5 @@
+"""`python -m mooncake`."""
+
+from mooncake.cli import main
+
+main()

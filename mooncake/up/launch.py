@@ -1,0 +1,130 @@
+"""What a child process of the cluster runs: one role with its options.
+
+    python -m mooncake.up.launch ROLE OPTIONS_FILE
+
+The zygote calls `run` in a forked child; everywhere else this module is the program. Options
+travel as msgpack in a private file; the API key travels in the environment and nowhere else.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from mooncake.core import log as logs
+from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
+from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
+from mooncake.core.messages import STORES_PREFIX
+from mooncake.core.metadata_client import RemoteMetadata
+from mooncake.core.metadata_registration import Registration
+
+log = structlog.get_logger(__name__)
+
+EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 69
+"""69 is EX_UNAVAILABLE of sysexits.h: another process or a resource is missing, retry may help."""
+
+
+def exit_code(error: MooncakeError) -> int:
+    """Return the exit code that tells the kind of `error`."""
+    if isinstance(error, ConfigError):
+        return EXIT_USAGE
+    return EXIT_UNAVAILABLE if isinstance(error, PeerError | CapacityError) else EXIT_FAILED
+
+
+def run_store(options: StoreOptions) -> int:
+    """Serve one store node until SIGTERM; return the exit code."""
+    return asyncio.run(_store(options.checked()))
+
+
+async def _store(options: StoreOptions) -> int:
+    from kvstore.service import StoreConfig, StoreService
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    config = StoreConfig(
+        node=options.node,
+        capacity_bytes=options.capacity_bytes,
+        run_dir=options.run_dir,
+        endpoint=options.endpoint,
+        events=options.events,
+        metrics_port=options.metrics_port or None,
+    )
+    service = StoreService(config)
+    metadata = RemoteMetadata(options.metadata)
+    record = await service.start()
+    registration = Registration(metadata, STORES_PREFIX + record.node, lambda: msgspec.json.encode(record))
+    registration.start()
+    try:
+        await service.run_until(stop)
+    finally:
+        await registration.close()
+        await metadata.close()
+        await service.close()
+    return 0
+
+
+def run_prefill(options: WorkerOptions) -> int:
+    """Run a prefill (or aggregated) instance until SIGTERM; return the exit code."""
+    from prefill import service
+
+    return service.main(options.checked())
+
+
+def run_decode(options: WorkerOptions) -> int:
+    """Run a decode instance until SIGTERM; return the exit code."""
+    from decode import service
+
+    return service.main(options.checked())
+
+
+def run_conductor(options: GatewayOptions) -> int:
+    """Run the Conductor with its gateway until SIGTERM; return the exit code."""
+    from conductor import gateway
+
+    key = options.api_key or os.environ.get(API_KEY_ENV, "")
+    options = msgspec.structs.replace(options, api_key=key).checked()
+    return gateway.main(options)
+
+
+ROLES: dict[str, tuple[type, Callable[..., int]]] = {
+    "store": (StoreOptions, run_store),
+    "prefill": (WorkerOptions, run_prefill),
+    "decode": (WorkerOptions, run_decode),
+    "conductor": (GatewayOptions, run_conductor),
+}
+
+
+def run(role: str, data: bytes) -> int:
+    """Run `role` with msgpack options in this process; return its exit code."""
+    kind, main = ROLES[role]
+    options: Any = msgspec.msgpack.decode(data, type=kind)
+    return guarded(role, options.log_level, lambda: main(options))
+
+
+def guarded(service: str, log_level: str, main: Callable[[], int]) -> int:
+    """Return what `main` returns; our errors become one log line and an exit code."""
+    logs.setup(service, log_level)
+    try:
+        return main()
+    except MooncakeError as error:
+        log.error("stopped", kind=type(error).__name__, reason=str(error))
+        return exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> int:
+    """Entry of `python -m mooncake.up.launch`."""
+    role, path = sys.argv[1:]
+    return run(role, Path(path).read_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

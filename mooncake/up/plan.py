@@ -1,0 +1,199 @@
+"""Pure: which processes make the cluster that was asked for, where they run and with what.
+
+Order of the list is the order of start; shutdown goes by `stop_rank`. Nothing here starts or looks
+at anything but its arguments.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from mooncake.core.config import (
+    API_KEY_ENV,
+    GatewayOptions,
+    StoreOptions,
+    WorkerOptions,
+    check_host,
+    fail,
+)
+from mooncake.core.errors import ConfigError
+from mooncake.core.process import pick_cores
+
+INSTANCES_MAX = 64
+"""On one machine; beyond this the plan is a mistake, not a wish."""
+SOCKET_PATH_CHARS_MAX = 107
+"""sun_path of a unix socket; the longest name we put below the run directory is about 45."""
+RUN_DIR_CHARS_MAX = SOCKET_PATH_CHARS_MAX - 45
+CONDUCTOR_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 15.0, 5.0
+"""Graces: the Conductor drains for 25 s, an engine stops within 10 s, a store only unmaps."""
+
+
+class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `mooncake up` was asked for; `model` is resolved already."""
+
+    model: str
+    served_name: str
+    run_dir: str
+    model_is_local: bool = True
+    prefill: int = 1
+    decode: int = 1
+    aggregated: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    pool_bytes: int = 1 << 30
+    kv_memory_bytes: int = 512 << 20
+    dtype: str = "bfloat16"
+    max_model_len: int = 0
+    block_size: int = 32
+    load_mode: str = "async"
+    first_token: bool = False
+    log_level: str = "info"
+    vllm_args: list[str] = []
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the cluster."""
+
+    name: str
+    role: str  # a key of launch.ROLES
+    options: StoreOptions | WorkerOptions | GatewayOptions
+    env: dict[str, str] = {}
+    cores: list[int] = []
+    heavy: bool = True  # imports vLLM: worth forking from the zygote
+    stop_rank: int = 0  # lower stops first; equal ones together
+    stop_s: float = 5.0
+
+
+def metadata_endpoint(run_dir: str) -> str:
+    """Return the address of the cluster's metadata store: a socket file that only we can open."""
+    return f"ipc://{run_dir}/metadata.sock"
+
+
+def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> list[Process]:
+    """Return the processes of the cluster.
+
+    Args:
+        options: what was asked for.
+        cores: what this process may run on.
+        api_key: put into the Conductor's environment, never into options.
+
+    Raises:
+        ConfigError: the wish makes no cluster, or a setting is out of range.
+    """
+    roles = engine_roles(options)
+    check_host(options.host, api_key)
+    if len(options.run_dir) > RUN_DIR_CHARS_MAX:
+        raise fail("run_dir", options.run_dir, f"at most {RUN_DIR_CHARS_MAX} characters (unix sockets)")
+    metadata = metadata_endpoint(options.run_dir)
+    store = StoreOptions(
+        node="local",
+        capacity_bytes=options.pool_bytes,
+        run_dir=f"{options.run_dir}/store",
+        metadata=metadata,
+        log_level=options.log_level,
+    )
+    gateway = GatewayOptions(
+        model=options.model,
+        served_name=options.served_name,
+        run_dir=options.run_dir,
+        host=options.host,
+        port=options.port,
+        metadata_endpoint=metadata,
+        aggregated=options.aggregated > 0,
+        first_token=options.first_token,
+        block_size=options.block_size,
+        max_model_len=options.max_model_len,
+        dtype=options.dtype,
+        log_level=options.log_level,
+        api_key=api_key,
+    ).checked()
+    plan = [
+        Process(
+            name="store", role="store", options=store.checked(), heavy=False, stop_rank=2, stop_s=STORE_STOP_S
+        ),
+        Process(
+            name="conductor",
+            role="conductor",
+            options=msgspec.structs.replace(gateway, api_key=""),
+            env={API_KEY_ENV: api_key} if api_key else {},
+            stop_rank=0,
+            stop_s=CONDUCTOR_STOP_S,
+        ),
+    ]
+    return plan + [
+        _engine(options, name, role, pick_cores(index, len(roles), cores))
+        for index, (name, role) in enumerate(roles)
+    ]
+
+
+def engine_roles(options: UpOptions) -> list[tuple[str, str]]:
+    """Return (name, role) of every engine, prefill and decode in turns so that both get cores.
+
+    Raises:
+        ConfigError: not a set of instances that can serve a request.
+    """
+    for key in ("prefill", "decode", "aggregated"):
+        count = getattr(options, key)
+        if not 0 <= count <= INSTANCES_MAX:
+            raise fail(key, count, f"must be 0..{INSTANCES_MAX}")
+    if options.aggregated:
+        return [(f"both-{i}", "both") for i in range(options.aggregated)]
+    if not options.prefill or not options.decode:
+        raise ConfigError(
+            f"prefill = {options.prefill}, decode = {options.decode}: "
+            "at least one of each, or --aggregated N for instances that do both"
+        )
+    turns = []
+    for i in range(max(options.prefill, options.decode)):
+        turns += [(f"prefill-{i}", "prefill")] if i < options.prefill else []
+        turns += [(f"decode-{i}", "decode")] if i < options.decode else []
+    return turns
+
+
+def _engine(options: UpOptions, name: str, role: str, cores: list[int]) -> Process:
+    worker = WorkerOptions(
+        role=role,
+        model=options.model,
+        served_name=options.served_name,
+        metadata=metadata_endpoint(options.run_dir),
+        run_dir=options.run_dir,
+        instance_id=name,
+        node="local",
+        cores=cores,
+        kv_memory_bytes=options.kv_memory_bytes,
+        max_model_len=options.max_model_len,
+        dtype=options.dtype,
+        load_mode=options.load_mode,
+        block_size=options.block_size,
+        log_level=options.log_level,
+        vllm_args=options.vllm_args,
+    ).checked()
+    env = {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+    }
+    launch_role = "decode" if role == "decode" else "prefill"
+    return Process(
+        name=name, role=launch_role, options=worker, env=env, cores=cores, stop_rank=1, stop_s=WORKER_STOP_S
+    )
+
+
+def base_env(environ: Mapping[str, str], model_is_local: bool) -> dict[str, str]:
+    """Return the environment of every child and of the zygote, before anything is imported.
+
+    What the user set wins, but for the key: only the Conductor gets it.
+    """
+    defaults = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",  # spinning threads on a shared core cost 45x (measured)
+        "OPENBLAS_NUM_THREADS": "1",  # else numpy starts threads at import, and forking is unsafe
+        "TOKENIZERS_PARALLELISM": "false",  # warns and dead-locks after a fork
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the machine unasked
+        "PYTHONUNBUFFERED": "1",
+    }
+    if model_is_local:
+        defaults["HF_HUB_OFFLINE"] = "1"  # a local folder needs no look-up, and no wait for one
+    env = {**defaults, **environ}
+    env.pop(API_KEY_ENV, None)
+    return env

@@ -1,0 +1,91 @@
+"""The life of `mooncake up`: check, model, start, ready line, watch, stop."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from mooncake.core.config import is_loopback
+from mooncake.up.cluster import Cluster, check_port, prepare_run_dir
+from mooncake.up.plan import UpOptions, base_env, make_plan
+from mooncake.up.show import Board
+
+
+def default_run_dir() -> Path:
+    """Return a fresh private folder for sockets and logs."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    parent = runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix=f"mooncake-{os.getuid()}-", dir=parent))  # 0700
+
+
+def up(options: UpOptions, api_key: str, console: Console, use_zygote: bool = True) -> int:
+    """Run the cluster until Ctrl-C or SIGTERM; return the exit code.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        MooncakeError: a process gave up.
+    """
+    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key)
+    check_port(options.host, options.port)
+    run_dir = Path(options.run_dir)
+    prepare_run_dir(run_dir)
+    board = Board(console)
+    cluster = Cluster(plan, run_dir, base_env(os.environ, options.model_is_local), board, use_zygote)
+    return asyncio.run(_run(cluster, board, options, bool(api_key)))
+
+
+async def _run(cluster: Cluster, board: Board, options: UpOptions, has_key: bool) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with board:
+        try:
+            await cluster.start()
+            host = options.host if is_loopback(options.host) else "127.0.0.1"
+            host = "127.0.0.1" if host == "localhost" else host
+            if await cluster.wait_ready(stop, host, options.port):
+                board.say(ready_text(options, board.seconds, has_key))
+                await cluster.watch(stop)
+            board.say("stopping: requests in flight get up to 25 s; Ctrl-C again ends them")
+            return 0
+        finally:
+            await _close(cluster, stop)
+
+
+async def _close(cluster: Cluster, stop: asyncio.Event) -> None:
+    """Stop politely; a second signal cuts the graces short by ending this process (PDEATHSIG)."""
+    stop.clear()
+    closing = asyncio.create_task(cluster.close())
+    again = asyncio.create_task(stop.wait())
+    await asyncio.wait([closing, again], return_when=asyncio.FIRST_COMPLETED)
+    if not closing.done():
+        os._exit(130)  # the children's death signal does the rest
+    again.cancel()
+    await closing
+
+
+def ready_text(options: UpOptions, seconds: float, has_key: bool) -> str:
+    """Return what to tell once requests can be served."""
+    shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    shown = f"[{shown}]" if ":" in shown else shown
+    url = f"http://{shown}:{options.port}"
+    header = ' -H "Authorization: Bearer $MOONCAKE_API_KEY"' if has_key else ""
+    key = 'os.environ["MOONCAKE_API_KEY"]' if has_key else '"none"'
+    imports = "import os\n    from openai" if has_key else "from openai"
+    return f"""
+Mooncake is ready after {seconds:.1f} s at {url} serving {options.served_name}
+
+  curl {url}/v1/chat/completions{header} -H "Content-Type: application/json" \\
+    -d '{{"model": "{options.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+    {imports} import OpenAI
+    client = OpenAI(base_url="{url}/v1", api_key={key})
+    answer = client.chat.completions.create(
+        model="{options.served_name}", messages=[{{"role": "user", "content": "Hello!"}}])
+    print(answer.choices[0].message.content)
+
+logs: {options.run_dir}   stop: Ctrl-C
+"""
