@@ -97,6 +97,7 @@ class Members:
     def start(self, sink: Sink) -> None:
         """Begin to follow the cluster, on the running loop."""
         self._sink = sink
+        self.view.tick(time.monotonic())  # from now on it can tell a late tick of ours from silence
         instances = follow(self._metadata, INSTANCES_PREFIX)
         stores = follow(self._metadata, STORES_PREFIX)
         self._tasks = [

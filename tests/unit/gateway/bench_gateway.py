@@ -139,6 +139,31 @@ async def measure(streams: int, tokens: int, first_token: bool = False) -> dict[
     }
 
 
+async def measure_dispatch(streams: int, frames: int) -> dict[str, float]:
+    """Return CPU microseconds per token of our part alone: decode, state machines, metrics."""
+    from conftest import World, make_request
+
+    from conductor.scheduler import Mode
+    from conductor.vllm_seam import EngineCoreOutput, EngineCoreOutputs, MsgpackEncoder
+    from mooncake.core.messages import RelayOp
+
+    world = World(first_token=False, mode=Mode.AGGREGATED)
+    engine = await world.engine("b0", "both", step_s=1e6)
+    rids = [world.add(make_request([1, 2, index], max_tokens=10**6)) for index in range(streams)]
+    await world.until(lambda: len(engine.received) == streams)
+    outputs = [EngineCoreOutput(request_id=r.request_id, new_token_ids=[7]) for r in engine.received]
+    encoded = MsgpackEncoder().encode(EngineCoreOutputs(outputs=outputs, timestamp=1.0))
+    link = world.members.links["b0"]
+    began_s = time.thread_time()
+    for _ in range(frames):
+        link._receive([RelayOp.OUTPUT, *encoded])
+        world.dispatcher.outputs.get_nowait()
+    spent_s = time.thread_time() - began_s
+    world.dispatcher.abort(rids)
+    await world.close()
+    return {"dispatch_us_per_token": spent_s / (frames * streams) * 1e6}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, default=32)
@@ -148,6 +173,7 @@ def main() -> None:
     import fake_engine  # noqa: F401 -- imported once, before the forks
     import uvloop
 
+    print(json.dumps(asyncio.run(measure_dispatch(given.streams, 400))))
     if given.profile:
         import cProfile
 

@@ -102,7 +102,7 @@ class FakeEngine:
             if self.frozen.is_set():
                 time.sleep(0.01)
                 continue
-            wait_s = max(0.0, step_at_s - time.monotonic()) if self.jobs else 0.02
+            wait_s = min(0.02, max(0.0, step_at_s - time.monotonic()) if self.jobs else 0.02)
             if self._socket.poll(int(wait_s * 1000)):
                 self._read()
             if self.jobs and time.monotonic() >= step_at_s:

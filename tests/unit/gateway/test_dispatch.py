@@ -137,10 +137,8 @@ async def test_a_stopped_engine_is_noticed_and_its_late_tokens_are_dropped(make_
 async def test_a_prefill_engine_that_dies_is_replaced_before_anyone_notices(make_world) -> None:
     world = make_world()
     slow = await world.engine("p0", "prefill", step_s=5.0)
-    slow.step_s = 5.0
     decode = await world.engine("d0", "decode")
-    first = world.add(make_request(PROMPT, max_tokens=2))  # its step sets the slow engine's pace
-    await world.finish(first)
+    await world.finish(world.add(make_request(PROMPT, max_tokens=2)))  # starts the slow engine's step
     rid = world.add(make_request(PROMPT))
     await world.until(lambda: len(slow.received) == 2)
     spare = await world.engine("p1", "prefill")
@@ -233,6 +231,15 @@ async def test_originals_stay_as_vllm_made_them(make_world) -> None:
     assert sent.extra_args["mine"] == 1
     assert sent.extra_args["kv_transfer_params"]["theirs"] == 2
     assert (sent.seed, sent.max_tokens, sent.min_tokens) == (5, 8, 3)
+
+
+async def test_a_gateway_that_stalled_itself_blames_nobody(make_world) -> None:
+    world = make_world()
+    await two_instances(world)
+    time.sleep(2.0)  # noqa: ASYNC251 -- the stall
+    await asyncio.sleep(0.6)
+    assert world.metric("mooncake_detect_seconds_count") == 0
+    assert await world.finish(world.add(make_request(PROMPT))) == expected(PROMPT, 8)
 
 
 async def test_statistics_flow_under_a_slot_per_instance(make_world) -> None:

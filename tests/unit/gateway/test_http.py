@@ -201,3 +201,58 @@ def test_vllms_own_flags_pass_through(configured) -> None:
     assert args.enable_prompt_tokens_details
     assert config.scheduler_config.max_num_queued_reqs == 7
     assert config.cache_config.block_size == 32
+
+
+async def test_stopping_refuses_new_connections_and_finishes_open_streams(site, configured) -> None:
+    import copy
+    import socket
+
+    engine = await site.engine("b0", "both")
+    engine.step_s = 0.02
+    args = copy.copy(configured[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        args.port = probe.getsockname()[1]
+    stop = asyncio.Event()
+    serving = asyncio.create_task(
+        vllm_seam.serve(site.app, RejectionMiddleware(site.app), args, stop, site.cluster.drain)
+    )
+    base = f"http://127.0.0.1:{args.port}"
+    async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    assert (await client.get("/health")).status_code == 200
+                    break
+                except httpx.ConnectError:
+                    await asyncio.sleep(0.05)
+        request = {**CHAT, "max_tokens": 40, "stream": True}
+        async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            stop.set()
+            await asyncio.sleep(0.2)
+            async with httpx.AsyncClient(base_url=base) as late:
+                with pytest.raises(httpx.ConnectError):
+                    await late.get("/health")
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+    async with asyncio.timeout(10):
+        await serving
+
+
+async def test_a_stream_that_fails_midway_ends_with_an_error_event(site) -> None:
+    engine = await site.engine("b0", "both")
+    engine.step_s = 0.01
+    request = {**CHAT, "max_tokens": 2000, "stream": True}
+    pending = asyncio.create_task(site.client.post("/v1/chat/completions", json=request))
+    async with asyncio.timeout(5):
+        while not engine.jobs:  # noqa: ASYNC110 -- other thread
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    engine.fail_next = 100
+    answer = await pending
+    assert answer.status_code == 200
+    errors = [line for line in answer.text.splitlines() if line.startswith('data: {"error"')]
+    assert len(errors) == 1
+    assert json.loads(errors[0][6:])["error"]["code"] == 503
