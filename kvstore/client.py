@@ -10,14 +10,13 @@ the client copies to and from the shared segment itself, see transfer.copy.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import msgspec
 import structlog
 
 from kvstore.limits import LEASE_S_MAX, WRITE_S_MAX
-from kvstore.link import Call, StoreLink
+from kvstore.link import Call, Lease, Slot, StoreLink
 from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (
@@ -51,36 +50,6 @@ RETRY_S = 1.0
 Resolve = Callable[[], StoreRecord | None]
 
 
-class Slot(msgspec.Struct, frozen=True):
-    """Where one block has to be written, before `expires_s` (time.monotonic), then committed."""
-
-    key: bytes
-    offset: int
-    ticket: int
-    view: memoryview
-    expires_s: float
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """The blocks of the longest known prefix; `views[i]` (read-only) are the bytes of `blocks[i]`.
-
-    Bytes are guaranteed until `expires_s` (time.monotonic); verify *after* copying to be sure.
-    """
-
-    lease_id: int
-    keys: list[bytes]
-    blocks: list[Block]
-    views: list[memoryview]
-    expires_s: float
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def verify(self, index: int) -> bool:
-        """Return whether block `index` still is what was committed under its key (0.2 ms for 3 MB)."""
-        return block_checksum(self.keys[index], self.views[index]) == self.blocks[index].checksum
-
-
 class PoolClient:
     """One engine's access to its host's store. Thread-safe."""
 
@@ -92,6 +61,7 @@ class PoolClient:
         *,
         touch: bool = True,
         attach_s: float = ATTACH_S,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         """Attach, and give up what an earlier start of `writer` left in writing.
 
@@ -104,6 +74,7 @@ class PoolClient:
                 called in the background thread, may raise MooncakeError.
             touch: fill this process's page tables at once; False for a client that copies nothing.
             attach_s: longest wait for the store, in seconds.
+            deadline_s: longest wait of one call that names no other, in seconds.
 
         Raises:
             ProtocolError: what answers is not a store of ours.
@@ -111,6 +82,7 @@ class PoolClient:
         self._writer = writer
         self._resolve = resolve
         self._touch = touch
+        self._deadline_s = deadline_s
         self._fd_path = record.fd_path
         self._node = record.node
         self._lock = threading.Lock()
@@ -149,20 +121,25 @@ class PoolClient:
         keys = list(keys)
         return self._begin(Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s), keys=keys, wait_s=wait_s)
 
-    def finish_acquired(self, call: Call, deadline_s: float = DEADLINE_S) -> Acquired:
+    def finish_acquired(self, call: Call, deadline_s: float | None = None) -> Acquired:
         """Return the store's answer as it is; bytes by `view`. The lease must be released.
 
+        Args:
+            call: of begin_acquire.
+            deadline_s: longest wait from now; by default the client's, and the call's wait_s.
+
         Raises:
-            PeerTimeout: no answer within `deadline_s`, or the store went down meanwhile.
+            PeerTimeout: no answer within the deadline, or the store went down meanwhile.
             PeerError: the store is gone, restarted, or answers nonsense.
             CapacityError: the store has too many leases.
             RequestError: malformed keys.
         """
         reply: Acquired = self._finish(call, deadline_s, Acquired)
-        self._checked(call, lambda: call.link.check_acquired(reply, len(call.keys)))
+        with self._ours(call.link, Release(reply.lease_id)):
+            call.link.check_acquired(reply, len(call.keys))
         return reply
 
-    def finish_acquire(self, call: Call, lease_s: float, deadline_s: float = DEADLINE_S) -> Lease:
+    def finish_acquire(self, call: Call, lease_s: float, deadline_s: float | None = None) -> Lease:
         """Return the answer as a Lease with views; `lease_s` as asked for. Raises as finish_acquired."""
         reply = self.finish_acquired(call, deadline_s)
         view = call.link.segment.view
@@ -174,10 +151,10 @@ class PoolClient:
         return Lease(reply.lease_id, found, reply.blocks, views, call.began_s + min(lease_s, LEASE_S_MAX))
 
     def acquire(
-        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, deadline_s: float = DEADLINE_S
+        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, deadline_s: float | None = None
     ) -> Lease:
-        """`begin_acquire` and `finish_acquire` in one; the deadline is on top of wait_s."""
-        return self.finish_acquire(self.begin_acquire(keys, lease_s, wait_s), lease_s, deadline_s + wait_s)
+        """`begin_acquire` and `finish_acquire` in one."""
+        return self.finish_acquire(self.begin_acquire(keys, lease_s, wait_s), lease_s, deadline_s)
 
     def release(self, lease_id: int) -> None:
         """Give a lease back, without waiting; one of a lost or earlier store is already over.
@@ -220,14 +197,15 @@ class PoolClient:
         keys = list(keys)
         return self._begin(Reserve(self._writer, keys, size_bytes), keys=keys, size_bytes=size_bytes)
 
-    def finish_reserve(self, call: Call, deadline_s: float = DEADLINE_S) -> list[Slot | None]:
+    def finish_reserve(self, call: Call, deadline_s: float | None = None) -> list[Slot | None]:
         """Return one Slot per key, None where there is nothing to write.
 
         None: the block is already there, being written, or the store is full.
         Raises as finish_acquired.
         """
         reply: Reserved = self._finish(call, deadline_s, Reserved)
-        self._checked(call, lambda: call.link.check_reserved(reply, len(call.keys), call.size_bytes))
+        with self._ours(call.link, Abandon(self._writer, [ticket for ticket in reply.tickets if ticket])):
+            call.link.check_reserved(reply, len(call.keys), call.size_bytes)
         expires_s = call.began_s + WRITE_S_MAX
         view = call.link.segment.view
         try:
@@ -239,13 +217,13 @@ class PoolClient:
             raise PeerGone(f"store {self._node}: {error}") from error
 
     def reserve(
-        self, keys: Sequence[bytes], size_bytes: int, deadline_s: float = DEADLINE_S
+        self, keys: Sequence[bytes], size_bytes: int, deadline_s: float | None = None
     ) -> list[Slot | None]:
         """`begin_reserve` and `finish_reserve` in one."""
         return self.finish_reserve(self.begin_reserve(keys, size_bytes), deadline_s)
 
     def commit(
-        self, tickets: Sequence[int], checksums: Sequence[bytes], deadline_s: float = DEADLINE_S
+        self, tickets: Sequence[int], checksums: Sequence[bytes], deadline_s: float | None = None
     ) -> list[bool]:
         """Make written blocks visible; block_checksum(key, view) each. False: it came too late.
 
@@ -274,12 +252,12 @@ class PoolClient:
 
     def forget(self, call: Call) -> None:
         """Drop interest in an answer. One that is overdue counts as a timeout of the store."""
-        overdue = time.monotonic() - call.began_s > DEADLINE_S + call.wait_s
+        overdue = time.monotonic() - call.began_s > self._deadline_s + call.wait_s
         if overdue and not call.link.poll(call.call_id):
             self._lost(call.link, PeerTimeout("an answer that was given up"))
         call.link.forget(call.call_id)
 
-    def stats(self, deadline_s: float = DEADLINE_S) -> StoreStats:
+    def stats(self, deadline_s: float | None = None) -> StoreStats:
         """Return the store's counters; raises as finish_acquired."""
         stats: StoreStats = self._finish(self._begin(Stats()), deadline_s, StoreStats)
         return stats
@@ -323,7 +301,9 @@ class PoolClient:
         link = self._live_link()
         return Call(link, link.begin(request), time.monotonic(), **known)
 
-    def _finish(self, call: Call, deadline_s: float, kind: type[Any]) -> Any:
+    def _finish(self, call: Call, deadline_s: float | None, kind: type[Any]) -> Any:
+        if deadline_s is None:
+            deadline_s = self._deadline_s + call.wait_s
         # a call that was under way when the store was lost must not pay the deadline once more
         wait_s = deadline_s if self._is_live(call.link) else 0.0
         try:
@@ -333,11 +313,15 @@ class PoolClient:
                 self._lost(call.link, error)
             raise
 
-    def _checked(self, call: Call, check: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _ours(self, link: StoreLink, undo: Release | Abandon) -> Iterator[None]:
+        """Leave `link` for good when its answer is of another epoch or nonsense."""
         try:
-            check()
-        except PeerError as error:  # another epoch, or nonsense: this link is over
-            self._lost(call.link, error)
+            yield
+        except PeerError as error:
+            with contextlib.suppress(MooncakeError):
+                link.send(undo)  # what the store behind that address just gave us would lie idle
+            self._lost(link, error)
             raise
 
     def _use(self, link: StoreLink | None) -> None:

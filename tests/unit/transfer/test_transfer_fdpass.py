@@ -58,8 +58,11 @@ async def test_the_socket_is_private_and_goes_at_close(served):
 
 async def test_another_user_gets_no_descriptor(served, monkeypatch):
     server, _ = served
-    seen = iter([os.getuid(), os.getuid() + 1])  # client's look at the server, server's look at the client
-    monkeypatch.setattr(fdpass, "peer_uid", lambda _: next(seen))
+
+    def seen_uid(_):  # the server looks from the loop's thread, the client from its own
+        return os.getuid() + (threading.current_thread() is threading.main_thread())
+
+    monkeypatch.setattr(fdpass, "peer_uid", seen_uid)
     with pytest.raises(PeerGone, match="without a descriptor"):
         await fetch(server.path)
 
