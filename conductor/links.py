@@ -110,6 +110,7 @@ class Link:
         self._gateway_id = gateway_id
         self._events = events
         self._relink = relink
+        self._welcomes_due = 2 if relink else 1  # the BYE between two HELLOs gives up the first slot
         self._began_s = 0.0
         self._hello_s = 0.0
         self._draining = False
@@ -296,9 +297,9 @@ class Link:
                 f"{self.record.endpoint} is {welcome.instance_id} epoch {welcome.epoch}, "
                 f"not {self.instance_id} epoch {self.record.epoch}"
             )
-        first = self.state is LinkState.CONNECTING
         self.slot = welcome.slot
-        if first:
+        self._welcomes_due -= 1
+        if self._welcomes_due <= 0 and self.state is LinkState.CONNECTING:
             self.state = LinkState.UP
             self._events.link_up(self)
 
