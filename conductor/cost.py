@@ -9,7 +9,6 @@ count alike) with exponential forgetting. Coefficients never go below zero: a ne
 make more work look cheaper and pull the whole load onto one instance.
 """
 
-from collections.abc import Sequence
 from math import inf, isfinite, sqrt
 
 import msgspec
@@ -41,6 +40,9 @@ SECONDS_MIN = 1e-6
 """No prediction is zero or below: ratios stay finite."""
 
 
+Triple = tuple[float, float, float]
+
+
 class CostErrors(msgspec.Struct, frozen=True):
     """Moving mean of |predicted - measured| / measured, and how many were measured."""
 
@@ -70,22 +72,19 @@ class _Error:
 class _Fit:
     """Recursive least squares of seconds on 3 features, scaled so that every prior is 1."""
 
-    def __init__(self, prior: Sequence[float]) -> None:
-        self._scale = tuple(prior)
+    def __init__(self, prior: Triple) -> None:
+        self._scale = prior
         size = len(self._scale)
         self._coefficients = [1.0] * size
+        self.coefficients = prior
         self._spread = _diagonal(PRIOR_SPREAD, size)
         self.error = _Error()
 
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        return tuple(c * s for c, s in zip(self._coefficients, self._scale, strict=True))
+    def predict(self, features: Triple) -> float:
+        (a, b, c), (x, y, z) = self.coefficients, features  # unrolled: asked many times per decision
+        return max(a * x + b * y + c * z, SECONDS_MIN)
 
-    def predict(self, features: Sequence[float]) -> float:
-        total = sum(c * f for c, f in zip(self.coefficients, features, strict=True))
-        return max(total, SECONDS_MIN)
-
-    def observe(self, features: Sequence[float], seconds: float) -> None:
+    def observe(self, features: Triple, seconds: float) -> None:
         predicted = self.predict(features)
         self.error.add(predicted, seconds)
         bounded = min(seconds, predicted * ERROR_RATIO_MAX)
@@ -96,6 +95,8 @@ class _Fit:
         denominator = FORGETTING + sum(row[i] * gain[i] for i in size)
         step = (1 - sum(self._coefficients[i] * row[i] for i in size)) / denominator
         self._coefficients = [max(0.0, c + g * step) for c, g in zip(self._coefficients, gain, strict=True)]
+        first, second, third = (c * s for c, s in zip(self._coefficients, self._scale, strict=True))
+        self.coefficients = (first, second, third)
         fresh = [[(spread[i][j] - gain[i] * gain[j] / denominator) / FORGETTING for j in size] for i in size]
         if not all(0 < fresh[i][i] < inf for i in size):
             # rounding has eaten a variance (features many orders of magnitude apart): learn afresh
@@ -113,9 +114,7 @@ def _diagonal(value: float, size: int) -> list[list[float]]:
 class CostModel:
     """One model for all instances of a served model. Constant time and memory per call."""
 
-    def __init__(
-        self, prefill_prior: Sequence[float] = PREFILL_PRIOR, tbt_prior: Sequence[float] = TBT_PRIOR
-    ) -> None:
+    def __init__(self, prefill_prior: Triple = PREFILL_PRIOR, tbt_prior: Triple = TBT_PRIOR) -> None:
         """Priors are (seconds per call, per token or request, per token pair or KV token), all > 0."""
         assert min(*prefill_prior, *tbt_prior) > 0
         self._prefill = _Fit(prefill_prior)
@@ -166,11 +165,11 @@ class CostModel:
         if tokens > 0:
             self._output_tokens += (tokens - self._output_tokens) * EWMA_WEIGHT
 
-    def prefill_coefficients(self) -> tuple[float, ...]:
+    def prefill_coefficients(self) -> Triple:
         """Return (a, b, c) in seconds, seconds per token, seconds per token pair."""
         return self._prefill.coefficients
 
-    def tbt_coefficients(self) -> tuple[float, ...]:
+    def tbt_coefficients(self) -> Triple:
         """Return (a, b, c) in seconds, seconds per request, seconds per KV token."""
         return self._tbt.coefficients
 
@@ -192,6 +191,6 @@ class CostModel:
         return credible
 
 
-def _prefill_features(new_tokens: int, prefix_tokens: int) -> tuple[float, float, float]:
+def _prefill_features(new_tokens: int, prefix_tokens: int) -> Triple:
     new, prefix = max(0, new_tokens), max(0, prefix_tokens)
     return 1.0, new, new * (prefix + new / 2)

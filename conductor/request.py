@@ -159,15 +159,17 @@ class PrefillGroup:
 
     def plan_result(self, machine: "RequestMachine", answer: Plan | Rejection) -> list[Command]:
         """Answer to the group's Replan, through whichever child asked."""
-        rid = machine.facts.request_id
+        rid, waiting = machine.facts.request_id, self._phase is _Phase.REPLANNING
+        if waiting and not self._members:  # all left meanwhile
+            self._phase, waiting = _Phase.IDLE, False
         if isinstance(answer, Rejection):
-            if self._phase is not _Phase.REPLANNING or self._idle_if_empty():
+            if not waiting:
                 return []
             self._rejections += 1
             if self._rejections > REPLAN_REJECTIONS_MAX:
                 return self._fail(str(answer.reason))
             return [self._replan(_delay_s(answer))]
-        if self._phase is not _Phase.REPLANNING or self._idle_if_empty():
+        if not waiting:
             return _releases(rid, answer.prefill_ticket, answer.decode_ticket)
         commands = _releases(rid, answer.decode_ticket)  # the children have their own places
         if answer.prefill is not None:
@@ -177,12 +179,6 @@ class PrefillGroup:
         for member in self._part():
             commands += member.next_leg()  # on its own decode instance, which does all
         return commands
-
-    def _idle_if_empty(self) -> bool:
-        if self._members:
-            return False
-        self._phase = _Phase.IDLE
-        return True
 
     def _send(self, rid: str, instance_id: str, ticket: int) -> list[Command]:
         self._attempts += 1
@@ -322,9 +318,7 @@ class RequestMachine:
 
     def abort(self) -> list[Command]:
         """The client left."""
-        if self.state is State.DONE:
-            return []
-        return self._stop_legs() + self._end(Outcome.ABORTED)
+        return [] if self.state is State.DONE else self._stop_legs() + self._end(Outcome.ABORTED)
 
     def deadline(self) -> list[Command]:
         """The request's time is up: Fail."""

@@ -26,6 +26,7 @@ from conductor.plan import (
     Plan,
     Release,
     Replan,
+    RequestFacts,
     Send,
     Stale,
 )
@@ -62,7 +63,7 @@ class World:
     def __init__(self, seed: int, roles: dict[str, str], config: SchedulerConfig) -> None:
         self.random = Random(seed)
         self.now_s = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self.cluster, self.index, self.cost = ClusterView(), PrefixIndex(), CostModel()
         self.scheduler = Scheduler(config, self.index, self.cost, self.cluster)
@@ -80,14 +81,14 @@ class World:
 
     # ------------------------------------------------------------ time
 
-    def at(self, delay_s: float, what: Callable[[], None]) -> None:
+    def at(self, delay_s: float, what: Callable[[], object]) -> None:
         self.at_time(self.now_s + delay_s, what)
 
-    def at_time(self, when_s: float, what: Callable[[], None]) -> None:
+    def at_time(self, when_s: float, what: Callable[[], object]) -> None:
         """Absolute, so that what waits for the same moment keeps its order: links are ordered."""
         heapq.heappush(self._events, (when_s, next(self._order), what))
 
-    def to_gateway(self, delay_s: float, what: Callable[[], None]) -> None:
+    def to_gateway(self, delay_s: float, what: Callable[[], object]) -> None:
         """Something the gateway's loop does; a stalled gateway does it when it wakes."""
 
         def act() -> None:
@@ -143,7 +144,7 @@ class World:
 
     # ------------------------------------------------------------ engines
 
-    def on_engine(self, engine: Engine, delay_s: float, what: Callable[[], None]) -> None:
+    def on_engine(self, engine: Engine, delay_s: float, what: Callable[[], object]) -> None:
         """Something this start of the engine does; a stalled engine does it when it wakes."""
         epoch = engine.epoch
 
@@ -184,7 +185,7 @@ class World:
             del engine.legs[send.eid]
         self.to_gateway(WIRE_S, lambda: self.heard(send.eid, tokens, finish))
 
-    def facts_of(self, request_id: str):
+    def facts_of(self, request_id: str) -> RequestFacts:
         return self.machines[request_id].facts
 
     # ------------------------------------------------------------ the gateway's shell
