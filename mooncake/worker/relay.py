@@ -7,6 +7,7 @@ heartbeats, and releases everything of a gateway that fell silent.
 Protocol: core.messages, "between a gateway and a relay".
 """
 
+import contextlib
 import os
 import struct
 import time
@@ -188,7 +189,7 @@ class Relay:
         assert slot is not None
         slot.seen_s = time.monotonic()
         if operation == RelayOp.ENGINE:
-            self._to_engine(frames)
+            self._to_engine(index, frames)
         elif operation == RelayOp.PING:
             self._pong(identity, frames)
         elif operation == RelayOp.BYE:
@@ -196,14 +197,17 @@ class Relay:
         else:
             raise ProtocolError(f"unknown operation {operation!r}")
 
-    def _to_engine(self, frames: list[bytes]) -> None:
+    def _to_engine(self, index: int, frames: list[bytes]) -> None:
         if len(frames) < 2 or frames[0] not in FORWARDED:
             raise ProtocolError("not an engine request")
-        if frames[0] != VLLM_ADD:
-            # rare and small: a frame that does not decode would kill the engine's input thread
-            body = wire.decode(frames[1], list)
-            if frames[0] == VLLM_UTILITY and len(body) != 4:
-                raise ProtocolError("a utility call has four fields")
+        # rare and small: a frame that does not decode would kill the engine's input thread, an
+        # unhashable request id its main loop, an unknown output its output thread
+        if frames[0] == VLLM_ABORT:
+            wire.decode(frames[1], list[str])
+        elif frames[0] == VLLM_UTILITY:
+            client_index, *_ = wire.decode(frames[1], tuple[int, int, str, list[Any]])
+            if client_index != index:
+                raise ProtocolError(f"a utility call for slot {client_index} from slot {index}")
         if self.ready is None:
             raise CapacityError("the engine is still loading")
         self._engine.send_multipart([ENGINE_IDENTITY, *frames])
@@ -222,6 +226,8 @@ class Relay:
             raise ProtocolError(f"relay protocol {RELAY_PROTOCOL}, gateway speaks {hello.protocol}")
         now_s = time.monotonic()
         index = self._slot_of(hello.gateway_id)
+        if self._by_identity.get(identity, index) != index:
+            raise ProtocolError("this connection is another gateway already")
         previous = self._slots[index]
         if previous is not None:
             self._by_identity.pop(previous.identity, None)
@@ -269,4 +275,5 @@ def make_stop_pipe() -> tuple[int, int]:
 
 def request_stop(writable: int) -> None:
     """Wake the poll loop; safe in a signal handler."""
-    os.write(writable, struct.pack("b", 1))
+    with contextlib.suppress(BlockingIOError):  # a full pipe: the loop has been told already
+        os.write(writable, struct.pack("b", 1))
