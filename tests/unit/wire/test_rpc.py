@@ -217,7 +217,9 @@ async def test_a_bug_in_the_handler_is_an_internal_error_at_once_and_the_server_
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\xc1", b"garbage", b"\x91" * 50_000, wire.encode(["no such tag"])]
+    "payload",
+    [b"", b"\xc1", b"garbage", b"\x91" * 50_000, wire.encode(["no such tag"])],
+    ids=lambda payload: repr(payload)[:20],
 )
 async def test_a_payload_that_is_no_request_is_answered_with_a_protocol_error(payload):
     async with serving() as server, calling(server.endpoint) as client:

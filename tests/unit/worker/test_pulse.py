@@ -1,0 +1,74 @@
+"""The engine's counters and sign of life cross the process border; a stopped engine shows."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mooncake.worker.pulse import FIELDS, PULSE_INTERVAL_S, Pulse
+
+ENGINE = """
+import sys, time
+from pathlib import Path
+from mooncake.worker.pulse import Pulse
+pulse = Pulse(Path(sys.argv[1]), create=False)
+pulse.add("load_bytes", 7)
+pulse.add("load_bytes", 0.5)
+pulse.start_beating()
+print("beating", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A beating process; yields (its Popen, the relay's view)."""
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", ENGINE, str(tmp_path / "pulse")], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "beating\n"
+        yield child, pulse
+        child.kill()
+
+
+def test_a_new_pulse_counts_from_zero_and_has_never_beaten(tmp_path):
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    assert pulse.snapshot() == dict.fromkeys(FIELDS[1:], 0.0)
+    assert pulse.age_s(50.0) == 50.0
+
+
+def test_a_file_that_the_relay_has_not_made_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Pulse(tmp_path / "pulse", create=False)
+
+
+def test_an_unknown_counter_is_an_error(tmp_path):
+    with pytest.raises(KeyError):
+        Pulse(tmp_path / "pulse", create=True).add("no such counter", 1)
+
+
+def test_an_age_is_never_negative(tmp_path):
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    pulse.beat()
+    assert pulse.age_s(0.0) == 0.0
+
+
+def test_counters_and_beats_of_another_process_are_seen_and_a_stopped_one_ages(engine):
+    child, pulse = engine
+    assert pulse.read("load_bytes") == 7.5
+    assert pulse.age_s(time.monotonic()) < 2.0
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    first_s = pulse.read("pulse_s")
+    time.sleep(3 * PULSE_INTERVAL_S)
+    assert pulse.read("pulse_s") == first_s
+    assert pulse.age_s(time.monotonic()) >= 3 * PULSE_INTERVAL_S
+    os.kill(child.pid, signal.SIGCONT)
+    end_s = time.monotonic() + 5
+    while pulse.read("pulse_s") == first_s:
+        assert time.monotonic() < end_s, "the pulse did not come back"
+        time.sleep(0.01)
