@@ -336,7 +336,8 @@ class PoolClient:
     def _lost(self, link: StoreLink | None, error: MooncakeError) -> None:
         """Open the breaker and start to look for the store, once."""
         with self._lock:
-            if link is not self._link or self._closing.is_set() or (self._reviver and not self._up):
+            looking = self._reviver is not None and self._reviver.is_alive() and not self._up
+            if link is not self._link or self._closing.is_set() or looking:
                 return
             self._up = False
             self._reviver = threading.Thread(target=self._revive, name="pool-revive", daemon=True)

@@ -4,6 +4,10 @@
 (slice assignment of memoryviews is as fast and keeps it: an engine step would wait for the copy).
 Every release may cost the copier one switch interval (5 ms) when another thread is busy in pure
 Python, so pages that form one strided array are copied by a single call.
+
+A target that lies 16 bytes behind its source modulo 4096 copies at a third of the speed (4K aliasing,
+measured on EPYC). Segment ranges are page-aligned and big numpy arrays lie at +16: align by 64, as
+torch does, what is to be copied into.
 """
 
 import time

@@ -7,6 +7,7 @@ import zmq
 
 from kvstore import events as events_module
 from kvstore import follower as follower_module
+from kvstore import service as service_module
 from kvstore.events import Snapshots
 from kvstore.follower import IndexListener, StoreFollower
 from kvstore.node import NodeEvents
@@ -59,7 +60,9 @@ async def eventually(condition, limit_s=4.0):
 
 
 @pytest.fixture
-async def service(tmp_path):
+async def service(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(service_module, "TICK_S", 0.02)
     made = StoreService(StoreConfig(node="n1", capacity_bytes=64 * SIZE, run_dir=str(tmp_path / "run")))
     made.record = await made.start()
     yield made
@@ -138,12 +141,12 @@ async def test_a_lost_message_leads_to_a_new_snapshot_by_the_next_heartbeat(serv
 
 async def test_silence_makes_it_stale_once_and_a_sign_of_life_brings_it_back(service, follow):
     mirror = Mirror()
-    follower = await follow(service.record, mirror, stale_s=0.7)
+    follower = await follow(service.record, mirror, stale_s=0.5)
     service._beat.cancel()
     await eventually(lambda: mirror.stale)
     assert not follower.live
-    await asyncio.sleep(0.8)
-    assert mirror.stale == ["silent for 0.7 s"]
+    await asyncio.sleep(0.6)
+    assert mirror.stale == ["silent for 0.5 s"]
     service._beat = asyncio.create_task(service._keep_time())
     put(service, 9)
     await follower.wait_live(3)
@@ -170,7 +173,7 @@ async def test_an_index_forgets_a_node_that_is_out_of_step(service, follow):
 
     put(service, 1)
     index = Index()
-    await follow(service.record, IndexListener(index), stale_s=0.7)
+    await follow(service.record, IndexListener(index), stale_s=0.5)
     put(service, 2)
     await eventually(lambda: len(index.calls) == 3)
     service._beat.cancel()

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -18,6 +18,7 @@ def pattern(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 300), max_size=12))
 def test_scatter_undoes_gather_for_any_page_sizes(sizes):
     pages = [pattern(size, seed) for seed, size in enumerate(sizes)]
