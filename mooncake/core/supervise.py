@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections import deque
@@ -22,6 +23,7 @@ RESTARTS_MAX = 3
 WINDOW_S = 120.0
 """An engine needs up to 30 s to fail: three failures within two minutes are no accident."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.5, 10.0
+REAP_S = 2.0
 
 
 class Child(Protocol):
@@ -138,7 +140,11 @@ class Supervised:
         if child is None:
             return True
         self._child = None
-        return await kill_group(child.pid, grace_s)
+        by_itself = await kill_group(child.pid, grace_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REAP_S):
+                await child.wait()  # no zombie, no open transport
+        return by_itself
 
     async def _run(self) -> GiveUp:
         while True:

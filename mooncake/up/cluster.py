@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import socket
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,13 @@ from mooncake.core.errors import ConfigError, MooncakeError, PeerGone, PeerTimeo
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_client import RemoteMetadata
 from mooncake.core.metadata_follow import Removed, follow
-from mooncake.core.process import open_log
+from mooncake.core.process import open_log, spawn
 from mooncake.core.supervise import Child, Ended, GiveUp, Started, Supervised
+from mooncake.up import zygote
 from mooncake.up.launch import EXIT_USAGE
 from mooncake.up.plan import Process, metadata_endpoint
 from mooncake.up.show import Board
-from mooncake.up.starter import Zygote, start_plain
+from mooncake.up.starter import Zygote, write_options
 
 READY_S_MAX = 900.0
 """A cold import on a loaded two-core machine took 123 s; beyond this something hangs."""
@@ -31,11 +33,24 @@ HEALTH_S_MAX = 2.0
 LOG_TAIL_LINES = 8
 
 
+class Entry(msgspec.Struct, frozen=True):
+    """What children run: `module` as a program, its `run` in a fork. Tests bring light ones."""
+
+    module: str = "mooncake.up.launch"
+    preload: str = zygote.PRELOAD
+
+
 class Cluster:
     """All processes of one `mooncake up`."""
 
     def __init__(
-        self, plan: list[Process], run_dir: Path, env: dict[str, str], board: Board, use_zygote: bool = True
+        self,
+        plan: list[Process],
+        run_dir: Path,
+        env: dict[str, str],
+        board: Board,
+        use_zygote: bool = True,
+        entry: Entry | None = None,
     ) -> None:
         """`env` is the environment of every child; the plan's own come on top."""
         self._plan = plan
@@ -43,6 +58,7 @@ class Cluster:
         self._env = env
         self._board = board
         self._use_zygote = use_zygote
+        self._entry = entry or Entry()
         self._zygote: Zygote | None = None
         self._supervised: dict[str, Supervised] = {}
         self._tasks: dict[asyncio.Task[object], str] = {}
@@ -59,7 +75,7 @@ class Cluster:
             self._board.set(process.name, "starting", self._about(process))
         if self._use_zygote and any(process.heavy for process in self._plan):
             self._board.set("imports", "importing", "vLLM, once for all engines")
-            self._zygote = await Zygote.start(self._env, self.log_path("zygote"))
+            self._zygote = await Zygote.start(self._env, self.log_path("zygote"), self._entry.preload)
             self._watch(self._zygote_died(self._zygote), "zygote")
         for process in self._plan:
             supervised = Supervised(
@@ -79,20 +95,19 @@ class Cluster:
             await self._zygote.wait_ready()
             self._board.set("imports", "ready", f"{self._zygote.seconds:.1f} s")
             return await self._zygote.fork(
-                "mooncake.up.launch:run",
-                [process.role, data],
+                f"{self._entry.module}:run",
+                process.role,
+                data,
                 process.env,
                 self.log_path(process.name),
                 process.cores,
             )
-        return await start_plain(
-            process.name,
-            process.role,
-            data,
-            self._run_dir,
-            {**self._env, **process.env},
-            self.log_path(process.name),
-            process.cores,
+        path = write_options(self._run_dir / f"{process.name}.options", data)
+        return await spawn(
+            [sys.executable, "-m", self._entry.module, process.role, str(path)],
+            env={**self._env, **process.env},
+            log_path=self.log_path(process.name),
+            cores=process.cores,
         )
 
     def _about(self, process: Process) -> str:
@@ -103,14 +118,14 @@ class Cluster:
     def _watch(self, work: "asyncio._CoroutineLike[object]", name: str) -> None:
         self._tasks[asyncio.create_task(work, name=name)] = name
 
-    async def _zygote_died(self, zygote: Zygote) -> None:
+    async def _zygote_died(self, warm: Zygote) -> None:
         with contextlib.suppress(MooncakeError):  # told by the processes that wait for it
-            await zygote.wait_ready()
-        code = await zygote.process.wait()
+            await warm.wait_ready()
+        code = await warm.process.wait()
         with contextlib.suppress(PeerGone):
-            await zygote.wait_ready()  # raises the reason if it never was ready
+            await warm.wait_ready()  # raises the reason if it never was ready
         raise PeerGone(
-            f"the warm process ended (exit code {code}) and with it every engine; see {zygote.log_path}"
+            f"the warm process ended (exit code {code}) and with it every engine; see {warm.log_path}"
         )
 
     # ------------------------------------------------------------ main loop
@@ -222,7 +237,7 @@ class Cluster:
         """Stop the Conductor (it drains), then the engines, then the store, then the zygote."""
         self._stopping = True
         for task, name in self._tasks.items():
-            if name == "zygote":
+            if name in ("zygote", "metadata"):  # their ends are no news any more
                 task.cancel()
         ordered = sorted(self._plan, key=lambda process: process.stop_rank)
         for _, group in itertools.groupby(ordered, key=lambda process: process.stop_rank):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.up.cluster import Cluster, check_port, prepare_run_dir
 from mooncake.up.plan import UpOptions, base_env, make_plan
@@ -28,6 +29,7 @@ def up(options: UpOptions, api_key: str, console: Console, use_zygote: bool = Tr
         ConfigError: a setting cannot work.
         MooncakeError: a process gave up.
     """
+    logs.setup("up", "error")  # states are on the board; details in the children's logs
     plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key)
     check_port(options.host, options.port)
     run_dir = Path(options.run_dir)

@@ -51,7 +51,7 @@ class Zygote:
         self._tickets = itertools.count(1)
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
-        self._forks: dict[int, asyncio.Future[int]] = {}
+        self._forks: dict[int, asyncio.Future[ZygoteChild]] = {}
         self._ends: dict[int, asyncio.Future[int]] = {}
         self._reader = asyncio.create_task(self._read(), name="zygote reader")
 
@@ -82,29 +82,31 @@ class Zygote:
     async def fork(
         self,
         target: str,
-        args: Sequence[bytes | str],
+        role: str,
+        options: bytes,
         env: Mapping[str, str],
         log_path: Path,
         cores: Sequence[int],
     ) -> ZygoteChild:
-        """Start `target` in a forked child.
+        """Start `target(role, options)` in a forked child.
 
         Raises:
             PeerGone: the zygote ended, or could not fork.
         """
         await self.wait_ready()
-        request = zygote.Fork(next(self._tickets), target, list(args), dict(env), str(log_path), list(cores))
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        request = zygote.Fork(
+            next(self._tickets), target, role, options, dict(env), str(log_path), list(cores)
+        )
+        answer: asyncio.Future[ZygoteChild] = asyncio.get_running_loop().create_future()
         self._forks[request.ticket] = answer
         try:
             async with asyncio.timeout(FORK_S):
                 await asyncio.get_running_loop().sock_sendall(self._control, wire.encode(request))
-                pid = await answer
+                return await answer
         except (TimeoutError, OSError) as error:
             raise PeerGone(f"the warm process does not fork: {error!r}; see {self.log_path}") from error
         finally:
             self._forks.pop(request.ticket, None)
-        return ZygoteChild(pid, self._ends[pid])
 
     async def close(self) -> None:
         """End the process and, by their death signal, whatever it forked."""
@@ -151,7 +153,8 @@ class Zygote:
                     os.kill(pid, signal.SIGKILL)
         if answer is not None and waiting:
             if pid:
-                answer.set_result(pid)
+                # made here: a child may have ended before the caller runs again
+                answer.set_result(ZygoteChild(pid, self._ends[pid]))
             else:
                 answer.set_exception(PeerGone(f"the warm process could not fork; see {self.log_path}"))
 
@@ -166,19 +169,9 @@ class Zygote:
                 ended.set_result(-signal.SIGKILL)  # by their death signal
 
 
-async def start_plain(
-    name: str,
-    role: str,
-    options: bytes,
-    run_dir: Path,
-    env: Mapping[str, str],
-    log_path: Path,
-    cores: Sequence[int],
-) -> asyncio.subprocess.Process:
-    """Start a role in a fresh interpreter; its options go through a private file."""
-    path = run_dir / f"{name}.options"
+def write_options(path: Path, options: bytes) -> Path:
+    """Write a child's options to a file that only we can read; return `path`."""
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(options)
-    argv = [sys.executable, "-m", "mooncake.up.launch", role, str(path)]
-    return await spawn(argv, env=env, log_path=log_path, cores=cores)
+    return path

@@ -31,14 +31,15 @@ PRELOAD = "mooncake.worker.preload:preload"
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
-    """Start a child that runs `target` (module:function, called with `args`).
+    """Start a child that runs `target` (module:function, called with role and options).
 
     `env` is added to the zygote's environment. `ticket` comes back in the answer.
     """
 
     ticket: int
     target: str
-    args: list[bytes | str]
+    role: str
+    options: bytes
     env: dict[str, str]
     log_path: str
     cores: list[int] = []
@@ -149,7 +150,7 @@ class _Zygote:
         code = 1
         try:
             self._become_child(request, zygote_pid)
-            code = int(resolve(request.target)(*request.args) or 0)  # type: ignore[call-overload]
+            code = int(resolve(request.target)(request.role, request.options) or 0)  # type: ignore[call-overload]
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:  # noqa: BLE001 - the child must never return into the zygote's loop

@@ -1,0 +1,109 @@
+"""Roles that need no vLLM: they register like the real ones and do what their vllm_args say.
+
+Arguments: die=N (exit code N at once), die-once=FILE (exit 3 unless FILE exists), stubborn.
+"""
+
+import asyncio
+import http.server
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from mooncake.core.config import API_KEY_ENV, GatewayOptions, WorkerOptions
+from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
+from mooncake.core.metadata_registration import Registration
+from mooncake.up import launch
+
+
+def preload() -> None:
+    """Nothing to import."""
+
+
+def preload_fails() -> None:
+    raise ImportError("no vllm here")
+
+
+def preload_starts_a_thread() -> None:
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+def echo(*words: object) -> int:
+    """A target for the zygote: say what this process is."""
+    print(*words, os.getpid() == os.getsid(0), os.environ.get("COLOUR"), flush=True)
+    return 5
+
+
+def sleep(*_: object) -> int:
+    print("sleeping", flush=True)
+    time.sleep(60)
+    return 0
+
+
+def crash(*_: object) -> int:
+    raise RuntimeError("boom")
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+async def _until_term() -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+
+
+async def _conductor(options: GatewayOptions) -> None:
+    print("key", bool(os.environ.get(API_KEY_ENV)), "in options", bool(options.api_key), flush=True)
+    server = MetadataServer(options.metadata_endpoint)
+    server.start()
+    web = http.server.ThreadingHTTPServer((options.host, options.port), Health)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    await _until_term()
+    print("conductor stops", time.monotonic(), flush=True)
+    await server.close()
+
+
+async def _worker(options: WorkerOptions) -> None:
+    metadata = RemoteMetadata(options.metadata)
+    registration = Registration(metadata, INSTANCES_PREFIX + options.instance_id, lambda: b"%d" % os.getpid())
+    registration.start()
+    if "stubborn" in options.vllm_args:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        await asyncio.sleep(60)
+    await _until_term()
+    print("worker stops", time.monotonic(), flush=True)  # the lease is left to end by itself
+
+
+def run(role: str, data: bytes) -> int:
+    if role == "store":
+        return launch.run(role, data)
+    if role == "conductor":
+        asyncio.run(_conductor(msgspec.msgpack.decode(data, type=GatewayOptions)))
+        return 0
+    options = msgspec.msgpack.decode(data, type=WorkerOptions)
+    for argument in options.vllm_args:
+        name, _, value = argument.partition("=")
+        if name == "die":
+            print("last words", flush=True)
+            return int(value)
+        if name == "die-once" and not Path(value).exists():
+            Path(value).touch()
+            return 3
+    asyncio.run(_worker(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], Path(sys.argv[2]).read_bytes()))

@@ -1,0 +1,86 @@
+"""Which processes a wish means. Pure."""
+
+import msgspec
+import pytest
+
+from mooncake.core.config import API_KEY_ENV
+from mooncake.core.errors import ConfigError
+from mooncake.up.plan import UpOptions, base_env, make_plan
+
+WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x")
+KEY = "k" * 20
+
+
+def plan(cores=(0, 1), key="", **changes):
+    return make_plan(msgspec.structs.replace(WISH, **changes), cores, key)
+
+
+def test_the_store_comes_first_then_the_conductor_then_engines_in_turns():
+    names = [process.name for process in plan(prefill=2, decode=1)]
+    assert names == ["store", "conductor", "prefill-0", "decode-0", "prefill-1"]
+
+
+def test_a_prefill_and_a_decode_engine_never_share_a_core_when_there_are_two():
+    cores = {process.name: process.cores for process in plan(prefill=1, decode=1)}
+    assert cores["prefill-0"] == [0]
+    assert cores["decode-0"] == [1]
+    engine = plan()[2]
+    assert engine.env == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    assert engine.options.cores == [0]
+
+
+def test_aggregated_instances_do_both_behind_the_same_gateway():
+    _, conductor, *engines = plan(aggregated=2)
+    assert [(e.name, e.role, e.options.role) for e in engines] == [
+        ("both-0", "prefill", "both"),
+        ("both-1", "prefill", "both"),
+    ]
+    assert conductor.options.aggregated
+
+
+def test_the_conductor_drains_first_and_the_store_leaves_last():
+    ranks = {process.name: process.stop_rank for process in plan()}
+    assert ranks["conductor"] < ranks["prefill-0"] == ranks["decode-0"] < ranks["store"]
+
+
+def test_everyone_meets_at_the_same_metadata_store_and_sizes_agree():
+    store, conductor, prefill, decode = plan(block_size=64, max_model_len=2048)
+    assert {store.options.metadata, prefill.options.metadata, decode.options.metadata} == {
+        conductor.options.metadata_endpoint
+    }
+    assert conductor.options.block_size == prefill.options.block_size == decode.options.block_size == 64
+    assert store.options.node == prefill.options.node
+
+
+def test_the_api_key_goes_to_the_conductors_environment_only():
+    processes = plan(key=KEY, host="0.0.0.0")
+    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+    assert [process.name for process in processes if KEY in process.env.values()] == ["conductor"]
+    assert API_KEY_ENV not in base_env({API_KEY_ENV: KEY}, True)
+
+
+def test_what_the_user_set_wins_over_our_environment():
+    assert base_env({}, True)["OMP_WAIT_POLICY"] == "passive"
+    assert base_env({"OMP_WAIT_POLICY": "active"}, True)["OMP_WAIT_POLICY"] == "active"
+    assert "HF_HUB_OFFLINE" not in base_env({}, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"prefill": 0}, "--aggregated"),
+        ({"decode": 0}, "--aggregated"),
+        ({"prefill": -1}, "prefill"),
+        ({"decode": 65}, "decode"),
+        ({"host": "0.0.0.0"}, API_KEY_ENV),
+        ({"pool_bytes": 5}, "capacity"),
+        ({"kv_memory_bytes": 5}, "kv_memory"),
+        ({"block_size": 31}, "block_size"),
+        ({"load_mode": "x"}, "load_mode"),
+        ({"run_dir": "/" + "x" * 80}, "run_dir"),
+        ({"port": 0}, "port"),
+    ],
+)
+def test_a_wish_that_cannot_work_is_refused_before_anything_starts(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        plan(**changes)
