@@ -103,8 +103,9 @@ def _resolve(name: str) -> "ModelRef":
         if stage not in tasks:
             if not console.is_terminal:
                 console.print(texts[stage], markup=False)
-            (convert if stage == "download" else download).stop()
             bars = download if stage == "download" else convert
+            if bars is convert and "download" in tasks:
+                download.stop()  # two live displays at once are not possible
             bars.start()
             tasks[stage] = (bars, bars.add_task(texts[stage], total=total))
         bars, task = tasks[stage]
@@ -113,7 +114,7 @@ def _resolve(name: str) -> "ModelRef":
     try:
         return resolve_model(name or None, report)
     finally:
-        for bars in (download, convert):
+        for bars in {id(bars): bars for bars, _ in tasks.values()}.values():
             bars.stop()
 
 

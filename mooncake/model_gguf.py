@@ -55,6 +55,7 @@ def convert(gguf_path: Path, folder: Path, report: Report = lambda *_: None) -> 
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError) as error:
         raise IntegrityError(f"{gguf_path} is not a readable GGUF file: {error}") from error
+    report("read", 1, 1)
     if fields.get("general.architecture") != "llama" or fields.get("tokenizer.ggml.model") != "gpt2":
         raise UserError(f"{gguf_path}: only Llama models with a byte-level BPE tokenizer can be converted")
     config = make_config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
