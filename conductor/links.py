@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from conductor.vllm_seam import (
     MsgpackDecoder,
     MsgpackEncoder,
 )
-from mooncake.core import wire
+from mooncake.core import rpc, wire
 from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.messages import Failure, Hello, InstanceRecord, Pulse, RelayOp, Welcome
 
@@ -42,6 +42,8 @@ RECEIVE_QUEUE_MAX = 100_000
 """Frames of about 20 s at 5,000 tokens/s, as in the relay."""
 DRAIN_MESSAGES_MAX = 256
 """Messages read per wake-up before the rest of the event loop gets a turn."""
+OUTPUTS_ADDRESS = "tcp://127.0.0.1:*"
+"""Engines of this release run on the gateway's host; the system picks a port per link."""
 UTILITY_CALLS_MAX = 256
 """Utility calls (cache resets, LoRA) in flight per link."""
 CLOSE_LINGER_MS = 200
@@ -113,7 +115,7 @@ class Link:
         self._welcomes_due = 2 if relink else 1  # the BYE between two HELLOs gives up the first slot
         self._began_s = 0.0
         self._hello_s = 0.0
-        self._draining = False
+        self._draining: list[zmq.Socket[bytes]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -124,6 +126,11 @@ class Link:
         self._socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MAX)
         self._socket.setsockopt(zmq.LINGER, CLOSE_LINGER_MS)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # the engine itself connects here with its tokens; they never pass the relay
+        self._outputs = context.socket(zmq.PULL)
+        self._outputs.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MAX)
+        self._outputs.setsockopt(zmq.LINGER, 0)
+        self._outputs_endpoint = rpc.bind(self._outputs, OUTPUTS_ADDRESS)
 
     # ------------------------------------------------------------ life
 
@@ -132,6 +139,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
+        self._loop.add_reader(self._outputs.fileno(), self._drain_outputs)
         self._began_s = time.monotonic()
         self._socket.connect(self.record.endpoint)
         if self._relink:  # one connection, so the relay sees these in order
@@ -141,6 +149,7 @@ class Link:
         # a ZMQ descriptor only signals again once its socket was read until empty
         self._on_monitor()
         self._drain()
+        self._drain_outputs()
 
     def tick(self, now_s: float) -> None:
         """Call every PULSE_S: pings, or repeats HELLO, or gives up connecting."""
@@ -151,8 +160,9 @@ class Link:
                 self.lose(f"no welcome from {self.record.endpoint} within {CONNECT_S_MAX:g} s")
             elif now_s - self._hello_s >= HELLO_RETRY_S:
                 self._say_hello(now_s)
-        # the descriptor is edge-triggered: this bounds how long a missed edge can matter
+        # descriptors are edge-triggered: this bounds how long a missed edge can matter
         self._drain()
+        self._drain_outputs()
 
     def close(self) -> None:
         """Leave in good order: the relay aborts what is left of this gateway."""
@@ -173,6 +183,8 @@ class Link:
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_reader(self._monitor.fileno())
+            self._loop.remove_reader(self._outputs.fileno())
+        self._outputs.close()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()
@@ -219,7 +231,7 @@ class Link:
 
     def _say_hello(self, now_s: float) -> None:
         self._hello_s = now_s
-        self._send(RelayOp.HELLO, wire.encode(Hello(self._gateway_id)))
+        self._send(RelayOp.HELLO, wire.encode(Hello(self._gateway_id, self._outputs_endpoint)))
 
     def _send(self, *frames: Any) -> None:
         if self.state is LinkState.LOST:
@@ -242,51 +254,61 @@ class Link:
             while True:
                 self._monitor.recv_multipart(zmq.NOBLOCK)
                 if self.state is LinkState.UP:
-                    self._drain()  # tokens that arrived before the end still count
+                    self._drain_outputs()  # tokens that arrived before the end still count
                     self.lose("connection broke")
                     return
         except zmq.Again:
             return
 
     def _drain(self) -> None:
-        if self._draining:
+        self._drain_socket(self._socket, self._receive, self._drain)
+
+    def _drain_outputs(self) -> None:
+        self._drain_socket(self._outputs, self._take_outputs, self._drain_outputs)
+
+    def _drain_socket(
+        self, socket: "zmq.Socket[bytes]", take: Callable[[list[bytes]], None], again: Callable[[], None]
+    ) -> None:
+        """Read until empty, at most DRAIN_MESSAGES_MAX; `again` comes back for the rest."""
+        if socket in self._draining:
             return
-        self._draining = True
-        receive = self._socket.recv_multipart
+        self._draining.append(socket)
         try:
             for _ in range(DRAIN_MESSAGES_MAX):
                 if self.state is LinkState.LOST:
                     return
-                self._receive(receive(zmq.NOBLOCK))
+                take(socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return
         except MooncakeError as error:
             self.lose(str(error))
             return
         finally:
-            self._draining = False
+            self._draining.remove(socket)
         assert self._loop is not None
-        self._loop.call_soon(self._drain)
+        self._loop.call_soon(again)
+
+    def _take_outputs(self, frames: list[bytes]) -> None:
+        try:
+            outputs = self._decoder.decode(frames)
+        except Exception as error:  # msgspec, torch and numpy all have a say here
+            raise ProtocolError(f"undecodable engine output: {type(error).__name__}: {error}") from error
+        if outputs.utility_output is not None:
+            self._answer(outputs.utility_output)
+        else:
+            self._events.link_outputs(self, outputs)
 
     def _receive(self, frames: list[bytes]) -> None:
         operation = frames[0]
         self.heard_s = time.monotonic()
-        if operation == RelayOp.OUTPUT:
-            try:
-                outputs = self._decoder.decode(frames[1:])
-            except Exception as error:  # msgspec, torch and numpy all have a say here
-                raise ProtocolError(f"undecodable engine output: {type(error).__name__}: {error}") from error
-            if outputs.utility_output is not None:
-                self._answer(outputs.utility_output)
-            else:
-                self._events.link_outputs(self, outputs)
-        elif operation == RelayOp.PONG and len(frames) == 3:
+        if operation == RelayOp.PONG and len(frames) == 3:
             sent_ns = int.from_bytes(frames[1], "little")
             round_trip_s = (time.monotonic_ns() - sent_ns) / 1e9
             self._events.link_pulse(self, wire.decode(frames[2], Pulse), round_trip_s)
         elif operation == RelayOp.WELCOME and len(frames) == 2:
             self._welcome(wire.decode(frames[1], Welcome))
         elif operation in (RelayOp.REFUSED, RelayOp.DIED) and len(frames) == 2:
+            self._drain_outputs()  # tokens that arrived before the end still count
             self._refused(operation, wire.decode(frames[1], Failure))
         else:
             raise ProtocolError(f"unexpected frame {operation!r} of {len(frames)} from {self.instance_id}")

@@ -265,11 +265,12 @@ MetaReply = MetaEntries | MetaPutResult | MetaLease | MetaChanges | Ok | Failure
 #                      ENGINE [vLLM frames...] forwarded to the engine verbatim (type, payload...)
 #                      PING [8 bytes]          answered by PONG [same 8 bytes][Pulse]
 #                      BYE                     the relay aborts everything of this gateway
-#   relay -> gateway   OUTPUT [vLLM frames...] EngineCoreOutputs of this gateway's slot, verbatim
-#                      DIED [Failure]          the engine process is gone; the relay stops
+#   relay -> gateway   DIED [Failure]          the engine process is gone; the relay stops
+# Tokens do not pass the relay: the engine's output socket (PUSH) for the gateway's slot connects
+# straight to the gateway's PULL socket named in Hello and sends vLLM's EngineCoreOutputs frames.
 # A relay's endpoint and epoch belong to one engine start: a restart is a new endpoint.
 
-RELAY_PROTOCOL = 1
+RELAY_PROTOCOL = 2
 RELAY_SLOTS = 8
 """Gateways one relay serves at once: each slot is one output socket (vLLM's client_index)."""
 
@@ -284,14 +285,17 @@ class RelayOp:
     PING = b"P"
     PONG = b"Q"
     BYE = b"B"
-    OUTPUT = b"O"
     DIED = b"D"
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """A gateway introduces itself; sending it again after a loss is harmless."""
+    """A gateway introduces itself; sending it again after a loss is harmless.
+
+    outputs: ZMQ address where the gateway takes this engine's outputs (loopback or ipc).
+    """
 
     gateway_id: str
+    outputs: str
     protocol: int = RELAY_PROTOCOL
 
 

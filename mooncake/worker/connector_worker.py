@@ -169,15 +169,15 @@ class WorkerHalf:
         good = len(job.blocks) - len(bad)
         self._pulse.add("load_blocks", good)
         self._pulse.add("load_bytes", good * self.kv.block_bytes)
-        with self._lock:
-            self._invalid.update(job.block_ids[index] for index in bad)
-            if asynchronous:
-                self._finished.add(job.request_id)
         self._tell(self._pool.release, job.lease_id)
         if bad:
             self._pulse.add("bad_blocks", len(bad))
             log.warning("pool.bad_blocks", request=job.request_id, blocks=len(bad))
             self._tell(self._pool.report_bad, [job.keys[index] for index in bad])
+        with self._lock:  # last: the engine may compute and save these blocks anew from here on
+            self._invalid.update(job.block_ids[index] for index in bad)
+            if asynchronous:
+                self._finished.add(job.request_id)
 
     def _tell(self, call: Callable[[Any], Any], argument: Any) -> None:
         """Tell the pool something that it can also find out by itself (leases end, sums differ)."""

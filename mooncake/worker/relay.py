@@ -1,9 +1,9 @@
 """The relay: a light process (no vLLM, no torch) between gateways and one engine.
 
-It forwards vLLM's own msgpack frames as they are, never decoding a token: gateway slot k owns the
-engine's output socket k. One blocking poll loop, because an asyncio hop per frame costs several
-times the forwarding itself. The loop also watches the engine's process (pidfd) and pulse, answers
-heartbeats, and releases everything of a gateway that fell silent.
+It forwards requests, which are rare, as vLLM's own msgpack frames; tokens, which are not, go from
+the engine straight to each gateway (outputs.py), so a token costs the relay nothing. One blocking
+poll loop forwards, watches the engine's process (pidfd) and pulse, answers heartbeats, and
+releases everything of a gateway that fell silent.
 Protocol: core.messages, "between a gateway and a relay".
 """
 
@@ -49,10 +49,11 @@ DRAIN_FRAMES = 64
 class Slot:
     """One connected gateway."""
 
-    def __init__(self, gateway_id: str, identity: bytes, seen_s: float) -> None:
-        """`identity` is the ROUTER's name of the gateway's current connection."""
+    def __init__(self, gateway_id: str, identity: bytes, outputs: str, seen_s: float) -> None:
+        """`identity` is the ROUTER's name of the connection, `outputs` where its tokens go."""
         self.gateway_id = gateway_id
         self.identity = identity
+        self.outputs = outputs
         self.seen_s = seen_s
 
 
@@ -67,8 +68,6 @@ class Relay:
         self._slots: list[Slot | None] = [None] * RELAY_SLOTS
         self._by_identity: dict[bytes, int] = {}
         self.ready: dict[str, Any] | None = None
-        self.tokens_forwarded = 0
-        self.cpu_s = 0.0
 
         self._front = self._ctx.socket(zmq.ROUTER)
         self._front.set_hwm(QUEUE_MESSAGES_MAX)
@@ -79,12 +78,6 @@ class Relay:
         self._engine.set_hwm(0)  # bounded by what gateways send: their own HWM applies
         self._engine.setsockopt(zmq.LINGER, 0)
         self._engine.bind(spec.engine_in)
-        self._outputs = []
-        for slot in range(RELAY_SLOTS):
-            socket = self._ctx.socket(zmq.PULL)
-            socket.set_hwm(0)
-            socket.bind(spec.engine_out(slot))
-            self._outputs.append(socket)
 
     # ------------------------------------------------------------ loop
 
@@ -93,18 +86,13 @@ class Relay:
         poller = zmq.Poller()
         poller.register(self._front, zmq.POLLIN)
         poller.register(self._engine, zmq.POLLIN)
-        for socket in self._outputs:
-            poller.register(socket, zmq.POLLIN)
         poller.register(engine_pidfd, zmq.POLLIN)
         poller.register(stop_fd, zmq.POLLIN)
-        handlers: dict[Any, Callable[[], None]] = {self._front: self._from_gateways}
-        for slot, socket in enumerate(self._outputs):
-            handlers[socket] = self._make_output_handler(slot, socket)
         swept_s = time.monotonic()
         while True:
             for ready, _ in poller.poll(POLL_MS):
-                if handler := handlers.get(ready):
-                    handler()
+                if ready is self._front:
+                    self._from_gateways()
                 elif ready is self._engine:
                     self._from_engine(on_ready)
                 elif ready == stop_fd:
@@ -119,9 +107,9 @@ class Relay:
     def announce_death(self, reason: str) -> None:
         """Tell every gateway that the engine is gone."""
         payload = wire.encode(Failure("gone", reason))
-        for index, slot in enumerate(self._slots):
+        for slot in self._slots:
             if slot is not None:
-                self._send(index, [RelayOp.DIED, payload])
+                self._reply(slot.identity, [RelayOp.DIED, payload])
 
     def close(self) -> None:
         """Close the sockets; what is queued gets half a second."""
@@ -133,28 +121,15 @@ class Relay:
         # the engine's input DEALER speaks once: its ready message
         frames = self._engine.recv_multipart()
         self.ready = msgspec.msgpack.decode(frames[1])
+        for index, slot in enumerate(self._slots):
+            if slot is not None:
+                self._call_engine(index, "mooncake_attach_client", index, slot.outputs)
         on_ready(self.ready)
 
-    def _make_output_handler(self, index: int, socket: zmq.Socket[bytes]) -> Callable[[], None]:
-        def handle() -> None:
-            for _ in range(DRAIN_FRAMES):
-                try:
-                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    return
-                self._send(index, [RelayOp.OUTPUT, *frames])
-
-        return handle
-
-    def _send(self, index: int, frames: list[Any]) -> None:
-        slot = self._slots[index]
-        if slot is None:
-            return  # outputs of a gateway that left: nobody wants them
-        try:
-            self._front.send_multipart([slot.identity, *frames], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError as error:
-            # EHOSTUNREACH: the connection is gone; EAGAIN: it is hopelessly behind
-            self._release(index, f"cannot send: {error}")
+    def _call_engine(self, index: int, method: str, *arguments: Any) -> None:
+        """Send a utility call of our own (call id 0: the answer goes to nobody)."""
+        call = msgspec.msgpack.encode([index, 0, method, arguments])
+        self._engine.send_multipart([ENGINE_IDENTITY, VLLM_UTILITY, call])
 
     # ------------------------------------------------------------ gateway side
 
@@ -224,6 +199,7 @@ class Relay:
         hello = wire.decode(frames[0], Hello)
         if hello.protocol != RELAY_PROTOCOL:
             raise ProtocolError(f"relay protocol {RELAY_PROTOCOL}, gateway speaks {hello.protocol}")
+        rpc.check_endpoint(hello.outputs)
         now_s = time.monotonic()
         index = self._slot_of(hello.gateway_id)
         if self._by_identity.get(identity, index) != index:
@@ -231,8 +207,10 @@ class Relay:
         previous = self._slots[index]
         if previous is not None:
             self._by_identity.pop(previous.identity, None)
-        self._slots[index] = Slot(hello.gateway_id, identity, now_s)
+        self._slots[index] = Slot(hello.gateway_id, identity, hello.outputs, now_s)
         self._by_identity[identity] = index
+        if self.ready is not None:  # before anything else of this gateway reaches the engine
+            self._call_engine(index, "mooncake_attach_client", index, hello.outputs)
         welcome = Welcome(index, self.spec.instance_id, self.spec.epoch)
         self._reply(identity, [RelayOp.WELCOME, wire.encode(welcome)])
 
@@ -262,8 +240,7 @@ class Relay:
         self._by_identity.pop(slot.identity, None)
         log.info("relay.gateway_left", gateway=slot.gateway_id, slot=index, reason=reason)
         if self.ready is not None:
-            call = msgspec.msgpack.encode([index, 0, "mooncake_abort_client", [index]])
-            self._engine.send_multipart([ENGINE_IDENTITY, VLLM_UTILITY, call])
+            self._call_engine(index, "mooncake_abort_client", index)
 
 
 def make_stop_pipe() -> tuple[int, int]:

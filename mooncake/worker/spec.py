@@ -44,10 +44,6 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         """ZMQ address on which the relay feeds the engine."""
         return f"ipc://{self.run_dir}/in"
 
-    def engine_out(self, slot: int) -> str:
-        """ZMQ address on which the relay takes the outputs for gateway slot `slot`."""
-        return f"ipc://{self.run_dir}/out{slot}"
-
     @property
     def facts_path(self) -> Path:
         """File that the engine writes (atomically) before it reports ready."""

@@ -145,7 +145,6 @@ async def measure_dispatch(streams: int, frames: int) -> dict[str, float]:
 
     from conductor.scheduler import Mode
     from conductor.vllm_seam import EngineCoreOutput, EngineCoreOutputs, MsgpackEncoder
-    from mooncake.core.messages import RelayOp
 
     world = World(first_token=False, mode=Mode.AGGREGATED)
     engine = await world.engine("b0", "both", step_s=1e6)
@@ -156,7 +155,7 @@ async def measure_dispatch(streams: int, frames: int) -> dict[str, float]:
     link = world.members.links["b0"]
     began_s = time.thread_time()
     for _ in range(frames):
-        link._receive([RelayOp.OUTPUT, *encoded])
+        link._take_outputs(list(encoded))
         world.dispatcher.outputs.get_nowait()
     spent_s = time.thread_time() - began_s
     world.dispatcher.abort(rids)

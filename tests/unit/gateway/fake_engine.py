@@ -63,6 +63,7 @@ class FakeEngine:
         self._socket.bind("tcp://127.0.0.1:*")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._gateway = b""
+        self._outputs: dict[str, zmq.Socket] = {}
         self._encoder = MsgpackEncoder()
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._generic = MsgpackDecoder()
@@ -109,6 +110,8 @@ class FakeEngine:
                 self._step()
                 step_at_s = time.monotonic() + self.step_s
         self._socket.close()
+        for socket in self._outputs.values():
+            socket.close(linger=0)
         self._context.destroy(linger=0)
 
     def _read(self) -> None:
@@ -118,7 +121,7 @@ class FakeEngine:
             except zmq.Again:
                 return
             if operation == RelayOp.HELLO:
-                wire.decode(frames[0], Hello)
+                self._attach(wire.decode(frames[0], Hello).outputs)
                 self.hellos += 1
                 self._gateway = identity
                 welcome = wire.encode(Welcome(3, self.instance_id, self.epoch))
@@ -184,9 +187,18 @@ class FakeEngine:
             del self.jobs[request.request_id]
         return output
 
+    def _attach(self, endpoint: str) -> None:
+        if endpoint in self._outputs:
+            return
+        for socket in self._outputs.values():
+            socket.close(linger=0)
+        self._outputs = {endpoint: self._context.socket(zmq.PUSH)}
+        self._outputs[endpoint].setsockopt(zmq.LINGER, 0)
+        self._outputs[endpoint].connect(endpoint)
+
     def _send(self, outputs: EngineCoreOutputs) -> None:
-        frames = self._encoder.encode(outputs)
-        self._socket.send_multipart([self._gateway, RelayOp.OUTPUT, *frames])
+        for socket in self._outputs.values():
+            socket.send_multipart(self._encoder.encode(outputs))
 
 
 def encoded(record: InstanceRecord) -> bytes:

@@ -158,7 +158,9 @@ async def test_garbage_from_a_relay_loses_the_link_and_nothing_else(context, eng
     owner = Owner()
     link = open_link(context, engine, owner)
     await until(lambda: bool(owner.ups))
-    for frames in ([b"?"], [RelayOp.OUTPUT, b"\xff\xff"], [RelayOp.PONG, b"1"], [RelayOp.OUTPUT]):
+    for frames in ([b"?"], [RelayOp.PONG, b"1"], [RelayOp.WELCOME, b"\xff"]):
         with pytest.raises(ProtocolError):
             link._receive(frames)
+    with pytest.raises(ProtocolError):
+        link._take_outputs([b"\xff\xff"])
     link.close()

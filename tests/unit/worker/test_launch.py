@@ -83,7 +83,9 @@ def test_stop_kills_an_engine_that_does_not_listen_when_its_grace_is_over():
 
 def test_stop_ends_a_stopped_engine_too(engine):
     os.kill(engine.pid, signal.SIGSTOP)
-    assert engine.stop(0.1) == -signal.SIGKILL
+    # it may report the SIGTERM that waited for it: what counts is that it ended
+    assert engine.stop(0.1) in (-signal.SIGKILL, -signal.SIGTERM)
+    assert engine.poll() is not None
 
 
 def test_the_exit_code_of_an_engine_that_left_by_itself_is_kept():

@@ -46,8 +46,10 @@ class Peer:
 
 
 class Gateway(Peer):
+    outputs = "ipc:///nowhere"
+
     def hello(self, name: str, protocol: int = RELAY_PROTOCOL) -> list[bytes]:
-        self.send(RelayOp.HELLO, wire.encode(Hello(name, protocol)))
+        self.send(RelayOp.HELLO, wire.encode(Hello(name, self.outputs, protocol)))
         return self.receive()
 
     def join(self, name: str) -> Welcome:
@@ -110,9 +112,6 @@ class House:
         assert self.is_ready.wait(WAIT_S)
         return peer
 
-    def output(self, slot: int) -> Peer:
-        return self._peer(Peer(self.context, zmq.PUSH, self.spec.engine_out(slot)))
-
     def end(self) -> object:
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
@@ -149,7 +148,17 @@ def engine(house):
 def gateway(house, engine):
     gateway = house.gateway()
     assert gateway.join("g").slot == 0
+    assert attached(engine) == (0, gateway.outputs)
     return gateway
+
+
+def attached(engine) -> tuple[int, str]:
+    """What the relay tells the engine when a gateway joins: (slot, where its outputs go)."""
+    kind, body = engine.receive()
+    slot, call_id, method, arguments = msgspec.msgpack.decode(body)
+    assert (kind, call_id, method) == (VLLM_UTILITY, 0, "mooncake_attach_client")
+    assert arguments[0] == slot
+    return slot, arguments[1]
 
 
 # ---------------------------------------------------------------- joining
@@ -175,15 +184,30 @@ def test_hello_again_is_harmless_and_gives_the_same_slot(house):
     assert house.gateway().join("a").slot == 0  # a new connection after a loss
 
 
-def test_after_a_reconnection_outputs_go_to_the_new_connection_and_the_old_one_is_a_stranger(house, engine):
+def test_after_a_reconnection_the_engine_sends_to_the_new_address_and_the_old_one_is_a_stranger(
+    house, engine
+):
     old, new = house.gateway(), house.gateway()
+    new.outputs = "ipc:///elsewhere"
     old.join("a")
+    assert attached(engine) == (0, old.outputs)
     new.join("a")
-    house.output(0).send(b"tokens")
-    assert new.receive() == [RelayOp.OUTPUT, b"tokens"]
+    assert attached(engine) == (0, new.outputs)
     old.send(RelayOp.ENGINE, VLLM_ADD, b"request")
     assert old.is_refused()
     assert engine.is_quiet()
+
+
+def test_a_gateway_that_came_before_the_engine_is_attached_when_the_engine_is_ready(house):
+    house.gateway().join("early")
+    assert attached(house.engine()) == (0, Gateway.outputs)
+
+
+def test_outputs_may_not_be_sent_beyond_this_host(house):
+    gateway = house.gateway()
+    gateway.outputs = "tcp://198.51.100.1:9"
+    operation, payload = gateway.hello("far")
+    assert (operation, wire.decode(payload, Failure).code) == (RelayOp.REFUSED, "config")
 
 
 def test_the_ninth_gateway_is_refused_until_one_leaves(house):
@@ -202,7 +226,7 @@ def test_one_connection_is_one_gateway(house):
     """Else its silence under the first name would end it under the second."""
     gateway = house.gateway()
     gateway.join("a")
-    gateway.send(RelayOp.HELLO, wire.encode(Hello("b")))
+    gateway.send(RelayOp.HELLO, wire.encode(Hello("b", gateway.outputs)))
     assert gateway.is_refused()
     assert gateway.pong().epoch == "e"
 
@@ -232,28 +256,6 @@ def test_aborts_and_utility_calls_reach_the_engine_as_they_are(gateway, engine):
         raw = msgspec.msgpack.encode(body)
         gateway.send(RelayOp.ENGINE, kind, raw)
         assert engine.receive() == [kind, raw]
-
-
-@pytest.mark.parametrize("frames", [[b"tokens"], [b"tokens", b"", os.urandom(100_000)]], ids=["one", "many"])
-def test_outputs_reach_their_gateway_byte_for_byte_and_no_other(frames, house, gateway):
-    other = house.gateway()
-    assert other.join("other").slot == 1
-    house.output(1).send(*frames)
-    assert other.receive() == [RelayOp.OUTPUT, *frames]
-    assert gateway.is_quiet()
-
-
-def test_outputs_keep_their_order_under_load(house, gateway):
-    output = house.output(0)
-    for n in range(2000):
-        output.send(n.to_bytes(4, "big"))
-    assert [int.from_bytes(gateway.receive()[1], "big") for _ in range(2000)] == list(range(2000))
-
-
-def test_outputs_for_a_free_slot_are_dropped(house, gateway):
-    house.output(5).send(b"nobody")
-    house.output(0).send(b"tokens")
-    assert gateway.receive() == [RelayOp.OUTPUT, b"tokens"]
 
 
 def test_the_engines_ready_message_is_handed_on(house, engine):
@@ -352,6 +354,7 @@ def test_a_silent_gateway_is_released_and_aborted_and_a_pinging_one_is_not(
 ):
     alive = house.gateway()
     alive.join("alive")
+    assert attached(engine)[0] == 1
     monkeypatch.setattr(relay_module, "GATEWAY_SILENT_S", 0.3)
     end_s = time.monotonic() + WAIT_S
     while not engine.socket.poll(50):
@@ -364,23 +367,14 @@ def test_a_silent_gateway_is_released_and_aborted_and_a_pinging_one_is_not(
     assert gateway.join("g").slot == 0
 
 
-def test_a_dead_connection_is_noticed_by_the_next_output(house, gateway, engine):
-    gateway.socket.close()
-    output = house.output(0)
-    end_s = time.monotonic() + WAIT_S
-    while not engine.socket.poll(20):
-        assert time.monotonic() < end_s
-        output.send(b"tokens")
-    assert engine.receive() == abort_call(0)
-    assert engine.is_quiet()
-
-
 def test_a_gateway_that_leaves_while_the_engine_loads_needs_no_abort(house):
     gateway = house.gateway()
     gateway.join("g")
     gateway.send(RelayOp.BYE)
     assert house.gateway().join("next").slot == 0
-    assert house.engine().is_quiet()
+    engine = house.engine()
+    assert attached(engine)[0] == 0  # the next one
+    assert engine.is_quiet()
 
 
 # ---------------------------------------------------------------- the end

@@ -1,0 +1,201 @@
+"""What the end-to-end benchmarks share: servers under test, a streaming client, CPU accounts, tables."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+START_S_MAX = 300.0
+STOP_S_MAX = 20.0
+REQUEST_S_MAX = 300.0
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Return the common command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny model, few requests: within 60 s")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--model", help="model folder or hub name (default: SmolLM2, or tiny with --quick)")
+    return parser.parse_args()
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on loopback right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A server process group under test, with its URL and its processes by name."""
+
+    def __init__(self, name: str, argv: list[str], port: int, env: dict[str, str] | None = None) -> None:
+        """Start `argv`; `wait_ready` before use."""
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = Path(tempfile.mkstemp(prefix=f"bench-{name}-", suffix=".log")[1])
+        self.started_s = time.monotonic()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                argv, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+            )
+
+    def wait_ready(self) -> float:
+        """Return the seconds from start until the server answers /health.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time; the message holds the end of its log.
+        """
+        end_s = self.started_s + START_S_MAX
+        while time.monotonic() < end_s and self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                ready = httpx.get(f"{self.url}/v1/models", timeout=5).status_code == 200
+                if ready and httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return time.monotonic() - self.started_s
+            time.sleep(0.1)
+        tail = self.log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{self.name} did not start: {tail}")
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL to the whole group."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_S_MAX)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.log.unlink(missing_ok=True)
+
+    def model(self) -> str:
+        """Return the served model's name."""
+        return str(httpx.get(f"{self.url}/v1/models", timeout=5).json()["data"][0]["id"])
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Wait for `server`, yield it, stop it."""
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def mooncake_up(model: str, *extra: str) -> Server:
+    """Return a starting `mooncake up`."""
+    port = free_port()
+    argv = [sys.executable, "-m", "mooncake", "up", "--model", model, "--port", str(port), *extra]
+    return Server("mooncake", argv, port)
+
+
+def plain_vllm(model: str, core: int, dtype: str = "bfloat16", max_model_len: int = 8192) -> Server:
+    """Return a starting stock vLLM server on one core, with the settings of our engines."""
+    port = free_port()
+    argv = [
+        sys.executable,
+        *("-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *("--model", model, "--served-model-name", "plain", "--port", str(port), "--host", "127.0.0.1"),
+        *("--dtype", dtype, "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20)),
+        *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048", "--max-model-len", str(max_model_len)),
+        *("--enforce-eager", "--enable-prompt-tokens-details"),
+    ]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"}
+    return Server("vllm", argv, port, env)
+
+
+def prompt_tokens(count: int, seed: int, vocabulary: int = 400) -> list[int]:
+    """Return `count` token ids that no other seed shares a prefix with."""
+    rng = random.Random(seed)
+    return [rng.randrange(10, vocabulary) for _ in range(count)]
+
+
+async def stream(client: httpx.AsyncClient, url: str, model: str, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+    """Run one streamed completion; return ttft_s, the gaps between tokens, and the usage."""
+    body = {
+        "model": model,
+        "prompt": tokens,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started_s = time.perf_counter()
+    stamps: list[float] = []
+    usage: dict[str, Any] = {}
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event.get("choices"):
+                stamps.append(time.perf_counter())
+            usage = event.get("usage") or usage
+    return {
+        "ttft_s": stamps[0] - started_s,
+        "gaps_s": [b - a for a, b in zip(stamps, stamps[1:], strict=False)],
+        "total_s": time.perf_counter() - started_s,
+        "usage": usage,
+    }
+
+
+def run_streams(url: str, model: str, prompts: list[list[int]], max_tokens: int, concurrent: int) -> list[dict[str, Any]]:
+    """Run all prompts with at most `concurrent` at a time."""
+
+    async def main() -> list[dict[str, Any]]:
+        gate = asyncio.Semaphore(concurrent)
+        limits = httpx.Limits(max_connections=concurrent)
+        async with httpx.AsyncClient(timeout=REQUEST_S_MAX, limits=limits) as client:
+
+            async def one(prompt: list[int]) -> dict[str, Any]:
+                async with gate:
+                    return await stream(client, url, model, prompt, max_tokens)
+
+            return await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+    return asyncio.run(main())
+
+
+def cpu_s(pid: int) -> float:
+    """Return user plus system CPU seconds of one process (its threads, not its children)."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def family(server: Server) -> list[psutil.Process]:
+    """Return the server's process and all its descendants."""
+    root = psutil.Process(server.process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of one shape as a table."""
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def save(path: str | None, result: dict[str, Any]) -> None:
+    """Write `result` as JSON if a path was given."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
