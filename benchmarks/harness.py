@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ import httpx
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from mooncake.worker.pulse import Pulse
 
 START_S_MAX = 300.0
 STOP_S_MAX = 20.0
@@ -50,10 +53,15 @@ class Server:
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(tempfile.mkstemp(prefix=f"bench-{name}-", suffix=".log")[1])
+        self.run_dir: Path | None = None
         self.started_s = time.monotonic()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                argv, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+                argv,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
             )
 
     def wait_ready(self) -> float:
@@ -67,10 +75,30 @@ class Server:
             with contextlib.suppress(httpx.HTTPError):
                 ready = httpx.get(f"{self.url}/v1/models", timeout=5).status_code == 200
                 if ready and httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    self._wait_instances()
                     return time.monotonic() - self.started_s
             time.sleep(0.1)
         tail = self.log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{self.name} did not start: {tail}")
+
+    def _wait_instances(self) -> None:
+        """A Conductor answers before its engines have loaded: wait for them."""
+        if self.run_dir is None:
+            return
+        end_s = self.started_s + START_S_MAX
+        while time.monotonic() < end_s and "ready after" not in self.log.read_text(errors="replace"):
+            time.sleep(0.1)
+
+    def instances(self) -> dict[str, Any]:
+        """Return GET /mooncake/instances."""
+        answer: dict[str, Any] = httpx.get(f"{self.url}/mooncake/instances", timeout=5).json()
+        return answer
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """Return the engines' shared counters by instance (see mooncake.worker.pulse)."""
+        assert self.run_dir is not None
+        files = sorted(self.run_dir.glob("*/pulse"))
+        return {f.parent.name.rpartition("-")[0]: Pulse(f, create=False).snapshot() for f in files}
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL to the whole group."""
@@ -81,6 +109,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.log.unlink(missing_ok=True)
+        if self.run_dir is not None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def model(self) -> str:
         """Return the served model's name."""
@@ -100,8 +130,11 @@ def running(server: Server) -> Iterator[Server]:
 def mooncake_up(model: str, *extra: str) -> Server:
     """Return a starting `mooncake up`."""
     port = free_port()
-    argv = [sys.executable, "-m", "mooncake", "up", "--model", model, "--port", str(port), *extra]
-    return Server("mooncake", argv, port)
+    run_dir = tempfile.mkdtemp(prefix="bench-up-")
+    options = ["--model", model, "--port", str(port), "--run-dir", run_dir, *extra]
+    server = Server("mooncake", [sys.executable, "-m", "mooncake", "up", *options], port)
+    server.run_dir = Path(run_dir)
+    return server
 
 
 def plain_vllm(model: str, core: int, dtype: str = "bfloat16", max_model_len: int = 8192) -> Server:
@@ -125,7 +158,9 @@ def prompt_tokens(count: int, seed: int, vocabulary: int = 400) -> list[int]:
     return [rng.randrange(10, vocabulary) for _ in range(count)]
 
 
-async def stream(client: httpx.AsyncClient, url: str, model: str, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+async def stream(
+    client: httpx.AsyncClient, url: str, model: str, tokens: list[int], max_tokens: int
+) -> dict[str, Any]:
     """Run one streamed completion; return ttft_s, the gaps between tokens, and the usage."""
     body = {
         "model": model,
@@ -156,7 +191,9 @@ async def stream(client: httpx.AsyncClient, url: str, model: str, tokens: list[i
     }
 
 
-def run_streams(url: str, model: str, prompts: list[list[int]], max_tokens: int, concurrent: int) -> list[dict[str, Any]]:
+def run_streams(
+    url: str, model: str, prompts: list[list[int]], max_tokens: int, concurrent: int
+) -> list[dict[str, Any]]:
     """Run all prompts with at most `concurrent` at a time."""
 
     async def main() -> list[dict[str, Any]]:
@@ -179,10 +216,9 @@ def cpu_s(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def family(server: Server) -> list[psutil.Process]:
-    """Return the server's process and all its descendants."""
-    root = psutil.Process(server.process.pid)
-    return [root, *root.children(recursive=True)]
+def child_of(pid: int) -> int:
+    """Return the engine process of a relay, or the engine core of a vLLM server."""
+    return int(psutil.Process(pid).children()[-1].pid)
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

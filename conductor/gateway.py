@@ -76,6 +76,7 @@ class Cluster:
                 "state": str(health),
                 "node": record.node,
                 "epoch": record.epoch,
+                "pid": record.pid,
                 "model": record.model,
                 "load": {
                     "prefill_requests": load.prefill_requests,
@@ -137,7 +138,12 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
         shown = request.headers.get("authorization", "").encode()
         if keys and not any(hmac.compare_digest(shown, key) for key in keys):
             return JSONResponse({"error": "Unauthorized"}, status_code=401)
-        return JSONResponse({"instances": cluster.describe(), "in_flight": cluster.dispatcher.in_flight})
+        body = {
+            "instances": cluster.describe(),
+            "in_flight": cluster.dispatcher.in_flight,
+            "pid": os.getpid(),
+        }
+        return JSONResponse(body)
 
     app.router.routes.insert(0, Route("/mooncake/instances", instances, methods=["GET"]))
 
