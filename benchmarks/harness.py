@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -185,7 +186,7 @@ async def stream(
             usage = event.get("usage") or usage
     return {
         "ttft_s": stamps[0] - started_s,
-        "gaps_s": [b - a for a, b in zip(stamps, stamps[1:], strict=False)],
+        "gaps_s": [b - a for a, b in itertools.pairwise(stamps)],
         "total_s": time.perf_counter() - started_s,
         "usage": usage,
     }
