@@ -105,6 +105,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         max_model_len=options.max_model_len,
         dtype=options.dtype,
         log_level=options.log_level,
+        vllm_args=options.vllm_args,
         api_key=api_key,
     ).checked()
     plan = [

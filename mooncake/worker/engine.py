@@ -81,9 +81,11 @@ def build_config(spec: EngineSpec) -> Any:
     # read by vLLM when the configuration is made: keeps the CPU executor in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    # the server's parser: the user's flags go to gateway and engines alike, each takes its own
+    parser = make_arg_parser(FlexibleArgumentParser())
     arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(engine_arguments(spec)))
     return arguments.create_engine_config()
 
