@@ -9,6 +9,7 @@ vLLM is imported once; every engine is a fork, so that one leaves nothing behind
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 
@@ -19,6 +20,8 @@ def _job_params(job: dict[str, Any]) -> Any:
     params = dict(job["params"])
     if grammar := params.pop("structured_outputs", None):
         params["structured_outputs"] = StructuredOutputsParams(**grammar)
+    if bias := params.pop("logit_bias", None):
+        params["logit_bias"] = {int(token): value for token, value in bias.items()}  # JSON keys are text
     return SamplingParams(**params)
 
 
@@ -54,7 +57,10 @@ def _in_fork(engine: dict[str, Any]) -> list[list[dict[str, Any]]]:
         try:
             with os.fdopen(writable, "w") as out:
                 json.dump(_run_engine(engine["arguments"], engine["groups"]), out)
+        except BaseException:  # noqa: BLE001 - told by stderr, never back into the parent's code
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(0)  # no engine threads to wait for
     os.close(writable)
     with os.fdopen(readable) as source:

@@ -1,0 +1,10 @@
+"""The clusters that the tests share; each costs about 40 seconds."""
+
+from tests.integration.cluster import Setup
+
+FP32 = Setup("fp32 async")
+FP32_LAYERWISE = Setup("fp32 layerwise", load_mode="layerwise")
+BF16 = Setup("bf16 async", dtype="bfloat16", vllm=("--enable-auto-tool-choice", "--tool-call-parser=hermes"))
+BF16_LAYERWISE = Setup("bf16 layerwise", dtype="bfloat16", load_mode="layerwise")
+AGGREGATED = Setup("bf16 aggregated", dtype="bfloat16", flags=("--aggregated=1",))
+FIRST_TOKEN = Setup("bf16 first token", dtype="bfloat16", flags=("--first-token",))
