@@ -12,13 +12,24 @@ torch does, what is to be copied into.
 
 import time
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from mooncake.core.errors import RequestError
-from transfer.metrics import Meter, no_meter
+
+
+class Meter(Protocol):
+    """Learns of finished copies. Called once per copy call, never per page."""
+
+    def __call__(self, size_bytes: int, elapsed_s: float) -> None:
+        """Record one copy of `size_bytes` that took `elapsed_s`."""
+
+
+def no_meter(size_bytes: int, elapsed_s: float) -> None:
+    """Record nothing."""
+
 
 Page: TypeAlias = npt.NDArray[np.uint8]
 """One contiguous or strided run of bytes, 1-D."""

@@ -21,6 +21,7 @@ from mooncake.core.messages import Block
 from mooncake.worker.connector_meta import LoadJob, SaveJob, StepMeta
 from mooncake.worker.layout import Bytes, PagedKv
 from mooncake.worker.pulse import Pulse
+from transfer.copy import scatter
 
 log = structlog.get_logger(__name__)
 
@@ -143,19 +144,18 @@ class WorkerHalf:
         while (job := self._jobs.get()) is not None:
             bad = list(range(len(job.blocks)))
             try:
-                started_s = time.perf_counter()
                 for block, block_id in zip(job.blocks, job.block_ids, strict=True):
-                    if (source := self._source(block)) is None:
-                        continue
-                    for layer in range(len(self.kv.pages)):
-                        self.kv.write_layer(layer, block_id, source)
-                self._pulse.add("load_seconds", time.perf_counter() - started_s)
+                    if (source := self._source(block)) is not None:
+                        scatter(source.data, self.kv.block_pages(block_id), self._loaded)
                 bad = self._bad_blocks(job)
             except Exception:
                 # every block of the job counts as bad: the engine recomputes them. A dead loader
                 # thread would hang every later load
                 log.exception("pool.load_failed", request=job.request_id)
             self._conclude(job, bad, asynchronous=True)
+
+    def _loaded(self, size_bytes: int, elapsed_s: float) -> None:  # noqa: ARG002 - bytes count once good
+        self._pulse.add("load_seconds", elapsed_s)
 
     def _bad_blocks(self, job: LoadJob) -> list[int]:
         """Return the positions whose bytes are not what was committed under their key."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -28,6 +28,7 @@ from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, StoreRecord
 from mooncake.core.metadata_client import RemoteMetadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.scrape import MetricsServer, metrics_url
 from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.launch import EngineProcess, start_engine
 from mooncake.worker.pulse import Pulse
@@ -40,12 +41,12 @@ STORE_WAIT_S = 60.0
 """A worker started before its store waits this long for it, then says so."""
 ENGINE_STOP_S = 10.0
 STORE_POLL_S = 1.0
+TRANSFERS = {  # (bytes, seconds) of each direction; same-host copies through shared memory
+    "get": ("load_bytes", "load_seconds"),
+    "put": ("save_bytes", "save_seconds"),
+}
 METRICS = {
-    "load_bytes": ("mooncake_kv_load_bytes", "Bytes copied from the pool into the engine"),
-    "load_seconds": ("mooncake_kv_load_seconds", "Seconds spent copying from the pool"),
     "load_blocks": ("mooncake_kv_load_blocks", "Blocks loaded from the pool"),
-    "save_bytes": ("mooncake_kv_save_bytes", "Bytes copied from the engine into the pool"),
-    "save_seconds": ("mooncake_kv_save_seconds", "Seconds spent copying and hashing into the pool"),
     "save_blocks": ("mooncake_kv_save_blocks", "Blocks committed to the pool"),
     "bad_blocks": ("mooncake_kv_checksum_failures", "Blocks whose bytes differed from their checksum"),
     "failed_loads": ("mooncake_kv_failed_loads", "Requests that recomputed because a load failed"),
@@ -71,6 +72,14 @@ class PulseCollector(Collector):
             family = CounterMetricFamily(name, text, labels=names)
             family.add_metric(self._labels, self._pulse.read(field))
             yield family
+        moved = [*names, "transport", "direction"]
+        size = CounterMetricFamily("mooncake_transfer_bytes", "Bytes between engine and pool", labels=moved)
+        took = CounterMetricFamily("mooncake_transfer_seconds", "Seconds spent moving them", labels=moved)
+        for direction, (size_field, seconds_field) in TRANSFERS.items():
+            size.add_metric([*self._labels, "shm", direction], self._pulse.read(size_field))
+            took.add_metric([*self._labels, "shm", direction], self._pulse.read(seconds_field))
+        yield size
+        yield took
         age = GaugeMetricFamily(
             "mooncake_engine_pulse_age_seconds", "Age of the engine's pulse", labels=names
         )
@@ -209,6 +218,7 @@ class Instance:
             max_num_batched_tokens=answer["max_num_batched_tokens"],
             block_bytes=facts.block_bytes,
             vllm_version=answer["vllm_version"],
+            metrics_url=metrics_url(self._options.metrics_port),
         )
 
     # ------------------------------------------------------------ the asyncio side
@@ -225,10 +235,9 @@ class Instance:
             self._control.join(timeout=5.0)
 
     async def _control_main(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
-        if self._options.metrics_port:
-            registry = CollectorRegistry()
-            registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
-            start_http_server(self._options.metrics_port, addr="127.0.0.1", registry=registry)
+        metrics = self._metrics(spec, pulse)
+        if metrics:
+            metrics.start()
         metadata = RemoteMetadata(self._options.metadata)
         registration: Registration | None = None
         try:
@@ -246,6 +255,15 @@ class Instance:
             if registration is not None:
                 await registration.close()
             await metadata.close()
+            if metrics:
+                await metrics.close()
+
+    def _metrics(self, spec: EngineSpec, pulse: Pulse) -> MetricsServer | None:
+        if not self._options.metrics_port:
+            return None
+        registry = CollectorRegistry()
+        registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
+        return MetricsServer(registry, self._options.metrics_port)
 
     async def _refresh_store(self, metadata: RemoteMetadata, spec: EngineSpec) -> None:
         """Keep the store's current address where the engine's pool client looks for it."""

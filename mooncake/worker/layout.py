@@ -5,6 +5,7 @@ contiguous object: the pages of all layers in layer order. Pages are opaque byte
 pack keys and values per instruction set, so the instruction set is part of the block's name.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,27 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake.core.errors import ConfigError
+from transfer.copy import Pages
 
 Bytes = npt.NDArray[np.uint8]
+
+
+def _as_one_array(pages: list[Bytes]) -> npt.NDArray[np.uint8] | None:
+    """Return [block, layer, byte] over layers that lie at equal distances in one allocation."""
+    starts = [page.__array_interface__["data"][0] for page in pages]
+    steps = {after - before for before, after in itertools.pairwise(starts)}
+    if (
+        len({page.shape for page in pages}) > 1
+        or len(steps) > 1
+        or not all(p.flags.c_contiguous for p in pages)
+    ):
+        return None
+    step = steps.pop() if steps else 0
+    if step < pages[0].nbytes and len(pages) > 1:
+        return None  # descending or overlapping: not an allocation in layer order
+    blocks, page_bytes = pages[0].shape
+    # beyond pages[0]'s own bounds, but inside memory that `pages` keeps alive: every row was given
+    return np.lib.stride_tricks.as_strided(pages[0], (blocks, len(pages), page_bytes), (page_bytes, step, 1))
 
 
 class PagedKv:
@@ -29,6 +49,7 @@ class PagedKv:
         self.page_bytes = [int(page.shape[1]) for page in pages]
         self.offsets = [0, *np.cumsum(self.page_bytes).tolist()]
         self.block_bytes = self.offsets[-1]
+        self._blocks = _as_one_array(pages)
 
     @classmethod
     def of_tensors(cls, kv_caches: Mapping[str, Any]) -> "PagedKv":
@@ -58,6 +79,17 @@ class PagedKv:
             names.append(name)
             pages.append(flat.reshape(blocks, -1).numpy())
         return cls(names, pages)
+
+    def block_pages(self, block_id: int) -> Pages:
+        """Return all layers' pages of one block: one strided array where the layout allows it.
+
+        One array is one copy call, and so one release of the interpreter lock instead of one per
+        layer: each may cost the copier a switch interval while the engine's own thread computes.
+        """
+        if self._blocks is not None:
+            block: Bytes = self._blocks[block_id]
+            return block
+        return [pages[block_id] for pages in self.pages]
 
     def write_layer(self, layer: int, block_id: int, source: Bytes) -> None:
         """Copy one layer's page from a pool object `source` into the engine."""

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
 from mooncake.core.errors import RequestError
 from transfer.copy import gather, scatter
-from transfer.metrics import TransferMetrics
 
 
 def pattern(size: int, seed: int = 0) -> np.ndarray:
@@ -74,20 +72,6 @@ def test_the_meter_hears_once_per_call_with_all_bytes():
     gather([np.zeros(8, np.uint8)] * 4, memoryview(bytearray(32)), lambda size, s: heard.append((size, s)))
     assert [size for size, _ in heard] == [32]
     assert heard[0][1] >= 0
-
-
-def test_counters_carry_transport_and_direction():
-    registry = CollectorRegistry()
-    metrics = TransferMetrics(registry)
-    put, get = metrics.meter("shm", "put"), metrics.meter("shm", "get")
-    put(100, 0.5)
-    put(100, 0.25)
-    get(7, 0.1)
-    value = registry.get_sample_value
-    labels = {"transport": "shm", "direction": "put"}
-    assert value("mooncake_transfer_bytes_total", labels) == 200
-    assert value("mooncake_transfer_seconds_total", labels) == 0.75
-    assert value("mooncake_transfer_bytes_total", {"transport": "shm", "direction": "get"}) == 7
 
 
 def test_a_big_copy_lets_other_threads_run():
