@@ -2,14 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mooncake.core.errors import ConfigError
 from mooncake.core.messages import StoreStats
-
-LOOPBACK = "127.0.0.1"
 
 _GAUGES = {
     "capacity_bytes": "Bytes of the node's segment.",
@@ -55,25 +51,3 @@ class StoreCollector(Collector):
         family = GaugeMetricFamily(f"mooncake_store_{name}", text, labels=["node"])
         family.add_metric([self._node], value)
         return family
-
-
-class MetricsServer:
-    """Serves a registry over HTTP on loopback, in its own thread, until closed."""
-
-    def __init__(self, registry: CollectorRegistry, port: int) -> None:
-        """Bind at once; port 0 is chosen by the system, see `port`.
-
-        Raises:
-            ConfigError: the port is taken.
-        """
-        try:
-            self._server, self._thread = start_http_server(port, addr=LOOPBACK, registry=registry)
-        except OSError as error:
-            raise ConfigError(f"metrics_port={port}: {error}") from error
-        self.port = int(self._server.server_port)
-
-    def close(self) -> None:
-        """Stop and release the port (waits for the thread, at most its poll of 0.5 s)."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

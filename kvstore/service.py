@@ -29,7 +29,7 @@ from kvstore.limits import (
     WAIT_S_MAX,
     NodeLimits,
 )
-from kvstore.metrics import MetricsServer, StoreCollector
+from kvstore.metrics import StoreCollector
 from kvstore.node import Node, id_base
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, ConfigError, RequestError
@@ -54,6 +54,7 @@ from mooncake.core.messages import (
     StoreStats,
 )
 from mooncake.core.rpc import RpcServer
+from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.fdpass import FdServer, private_dir
 from transfer.segment import Progress, Segment
 
@@ -160,6 +161,8 @@ class StoreService:
         self._segment = await asyncio.to_thread(Segment.create, self.epoch, self._capacity_bytes, progress)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
+        if config.metrics_port is not None:
+            self._metrics = self._serve_metrics(config.metrics_port)
         record = StoreRecord(
             node=config.node,
             epoch=self.epoch,
@@ -168,20 +171,24 @@ class StoreService:
             fd_path=str(Path(run_dir) / f"store-{config.node}.sock"),
             capacity_bytes=self._capacity_bytes,
             pid=os.getpid(),
+            metrics_url=metrics_url(self.metrics_port or 0),
         )
         # the record travels with the memory: an engine finds a restarted store without metadata
         self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
-        if config.metrics_port is not None:
-            registry = CollectorRegistry()
-            registry.register(
-                StoreCollector(config.node, self.node.stats, lambda: self.node.quarantined_bytes)
-            )
-            self._metrics = MetricsServer(registry, config.metrics_port)
         self._rpc.start()
         self._fd_server.start()
         self._beat = asyncio.create_task(self._keep_time(), name="store beat")
         log.info("store.started", **msgspec.structs.asdict(record))
         return record
+
+    def _serve_metrics(self, port: int) -> MetricsServer:
+        registry = CollectorRegistry()
+        registry.register(
+            StoreCollector(self.config.node, self.node.stats, lambda: self.node.quarantined_bytes)
+        )
+        server = MetricsServer(registry, port)
+        server.start()
+        return server
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises if one of the service's own tasks dies."""
@@ -208,7 +215,7 @@ class StoreService:
         if self._events:
             self._events.close()
         if self._metrics:
-            await asyncio.to_thread(self._metrics.close)
+            await self._metrics.close()
         # a hash in progress holds a view: the memory goes when it ends
         self._hasher.shutdown(wait=False, cancel_futures=True)
         if self._segment:

@@ -359,6 +359,7 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     block_bytes: int  # size of one KV block, all layers
     vllm_version: str
+    metrics_url: str = ""  # Prometheus metrics, reachable on its host only; "" = none
 
 
 class StoreRecord(msgspec.Struct, frozen=True):
@@ -371,3 +372,4 @@ class StoreRecord(msgspec.Struct, frozen=True):
     fd_path: str  # unix socket that hands out the segment's memfd (same host only)
     capacity_bytes: int
     pid: int
+    metrics_url: str = ""  # as in InstanceRecord

@@ -339,10 +339,11 @@ async def test_metrics_show_the_nodes_numbers_on_loopback(harness):
         assert line in text
 
 
-async def test_a_taken_metrics_port_is_a_configuration_error(harness, tmp_path):
-    store = await harness(metrics_port=0)
-    with pytest.raises(ConfigError, match="metrics_port="):
-        await harness(node="n2", metrics_port=store.service.metrics_port)
+async def test_a_taken_metrics_port_does_not_keep_the_pool_from_serving(harness):
+    first = await harness(metrics_port=0)
+    second = await harness(node="n2", metrics_port=first.service.metrics_port)
+    assert (await second.ask(Stats())).blocks == 0
+    assert second.record.metrics_url == first.record.metrics_url
 
 
 def test_a_record_survives_json():
