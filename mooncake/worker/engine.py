@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from mooncake.core.errors import ConfigError
+from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.spec import EngineSpec
 
@@ -144,9 +145,7 @@ def run(spec: EngineSpec) -> int:
 
 def main() -> None:
     """`python -m mooncake.worker.engine SPEC.json PARENT_PID`."""
-    from mooncake.worker.launch import die_with_parent
-
-    die_with_parent(int(sys.argv[2]))
+    set_parent_death_signal(int(sys.argv[2]))
     spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineSpec)
     code = run(spec)
     sys.stdout.flush()

@@ -6,7 +6,6 @@ PR_SET_PDEATHSIG, so a SIGKILLed relay takes its engine along.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,19 +16,12 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.spec import EngineSpec
 
 log = structlog.get_logger(__name__)
 
-PR_SET_PDEATHSIG = 1
 KILL_WAIT_S = 5.0
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to SIGKILL this process when its parent dies; exit if that happened already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 class EngineProcess:
@@ -90,7 +82,7 @@ def _fork(spec: EngineSpec) -> int:
         return pid
     code = 1
     try:
-        die_with_parent(parent)
+        set_parent_death_signal(parent)
         from mooncake.worker import engine
 
         code = engine.run(spec)

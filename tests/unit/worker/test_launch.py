@@ -17,11 +17,11 @@ from mooncake.worker.spec import EngineSpec
 WAIT_S = 5.0
 RELAY = """
 import os, sys, time
-from mooncake.worker.launch import die_with_parent
+from mooncake.core.process import set_parent_death_signal
 parent = os.getpid()
 pid = os.fork()
 if not pid:
-    die_with_parent(parent)
+    set_parent_death_signal(parent)
     print(os.getpid(), flush=True)
     time.sleep(60)
 time.sleep(60)
@@ -57,7 +57,7 @@ def test_the_engine_dies_within_a_second_of_its_killed_relay():
 
 
 def test_a_child_whose_parent_is_gone_already_leaves_at_once():
-    code = "from mooncake.worker.launch import die_with_parent; die_with_parent(1 << 22); print('alive')"
+    code = "from mooncake.core.process import set_parent_death_signal as bind; bind(1 << 22); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (1, b"")
 
