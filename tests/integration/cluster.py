@@ -49,6 +49,8 @@ READY_S = 240.0
 STOP_S = 45.0
 """The Conductor drains for at most 30 s, engines get 15 s."""
 RESTART_S = 60.0
+INSTANCES = 2
+"""Of every setup: prefill and decode, or two that do both; one core each."""
 TAG = "MOONCAKE_TEST_CLUSTER"
 LOG_TAIL_LINES = 25
 NOISE = re.compile('WARNING|Warning|Loading safetensors|Triton|HTTP/1.1" 200|^\\s*(if hasattr|kernel =|$)')
@@ -64,11 +66,6 @@ class Setup:
     load_mode: str = "async"
     flags: tuple[str, ...] = ()
     vllm: tuple[str, ...] = ()
-
-    @property
-    def instances(self) -> int:
-        """How many engines `up` starts."""
-        return 1 if "--aggregated=1" in self.flags else 2
 
 
 def free_port() -> int:
@@ -207,6 +204,12 @@ class Cluster:
         (value,) = self._metadata(STORES_PREFIX)
         return msgspec.json.decode(value, type=StoreRecord)
 
+    def store_epoch(self) -> str:
+        """Return which start of the store is registered, "" if none is."""
+        for value in self._metadata(STORES_PREFIX):
+            return msgspec.json.decode(value, type=StoreRecord).epoch
+        return ""
+
     def worker_pid(self, instance_id: str) -> int:
         """Return the pid of an instance's relay, which leads the worker's process group."""
         return self.record(instance_id).pid
@@ -236,7 +239,7 @@ class Cluster:
 
         def complete() -> bool:
             states = self.states()
-            return len(states) == self.setup.instances and set(states.values()) == {"alive"}
+            return len(states) == INSTANCES and set(states.values()) == {"alive"}
 
         wait_until(f"all instances alive, but {self.states()}", complete, deadline_s)
         wait_until("the store is registered", lambda: self._metadata(STORES_PREFIX), deadline_s)

@@ -28,6 +28,13 @@ def reference(model: Path) -> Iterator[Reference]:
     reference.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _early_reference(request: pytest.FixtureRequest) -> None:
+    """Let the reference compute while the first cluster starts, if any test will ask for it."""
+    if any("reference" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("reference")
+
+
 @pytest.fixture(scope="session")
 def clusters(model: Path) -> Iterator[Clusters]:
     clusters = Clusters(model)
@@ -48,13 +55,17 @@ def _setup_of(item: pytest.Item) -> Setup | None:
     return callspec.params.get("cluster") if callspec else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "last: runs after all other tests of its cluster")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by setup; tests without a cluster stay in front."""
-    order: dict[Setup | None, int] = {None: -1}
+    """Group tests by setup; tests without a cluster come last: by then the reference is there."""
+    order: dict[Setup | None, int] = {None: len(items)}
     for item in items:
         order.setdefault(_setup_of(item), len(order))
-    items.sort(key=lambda item: order[_setup_of(item)])
+    items.sort(key=lambda item: (order[_setup_of(item)], item.get_closest_marker("last") is not None))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -76,7 +76,7 @@ class Reference:
         engines = [{"arguments": _arguments(model, dtype), "groups": groups} for dtype in DTYPES]
         core = max(os.sched_getaffinity(0))
         # files, not pipes: it works while nobody reads
-        self._files = [tempfile.TemporaryFile("w+") for _ in range(3)]
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(3)]  # noqa: SIM115 - closed by close
         work, out, err = self._files
         json.dump({"core": core, "engines": engines}, work)
         work.seek(0)

@@ -6,5 +6,6 @@ FP32 = Setup("fp32 async")
 FP32_LAYERWISE = Setup("fp32 layerwise", load_mode="layerwise")
 BF16 = Setup("bf16 async", dtype="bfloat16", vllm=("--enable-auto-tool-choice", "--tool-call-parser=hermes"))
 BF16_LAYERWISE = Setup("bf16 layerwise", dtype="bfloat16", load_mode="layerwise")
-AGGREGATED = Setup("bf16 aggregated", dtype="bfloat16", flags=("--aggregated=1",))
+AGGREGATED = Setup("bf16 aggregated", dtype="bfloat16", flags=("--aggregated=2",))
+"""Two, so that each has one core: threads change the sums of bf16, and with them tokens."""
 FIRST_TOKEN = Setup("bf16 first token", dtype="bfloat16", flags=("--first-token",))
