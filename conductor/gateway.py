@@ -25,7 +25,7 @@ from conductor.http import RejectionMiddleware
 from conductor.index import PrefixIndex
 from conductor.members import Members
 from conductor.metrics import process_metrics
-from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from mooncake.core.config import GatewayOptions, check_host
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
@@ -48,8 +48,7 @@ class Cluster:
         metrics = process_metrics()
         self.view = ClusterView()
         index, cost = PrefixIndex(), CostModel()
-        mode = Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED
-        scheduler = Scheduler(SchedulerConfig(mode=mode), index, cost, self.view)
+        scheduler = Scheduler(scheduler_config(options), index, cost, self.view)
         gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
         self.members = Members(metadata, self.view, index, gateway_id, metrics)
         self.dispatcher = Dispatcher(self.members, scheduler, cost, metrics, first_token=options.first_token)
@@ -78,6 +77,8 @@ class Cluster:
                 "epoch": record.epoch,
                 "pid": record.pid,
                 "model": record.model,
+                "engine": self.members.engine_slot(record.instance_id),  # label of its vllm:* metrics
+                "metrics_url": record.metrics_url,
                 "load": {
                     "prefill_requests": load.prefill_requests,
                     "prefill_tokens": load.prefill_tokens,
@@ -87,6 +88,28 @@ class Cluster:
             }
             for record, health, load in self.view.instances()
         ]
+
+    def describe_stores(self) -> list[dict[str, Any]]:
+        """Return the store nodes as JSON-ready dictionaries."""
+        return [
+            {
+                "node": record.node,
+                "capacity_bytes": record.capacity_bytes,
+                "pid": record.pid,
+                "metrics_url": record.metrics_url,
+            }
+            for record in self.view.stores()
+        ]
+
+
+def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
+    """Return what the options mean to the scheduler; an objective of 0 is none."""
+    return SchedulerConfig(
+        mode=Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED,
+        policy=Policy(options.policy),
+        ttft_slo_s=options.ttft_slo_s or None,
+        tbt_slo_s=options.tbt_slo_s or None,
+    )
 
 
 def vllm_arguments(options: GatewayOptions) -> list[str]:
@@ -140,6 +163,7 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
             return JSONResponse({"error": "Unauthorized"}, status_code=401)
         body = {
             "instances": cluster.describe(),
+            "stores": cluster.describe_stores(),
             "in_flight": cluster.dispatcher.in_flight,
             "pid": os.getpid(),
         }

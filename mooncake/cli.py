@@ -39,6 +39,11 @@ ApiKey = Annotated[
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 VllmArgs = Annotated[list[str] | None, typer.Argument(help="After --: more arguments for vLLM.")]
+Policy = Annotated[
+    str, typer.Option(help="kvcache, cache_aware, least_load, round_robin or random: who gets a request.")
+]
+TtftSlo = Annotated[float, typer.Option(help="Refuse requests predicted to start later; 0 = none.")]
+TbtSlo = Annotated[float, typer.Option(help="Refuse requests predicted to stream slower; 0 = none.")]
 Host = Annotated[str, typer.Option(help="Address to serve on; others than loopback need an API key.")]
 
 
@@ -139,6 +144,12 @@ def up(
     block_size: BlockSize = 32,
     load_mode: LoadMode = "async",
     first_token: Annotated[bool, typer.Option(help="Stream prefill's own first token.")] = False,
+    policy: Policy = "kvcache",
+    ttft_slo_s: TtftSlo = 0.0,
+    tbt_slo_s: TbtSlo = 0.0,
+    metrics_port: Annotated[
+        int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
+    ] = 0,
     cores: Annotated[str, typer.Option(help="auto, or the cores to use, e.g. 0-3.")] = "auto",
     api_key: ApiKey = "",
     run_dir: RunDir = None,
@@ -150,6 +161,7 @@ def up(
     with _errors_told():
         from mooncake.core.config import parse_cores, parse_size_bytes
         from mooncake.up.cluster import check_port
+        from mooncake.up.metrics import with_metrics_ports
         from mooncake.up.plan import UpOptions, make_plan
         from mooncake.up.run import default_run_dir
         from mooncake.up.run import up as run_up
@@ -161,13 +173,16 @@ def up(
             "kv_memory_bytes": parse_size_bytes(kv_memory, "kv_memory"),
             "dtype": dtype, "max_model_len": max_model_len, "block_size": block_size,
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
+            "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
             "vllm_args": vllm_args or [],
         }  # fmt: skip
         if cores != "auto":
             _use_cores(parse_cores(cores))
         # everything that can be wrong is told before a model is fetched
-        make_plan(UpOptions(model="checked later", served_name="m", run_dir="/r", **wish), [0], api_key)
+        draft = UpOptions(model="checked later", served_name="m", run_dir="/r", **wish)
+        make_plan(draft, [0], api_key)
         check_port(host, port)
+        with_metrics_ports(draft, metrics_port)
         ref = _resolve(model)
         folder = str(run_dir.resolve()) if run_dir else str(default_run_dir())
         options = UpOptions(
@@ -177,7 +192,7 @@ def up(
             run_dir=folder,
             **wish,
         )
-        raise typer.Exit(run_up(options, api_key, _console(), zygote))
+        raise typer.Exit(run_up(options, api_key, _console(), zygote, metrics_port))
 
 
 def _use_cores(cores: list[int]) -> None:
@@ -231,6 +246,9 @@ def conductor(
     ] = "tcp://127.0.0.1:7700",
     aggregated: Annotated[bool, typer.Option(help="Instances do both.")] = False,
     first_token: Annotated[bool, typer.Option(help="Stream prefill's own first token.")] = False,
+    policy: Policy = "kvcache",
+    ttft_slo_s: TtftSlo = 0.0,
+    tbt_slo_s: TbtSlo = 0.0,
     api_key: ApiKey = "",
     dtype: Dtype = "bfloat16",
     max_model_len: MaxModelLen = 0,
@@ -250,6 +268,7 @@ def conductor(
         options = GatewayOptions(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, aggregated=aggregated, first_token=first_token,
+            policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
             api_key=api_key, dtype=dtype, max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip

@@ -18,6 +18,9 @@ API_KEY_ENV = "MOONCAKE_API_KEY"
 ROLES = ("prefill", "decode", "both")
 LOAD_MODES = ("async", "layerwise")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+POLICIES = ("kvcache", "cache_aware", "least_load", "round_robin", "random")
+"""How the Conductor chooses instances: conductor.scheduler.Policy, which says what they mean."""
+SLO_S_MAX = 3600.0
 BLOCK_TOKENS_STEP = 32
 """vLLM's CPU kernels want multiples of 32; on GPUs 32 and its multiples are fine as well."""
 MODEL_LEN_MAX = 1 << 22
@@ -133,6 +136,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
         _name("instance_id", self.instance_id)
         check_endpoint(self.metadata)
         _engine_sizes(self.block_size, self.max_model_len, self.kv_memory_bytes)
+        _between("metrics_port", self.metrics_port, 0, 65535)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         _between("max_num_batched_tokens", self.max_num_batched_tokens, self.block_size, MODEL_LEN_MAX)
         if not self.model:
@@ -150,6 +154,9 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     served_name: str = ""  # "" = model
     aggregated: bool = False
     first_token: bool = False
+    policy: str = POLICIES[0]
+    ttft_slo_s: float = 0.0  # 0 = not enforced, as tbt_slo_s
+    tbt_slo_s: float = 0.0
     api_key: str = ""  # from the environment in child processes
     block_size: int = 32
     max_model_len: int = 0
@@ -164,6 +171,10 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     def _check(self) -> None:
         _between("port", self.port, 1, 65535)
         _choice("dtype", self.dtype, DTYPES)
+        _choice("policy", self.policy, POLICIES)
+        for key in ("ttft_slo_s", "tbt_slo_s"):
+            if not 0.0 <= getattr(self, key) <= SLO_S_MAX:  # also refuses NaN
+                raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = no objective")
         _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
         check_endpoint(self.metadata_endpoint)
         check_host(self.host, self.api_key)

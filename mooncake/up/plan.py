@@ -10,6 +10,7 @@ import msgspec
 
 from mooncake.core.config import (
     API_KEY_ENV,
+    POLICIES,
     GatewayOptions,
     StoreOptions,
     WorkerOptions,
@@ -47,6 +48,10 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 32
     load_mode: str = "async"
     first_token: bool = False
+    policy: str = POLICIES[0]
+    ttft_slo_s: float = 0.0  # 0 = not enforced, as tbt_slo_s
+    tbt_slo_s: float = 0.0
+    metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
 
@@ -90,6 +95,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         capacity_bytes=options.pool_bytes,
         run_dir=f"{options.run_dir}/store",
         metadata=metadata,
+        metrics_port=options.metrics_ports.get("store", 0),
         log_level=options.log_level,
     )
     gateway = GatewayOptions(
@@ -101,6 +107,9 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         metadata_endpoint=metadata,
         aggregated=options.aggregated > 0,
         first_token=options.first_token,
+        policy=options.policy,
+        ttft_slo_s=options.ttft_slo_s,
+        tbt_slo_s=options.tbt_slo_s,
         block_size=options.block_size,
         max_model_len=options.max_model_len,
         dtype=options.dtype,
@@ -125,6 +134,11 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         _engine(options, name, role, pick_cores(index, len(roles), cores))
         for index, (name, role) in enumerate(roles)
     ]
+
+
+def metrics_names(options: UpOptions) -> list[str]:
+    """Return the processes that need a port for their metrics, in the order of start."""
+    return ["store", *(name for name, _ in engine_roles(options))]
 
 
 def engine_roles(options: UpOptions) -> list[tuple[str, str]]:
@@ -165,6 +179,7 @@ def _engine(options: UpOptions, name: str, role: str, cores: list[int]) -> Proce
         max_model_len=options.max_model_len,
         dtype=options.dtype,
         load_mode=options.load_mode,
+        metrics_port=options.metrics_ports.get(name, 0),
         block_size=options.block_size,
         log_level=options.log_level,
         vllm_args=options.vllm_args,

@@ -11,6 +11,7 @@ from rich.console import Console
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.up.cluster import Cluster, check_port, prepare_run_dir
+from mooncake.up.metrics import metrics_text, with_metrics_ports, write_prometheus_config
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.show import Board
 
@@ -22,18 +23,24 @@ def default_run_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"mooncake-{os.getuid()}-", dir=parent))  # 0700
 
 
-def up(options: UpOptions, api_key: str, console: Console, use_zygote: bool = True) -> int:
+def up(
+    options: UpOptions, api_key: str, console: Console, use_zygote: bool = True, metrics_port: int = 0
+) -> int:
     """Run the cluster until Ctrl-C or SIGTERM; return the exit code.
+
+    `metrics_port`: first of the ports of the store and the engines; 0 = any free ones.
 
     Raises:
         ConfigError: a setting cannot work.
         MooncakeError: a process gave up.
     """
     logs.setup("up", "error")  # states are on the board; details in the children's logs
-    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key)
     check_port(options.host, options.port)
+    options = with_metrics_ports(options, metrics_port)
+    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key)
     run_dir = Path(options.run_dir)
     prepare_run_dir(run_dir)
+    write_prometheus_config(options, f"{_url_host(options.host)}:{options.port}")
     board = Board(console)
     cluster = Cluster(plan, run_dir, base_env(os.environ, options.model_is_local), board, use_zygote)
     return asyncio.run(_run(cluster, board, options, bool(api_key)))
@@ -71,9 +78,7 @@ async def _close(cluster: Cluster, stop: asyncio.Event) -> None:
 
 def ready_text(options: UpOptions, seconds: float, has_key: bool) -> str:
     """Return what to tell once requests can be served."""
-    shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    shown = f"[{shown}]" if ":" in shown else shown
-    url = f"http://{shown}:{options.port}"
+    url = f"http://{_url_host(options.host)}:{options.port}"
     header = ' -H "Authorization: Bearer $MOONCAKE_API_KEY"' if has_key else ""
     key = 'os.environ["MOONCAKE_API_KEY"]' if has_key else '"none"'
     imports = "import os\n    from openai" if has_key else "from openai"
@@ -89,5 +94,12 @@ Mooncake is ready after {seconds:.1f} s at {url} serving {options.served_name}
         model="{options.served_name}", messages=[{{"role": "user", "content": "Hello!"}}])
     print(answer.choices[0].message.content)
 
-logs: {options.run_dir}   stop: Ctrl-C
+{metrics_text(options, url)}
+logs: {options.run_dir}   watch: mooncake top --url {url}   stop: Ctrl-C
 """
+
+
+def _url_host(host: str) -> str:
+    """Return `host` as a client on this machine writes it in an address."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"[{shown}]" if ":" in shown else shown

@@ -5,7 +5,7 @@ import pytest
 
 from mooncake.core.config import API_KEY_ENV
 from mooncake.core.errors import ConfigError
-from mooncake.up.plan import UpOptions, base_env, make_plan
+from mooncake.up.plan import UpOptions, base_env, make_plan, metrics_names
 
 WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x")
 KEY = "k" * 20
@@ -65,6 +65,19 @@ def test_what_the_user_set_wins_over_our_environment():
     assert "HF_HUB_OFFLINE" not in base_env({}, False)
 
 
+def test_every_process_but_the_gateway_gets_its_own_port_for_metrics():
+    assert metrics_names(WISH) == ["store", "prefill-0", "decode-0"]
+    ports = {"store": 8001, "prefill-0": 8002, "decode-0": 8003}
+    store, _, *engines = plan(metrics_ports=ports)
+    assert {p.name: p.options.metrics_port for p in (store, *engines)} == ports
+    assert {process.options.metrics_port for process in plan() if process.role != "conductor"} == {0}
+
+
+def test_policy_and_objectives_reach_the_conductor():
+    conductor = plan(policy="least_load", ttft_slo_s=2.0, tbt_slo_s=0.1)[1].options
+    assert (conductor.policy, conductor.ttft_slo_s, conductor.tbt_slo_s) == ("least_load", 2.0, 0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -79,6 +92,11 @@ def test_what_the_user_set_wins_over_our_environment():
         ({"load_mode": "x"}, "load_mode"),
         ({"run_dir": "/" + "x" * 80}, "run_dir"),
         ({"port": 0}, "port"),
+        ({"policy": "best"}, "policy"),
+        ({"ttft_slo_s": -1.0}, "ttft_slo_s"),
+        ({"tbt_slo_s": float("nan")}, "tbt_slo_s"),
+        ({"metrics_ports": {"store": 70_000}}, "metrics_port"),
+        ({"metrics_ports": {"decode-0": 70_000}}, "metrics_port"),
     ],
 )
 def test_a_wish_that_cannot_work_is_refused_before_anything_starts(changes, match):

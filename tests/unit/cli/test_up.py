@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from rich.console import Console
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone
 from mooncake.core.process import alive, wait_gone
 from mooncake.up.cluster import Cluster, Entry, check_port, prepare_run_dir
+from mooncake.up.metrics import with_metrics_ports
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.run import ready_text
 from mooncake.up.show import Board
@@ -32,6 +34,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=2) as reply:
+        return reply.read().decode()
+
+
 class Up:
     def __init__(self, run_dir: Path, use_zygote: bool = True, preload: str = "preload", **wish) -> None:
         self.run_dir = run_dir
@@ -40,6 +47,7 @@ class Up:
         options = UpOptions(
             model="/m", served_name="m", run_dir=str(run_dir), port=self.port, pool_bytes=4 << 20, **wish
         )
+        self.options = options = with_metrics_ports(options)
         self.output = io.StringIO()
         board = Board(Console(file=self.output, width=200))
         self.stop = asyncio.Event()
@@ -89,6 +97,8 @@ async def test_a_cluster_gets_ready_shows_how_and_stops_in_order(run_dir, use_zy
         shown = up.output.getvalue()
         for name in ("store", "conductor", "prefill-0", "decode-0"):
             assert f"{name:<12} ready" in shown
+        url = f"http://127.0.0.1:{up.options.metrics_ports['store']}/metrics"
+        assert 'mooncake_store_capacity_bytes{node="local"}' in await asyncio.to_thread(fetch, url)
         assert up.log("conductor").startswith("key True in options False")
     ends = [float(up.log(name).split()[-1]) for name in ("conductor", "prefill-0")]
     assert ends == sorted(ends)

@@ -14,9 +14,10 @@ from fake_engine import FakeEngine, encoded
 from conductor import gateway, vllm_seam
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
-from mooncake.core.config import GatewayOptions
+from conductor.scheduler import Policy, SchedulerConfig
+from mooncake.core.config import POLICIES, GatewayOptions
 from mooncake.core.errors import ConfigError
-from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.messages import INSTANCES_PREFIX, StoreRecord
 from mooncake.core.metadata_memory import MemoryMetadata
 
 KEY = "k" * 24
@@ -89,6 +90,14 @@ async def test_chat_is_answered_by_two_engines(site) -> None:
     assert (prefill.legs(), decode.legs()) == (["prefill"], ["decode"])
 
 
+async def test_sampling_that_a_request_leaves_open_is_the_models_own(site) -> None:
+    engine = await site.engine("b0", "both")
+    await site.client.post("/v1/chat/completions", json=CHAT)
+    await site.client.post("/v1/chat/completions", json={**CHAT, "temperature": 1.0, "top_p": 1.0})
+    used = [(r.sampling_params.temperature, r.sampling_params.top_p) for r in engine.received]
+    assert used == [(0.2, 0.9), (1.0, 1.0)]
+
+
 async def test_two_choices_cost_one_prefill(site) -> None:
     prefill, decode = await site.engine("p0", "prefill"), await site.engine("d0", "decode")
     answer = await site.client.post("/v1/chat/completions", json={**CHAT, "n": 2})
@@ -157,8 +166,24 @@ async def test_instances_are_listed_for_holders_of_the_key(site) -> None:
     assert [(i["instance_id"], i["role"], i["state"]) for i in listed["instances"]] == [
         ("p0", "prefill", "alive")
     ]
+    assert listed["instances"][0]["metrics_url"] == ""
+    assert listed["stores"] == []
     denied = await site.client.get("/mooncake/instances", headers={"Authorization": "Bearer wrong"})
     assert denied.status_code == 401
+
+
+async def test_stores_are_listed_with_where_their_metrics_are(site) -> None:
+    record = StoreRecord("n1", "e", "tcp://127.0.0.1:1", "tcp://127.0.0.1:1", "/none", 1 << 20, 7, "http://m")
+    site.cluster.view.store_up(record)
+    (store,) = (await site.client.get("/mooncake/instances")).json()["stores"]
+    assert store == {"node": "n1", "capacity_bytes": 1 << 20, "pid": 7, "metrics_url": "http://m"}
+
+
+def test_policy_and_objectives_reach_the_scheduler(tmp_path) -> None:
+    assert set(POLICIES) == set(Policy)
+    chosen = gateway.scheduler_config(options(tmp_path, policy="round_robin", ttft_slo_s=2.0).checked())
+    assert (chosen.policy, chosen.ttft_slo_s, chosen.tbt_slo_s) == (Policy.ROUND_ROBIN, 2.0, None)
+    assert gateway.scheduler_config(options(tmp_path)) == SchedulerConfig()
 
 
 async def test_the_api_key_guards_vllms_routes(site) -> None:

@@ -1,0 +1,96 @@
+"""Where the processes of a cluster serve their metrics: ports, Prometheus' configuration, text."""
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mooncake.core.config import fail
+from mooncake.core.scrape import LOOPBACK
+from mooncake.up.plan import UpOptions, metrics_names
+
+PORTS_TRIED_MAX = 1000
+"""Beyond so many taken ports in a row something is wrong with the machine."""
+PORT_MIN, PORT_MAX = 1024, 65535
+CONFIG_NAME = "prometheus.yml"
+SCRAPE_S = 5
+
+
+def with_metrics_ports(options: UpOptions, base: int = 0) -> UpOptions:
+    """Return `options` with a loopback port for the store and each engine.
+
+    Args:
+        options: what was asked for.
+        base: these ports from here on, in the order of start; 0 = the first free ones above the
+            gateway's (below the range that the kernel gives to outgoing connections, so that a
+            restarted process finds its port free).
+
+    Raises:
+        ConfigError: a wanted port is taken or out of range, or none is free.
+    """
+    names = metrics_names(options)
+    ports = _wanted(base, len(names)) if base else _free(options.port, len(names))
+    return msgspec.structs.replace(options, metrics_ports=dict(zip(names, ports, strict=True)))
+
+
+def _wanted(base: int, count: int) -> list[int]:
+    if not 1 <= base <= PORT_MAX - count + 1:
+        raise fail("metrics_port", base, f"{count} ports from here on must fit below {PORT_MAX + 1}")
+    for port in range(base, base + count):
+        if not can_bind(port):
+            raise fail("metrics_port", base, f"{LOOPBACK}:{port} is taken; choose another base")
+    return list(range(base, base + count))
+
+
+def _free(after: int, count: int) -> list[int]:
+    found: list[int] = []
+    first = max(after, PORT_MIN - 1) + 1 - PORT_MIN
+    for step in range(PORTS_TRIED_MAX):
+        port = (first + step) % (PORT_MAX - PORT_MIN + 1) + PORT_MIN  # goes on from the start after the end
+        if port != after and can_bind(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise fail("metrics_port", 0, f"no {count} free ports above {after}; name a base")
+
+
+def can_bind(port: int) -> bool:
+    """Return whether a server could take this loopback port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+        return True
+
+
+def write_prometheus_config(options: UpOptions, gateway: str) -> None:
+    """Write a configuration that scrapes the whole cluster; `gateway` is its host:port."""
+    targets = [("gateway", gateway)] + [
+        (name, f"{LOOPBACK}:{port}") for name, port in options.metrics_ports.items()
+    ]
+    (Path(options.run_dir) / CONFIG_NAME).write_text(prometheus_config(targets))
+
+
+def prometheus_config(targets: Sequence[tuple[str, str]]) -> str:
+    """Return prometheus.yml that scrapes (name, host:port) pairs; strings are JSON, which is YAML."""
+    lines = ["# prometheus --config.file=prometheus.yml", "global:", f"  scrape_interval: {SCRAPE_S}s"]
+    lines += ["scrape_configs:", "  - job_name: mooncake", "    static_configs:"]
+    for name, address in targets:
+        lines += [
+            f"      - targets: [{json.dumps(address)}]",
+            f"        labels: {{process: {json.dumps(name)}}}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def metrics_text(options: UpOptions, url: str) -> str:
+    """Return one line for people: who serves metrics where."""
+    others = " ".join(f"{name}:{port}" for name, port in options.metrics_ports.items())
+    text = f"metrics: {url}/metrics"
+    if others:
+        text += f"   on {LOOPBACK}: {others}   {options.run_dir}/{CONFIG_NAME}"
+    return text

@@ -1,0 +1,79 @@
+"""Ports of the metrics: distinct, free, or exactly the wanted ones; Prometheus can scrape them all."""
+
+import socket
+
+import pytest
+import yaml
+
+from mooncake.core.errors import ConfigError
+from mooncake.up.metrics import can_bind, metrics_text, prometheus_config, with_metrics_ports
+from mooncake.up.plan import UpOptions
+from mooncake.up.run import ready_text
+
+WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x", port=20_000)
+
+
+def listener() -> socket.socket:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    return taken
+
+
+def test_the_first_free_ports_above_the_gateways_are_taken():
+    ports = with_metrics_ports(WISH).metrics_ports
+    assert list(ports) == ["store", "prefill-0", "decode-0"]
+    assert sorted(set(ports.values())) == list(ports.values())
+    assert min(ports.values()) > WISH.port
+
+
+def test_a_taken_port_is_skipped():
+    with listener() as taken:
+        port = taken.getsockname()[1]
+        options = UpOptions(model="/m", served_name="m", run_dir="/r", port=port - 1)
+        assert port not in with_metrics_ports(options).metrics_ports.values()
+
+
+@pytest.mark.parametrize("port", [80, 65_535])
+def test_ports_are_never_privileged_nor_beyond_the_last(port):
+    options = UpOptions(model="/m", served_name="m", run_dir="/r", port=port)
+    assert all(1024 <= found < 65_535 for found in with_metrics_ports(options).metrics_ports.values())
+
+
+def test_a_base_fixes_the_ports_in_the_order_of_start():
+    base = next(p for p in range(21_000, 30_000) if all(can_bind(p + i) for i in range(3)))
+    assert with_metrics_ports(WISH, base).metrics_ports == {
+        "store": base,
+        "prefill-0": base + 1,
+        "decode-0": base + 2,
+    }
+
+
+@pytest.mark.parametrize("base", [-1, 65_534, 70_000])
+def test_a_base_out_of_range_is_refused(base):
+    with pytest.raises(ConfigError, match="metrics_port"):
+        with_metrics_ports(WISH, base)
+
+
+def test_a_base_whose_ports_are_taken_is_refused():
+    with listener() as taken, pytest.raises(ConfigError, match="taken"):
+        with_metrics_ports(WISH, taken.getsockname()[1])
+
+
+def test_prometheus_scrapes_everyone():
+    config = yaml.safe_load(prometheus_config([("gateway", "[::1]:8000"), ("store", "127.0.0.1:8001")]))
+    (job,) = config["scrape_configs"]
+    assert job["static_configs"] == [
+        {"targets": ["[::1]:8000"], "labels": {"process": "gateway"}},
+        {"targets": ["127.0.0.1:8001"], "labels": {"process": "store"}},
+    ]
+
+
+def test_the_ready_text_says_where_metrics_are():
+    options = UpOptions(
+        model="/m", served_name="m", run_dir="/r", metrics_ports={"store": 8001, "prefill-0": 8002}
+    )
+    text = ready_text(options, 1, has_key=False)
+    assert metrics_text(options, "http://127.0.0.1:8000") in text
+    for part in ("http://127.0.0.1:8000/metrics", "store:8001", "prefill-0:8002", "/r/prometheus.yml"):
+        assert part in text
