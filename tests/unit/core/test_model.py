@@ -183,6 +183,10 @@ def test_the_default_model_is_made_once_and_leaves_nothing_else_behind(small):
     assert len(small) == 1
     folder = Path(ref.path_or_name)
     assert model.is_complete(folder)
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    assert (
+        defaults.items() >= {"temperature": 0.2, "top_p": 0.9, "do_sample": True, "eos_token_id": 2}.items()
+    )
     assert {path.name for path in folder.parent.iterdir()} == {
         folder.name,
         f"{folder.with_suffix('.lock').name}",

@@ -38,6 +38,7 @@ def make(directory: Path) -> Path:
         "tie_word_embeddings": True,
     }
     (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.2, "top_p": 0.9}))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
