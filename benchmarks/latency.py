@@ -62,7 +62,7 @@ def main() -> None:
     prompt_len, rounds = (1000, 3) if args.quick else (2000, 7)
     no_local_cache = "--no-enable-prefix-caching"
     ours = harness.mooncake_up(model, "--max-model-len", "8192", "--", no_local_cache)
-    stock = harness.plain_vllm(model, core=0)
+    stock = harness.plain_vllm(model)
     answers: dict[str, list[dict[str, Any]]] = {"stock": [], "cold": [], "hit": []}
     shares: list[tuple[float, float, float]] = []
     with harness.running(ours), harness.running(stock):

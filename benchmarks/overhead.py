@@ -40,7 +40,7 @@ def main() -> None:
     args = harness.arguments(__doc__)
     model = args.model or make_tiny_llama(tempfile.mkdtemp(prefix="bench-tiny-"))
     tokens, rounds = (100, 2) if args.quick else (300, 5)
-    ours, stock = harness.mooncake_up(str(model)), harness.plain_vllm(str(model), core=1)
+    ours, stock = harness.mooncake_up(str(model)), harness.plain_vllm(str(model))
     with harness.running(ours), harness.running(stock):
         facts = ours.instances()
         decode = next(i["pid"] for i in facts["instances"] if i["role"] == "decode")
