@@ -382,6 +382,18 @@ def store(
 
 
 @app.command()
+def top(
+    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8000",
+    once: Annotated[bool, typer.Option("--once", help="One table, then exit.")] = False,
+) -> None:
+    """Show what a running cluster does: load, latencies, the pool. Ctrl-C ends it."""
+    with _errors_told():
+        from mooncake.top import top as run_top
+
+        raise typer.Exit(run_top(url, _console(), once))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from mooncake import __version__

@@ -36,7 +36,7 @@ def test_help_is_instant():
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "model", "doctor", "conductor", "prefill", "decode", "store", "version"]
+    "command", ["up", "model", "doctor", "conductor", "prefill", "decode", "store", "top", "version"]
 )
 def test_every_command_explains_itself(command):
     result = run(command, "--help")
@@ -66,6 +66,7 @@ def test_version():
         (["model", "/nowhere"], "/nowhere"),
         (["conductor", "--policy", "best"], "kvcache"),
         (["conductor", "--host", "0.0.0.0"], "MOONCAKE_API_KEY"),
+        (["top", "--url", "ftp://x"], "http://127.0.0.1:8000"),
         (["store", "--metadata", "tcp://10.0.0.1:1"], "endpoint"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--capacity", "1"], "capacity"),
     ],
