@@ -75,9 +75,11 @@ class MetadataServer:
 class RemoteMetadata:
     """Client of a MetadataServer. Implements MetadataStore; a server away shows as PeerTimeout."""
 
-    def __init__(self, endpoint: str) -> None:
-        """Connecting is lazy: the server may come later."""
+    def __init__(self, endpoint: str, call_s: float = CALL_S, poll_s: float = POLL_S) -> None:
+        """Connecting is lazy: the server may come later. A watch yields every `poll_s` at least."""
         self._rpc = RpcClient(endpoint, MetaReply)
+        self._call_s = call_s
+        self._poll_s = poll_s
 
     async def get(self, prefix: str) -> MetaEntries:
         """See MetadataStore."""
@@ -113,8 +115,8 @@ class RemoteMetadata:
     async def watch(self, prefix: str, from_revision: int, epoch: str = "") -> AsyncIterator[MetaChanges]:
         """See MetadataStore."""
         while True:
-            request = MetaWatch(prefix, from_revision, POLL_S, epoch)
-            batch: MetaChanges = await self._call(request, POLL_S + CALL_S)
+            request = MetaWatch(prefix, from_revision, self._poll_s, epoch)
+            batch: MetaChanges = await self._call(request, self._poll_s)
             yield batch
             if batch.compacted:
                 return
@@ -124,5 +126,6 @@ class RemoteMetadata:
         """See MetadataStore."""
         await self._rpc.close()
 
-    async def _call(self, request: Any, deadline_s: float = CALL_S) -> Any:
-        return await self._rpc.call(request, deadline_s)
+    async def _call(self, request: Any, served_s: float = 0.0) -> Any:
+        """Call; `served_s` is how long the server may take by design."""
+        return await self._rpc.call(request, served_s + self._call_s)

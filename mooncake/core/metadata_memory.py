@@ -195,8 +195,16 @@ class MemoryMetadata:
     Needs a running event loop from its first call on; `close` stops its ticker.
     """
 
-    def __init__(self, clock_s: Callable[[], float] = time.monotonic, history_max: int = HISTORY_MAX) -> None:
-        """`clock_s` is injected by tests."""
+    def __init__(
+        self,
+        clock_s: Callable[[], float] = time.monotonic,
+        history_max: int = HISTORY_MAX,
+        poll_s: float = POLL_S,
+        tick_s: float = TICK_S,
+    ) -> None:
+        """`clock_s` is injected by tests. A watch yields every `poll_s`, leases end every `tick_s`."""
+        self._poll_s = poll_s
+        self._tick_s = tick_s
         # random and below 2**52: never equal to a lease of an earlier life, exact in JSON
         self._machine = MetadataMachine(secrets.token_hex(8), secrets.randbits(51) + 1, history_max)
         self._clock_s = clock_s
@@ -243,7 +251,7 @@ class MemoryMetadata:
     async def watch(self, prefix: str, from_revision: int, epoch: str = "") -> AsyncIterator[MetaChanges]:
         """See MetadataStore."""
         while True:
-            batch = await self.poll(prefix, from_revision, epoch, POLL_S)
+            batch = await self.poll(prefix, from_revision, epoch, self._poll_s)
             yield batch
             if batch.compacted:
                 return
@@ -278,7 +286,7 @@ class MemoryMetadata:
     async def _tick_for_ever(self) -> None:
         seen_s = self._clock_s()
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._tick_s)
             now_s = self._clock_s()
             if now_s - seen_s > STALL_S:
                 self._machine.extend_leases(now_s - seen_s)

@@ -20,7 +20,8 @@ TTL_S = 3.0
 """Detection of a dead process within 3 s (three missed beats)."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 2.0
 """Cap: a restarted Conductor sees everybody within 2 s plus one call deadline."""
-CLOSE_S = 2.0
+CLOSE_S = 0.5
+"""A store that is there answers in milliseconds; one that left first must not hold us up."""
 
 
 class RegistrationState(enum.Enum):

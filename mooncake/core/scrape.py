@@ -5,6 +5,8 @@ Metrics never stop what they measure: a port that is taken is a warning, and is 
 
 import asyncio
 import contextlib
+import socket
+import threading
 
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
@@ -46,11 +48,17 @@ class MetricsServer:
 
     def _bind(self) -> None:
         server, thread = start_http_server(self.port, addr=LOOPBACK, registry=self._registry)
-        self._bound = contextlib.ExitStack()
-        self._bound.callback(thread.join)
-        self._bound.callback(server.server_close)
-        self._bound.callback(server.shutdown)
         self.port = int(server.server_port)
+        self._bound = contextlib.ExitStack()
+        self._bound.callback(server.server_close)
+        self._bound.callback(thread.join)
+        self._bound.callback(self._wake)
+        # shutdown() itself would wait for the thread, which looks up every 0.5 s or when asked
+        self._bound.callback(threading.Thread(target=server.shutdown, daemon=True).start)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((LOOPBACK, self.port), BIND_RETRY_S).close()
 
     async def _keep_trying(self) -> None:
         while True:
@@ -61,7 +69,7 @@ class MetricsServer:
                 return
 
     async def close(self) -> None:
-        """Stop and release the port (its thread polls every 0.5 s)."""
+        """Stop and release the port."""
         if self._retry:
             self._retry.cancel()
             await asyncio.gather(self._retry, return_exceptions=True)

@@ -17,6 +17,8 @@ pytestmark = [
 ]
 
 FREE_S = 2.0
+SAMPLED = {"temperature": 1.0, "seed": 1, "ignore_eos": True}
+"""n > 1 wants sampling."""
 LONG_PROMPT, SHORT_PROMPT = 8000, 100
 
 
@@ -63,7 +65,7 @@ def assert_freed(cluster: Cluster, left_s: float) -> None:
 class TestAClientLeaves:
     def test_during_prefill(self, cluster: Cluster, stream: bool, n: int):
         prompt = random_prompt(LONG_PROMPT, 7000 + 2 * n + stream)
-        connection = post(cluster, prompt, max_tokens=64, n=n, stream=stream, temperature=0.0)
+        connection = post(cluster, prompt, max_tokens=64, n=n, stream=stream, **SAMPLED)
         with connection:
             wait_until("the prompt is being prefilled", lambda: prefills(cluster) > 0, 5.0, 0.005)
             time.sleep(0.3)
@@ -73,7 +75,7 @@ class TestAClientLeaves:
     def test_during_decode(self, cluster: Cluster, stream: bool, n: int):
         prompt = random_prompt(SHORT_PROMPT, 7100 + 2 * n + stream)
         tokens = cluster.metric("vllm:generation_tokens_total")
-        with post(cluster, prompt, max_tokens=6000, n=n, stream=stream, **GREEDY):
+        with post(cluster, prompt, max_tokens=6000, n=n, stream=stream, **SAMPLED):
             wait_until("both decode", lambda: running(cluster) == n, 10.0)
             wait_until("tokens", lambda: cluster.metric("vllm:generation_tokens_total") > tokens + 50, 10.0)
         assert_freed(cluster, time.monotonic())

@@ -29,7 +29,6 @@ GIVEN_UP_S = 90.0
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown model": ({"model": "gpt-9"}, 404, "gpt-9"),
     "prompt too long": ({"prompt": random_prompt(9000, 1)}, 400, "8192"),
-    "prompt and answer too long": ({"prompt": random_prompt(8000, 1), "max_tokens": 500}, 400, "8192"),
     "negative temperature": ({"temperature": -1}, 400, "temperature"),
     "no tokens wanted": ({"max_tokens": 0}, 400, "max_tokens"),
     "top_p above one": ({"top_p": 1.5}, 400, "top_p"),
@@ -41,15 +40,18 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "wrong type": ({"max_tokens": "many"}, 400, "max_tokens"),
     "a regex that is none": ({"structured_outputs": {"regex": "(["}}, 400, ""),
 }
+FOUND_LATE = {"too many logprobs", "token outside the vocabulary", "a regex that is none"}
+"""vLLM finds these when the answer has begun: a stream tells them as an event, after status 200."""
 
 
-def error_of(response: Any) -> dict[str, Any]:
-    """Return the error object, checked for vLLM's shape."""
-    error = response.json()["error"]
-    assert {"message", "type", "param", "code"} <= error.keys()
-    assert error["code"] == response.status_code
+def error_of(body: dict[str, Any], status: int) -> str:
+    """Return the message of an error body, checked for vLLM's shape."""
+    error = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    assert error["type"] == ("NotFoundError" if status == 404 else error["type"])
     assert error["message"]
-    return error
+    return error["message"]
 
 
 @on_a_cluster
@@ -59,8 +61,15 @@ def test_a_bad_request_gets_vllms_status_and_error(cluster: Cluster, name: str, 
     change, status, said = BAD[name]
     body = {**cluster.client.body([5, 6, 7], {"max_tokens": 4}), **change, "stream": stream}
     response = cluster.client.http.post("/v1/completions", json=body)
-    assert response.status_code == status, response.text
-    assert said.lower() in error_of(response)["message"].lower()
+    if stream and name in FOUND_LATE:
+        assert response.status_code == 200, response.text[:500]
+        (event, end) = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        assert end == "[DONE]"
+        message = error_of(json.loads(event), status)
+    else:
+        assert response.status_code == status, response.text[:500]
+        message = error_of(response.json(), status)
+    assert said.lower() in message.lower()
     cluster.assert_nothing_leaked()
 
 
@@ -71,7 +80,7 @@ def test_bad_json_and_unknown_paths(cluster: Cluster):
     for content in (b"{not json", b"[]", b"", b"\xff\xfe"):
         response = http.post("/v1/completions", content=content, headers=headers)
         assert response.status_code == 400, response.text
-        error_of(response)
+        error_of(response.json(), 400)
     assert http.get("/v1/nowhere").status_code == 404
     assert http.get("/v1/completions").status_code == 405
     assert http.post("/v1/embeddings", json={"model": cluster.client.model, "input": "x"}).status_code == 404
@@ -157,7 +166,7 @@ def test_pickle_on_the_wire_is_refused_at_once(model, tmp_path, command: list[st
     code, out = outcome(mooncake(*arguments, VLLM_ALLOW_INSECURE_SERIALIZATION="1"), 30.0)
     assert code == 2, out
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" in out
-    assert "unset it" in out
+    assert "unset VLLM_ALLOW_INSECURE_SERIALIZATION" in out
     assert "Traceback" not in out
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from mooncake.core.config import API_KEY_ENV, GatewayOptions, WorkerOptions
-from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
+from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_registration import Registration
 from mooncake.up import launch
+
+FAKE_STORE_ENV = "FAKE_STORE"
 
 
 def preload() -> None:
@@ -75,20 +77,28 @@ async def _conductor(options: GatewayOptions) -> None:
     await server.close()
 
 
-async def _worker(options: WorkerOptions) -> None:
-    metadata = RemoteMetadata(options.metadata)
-    registration = Registration(metadata, INSTANCES_PREFIX + options.instance_id, lambda: b"%d" % os.getpid())
+async def _registered(endpoint: str, key: str, stubborn: bool = False) -> None:
+    registration = Registration(RemoteMetadata(endpoint), key, lambda: b"%d" % os.getpid())
     registration.start()
-    if "stubborn" in options.vllm_args:
+    if stubborn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         await asyncio.sleep(60)
     await _until_term()
+
+
+async def _worker(options: WorkerOptions) -> None:
+    key = INSTANCES_PREFIX + options.instance_id
+    await _registered(options.metadata, key, stubborn="stubborn" in options.vllm_args)
     print("worker stops", time.monotonic(), flush=True)  # the lease is left to end by itself
 
 
 def run(role: str, data: bytes) -> int:
-    if role == "store":
+    if role == "store" and FAKE_STORE_ENV not in os.environ:
         return launch.run(role, data)
+    if role == "store":
+        store = msgspec.msgpack.decode(data, type=StoreOptions)
+        asyncio.run(_registered(store.metadata, STORES_PREFIX + store.node))
+        return 0
     if role == "conductor":
         asyncio.run(_conductor(msgspec.msgpack.decode(data, type=GatewayOptions)))
         return 0

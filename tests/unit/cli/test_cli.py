@@ -32,6 +32,8 @@ def test_help_is_instant():
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", "mooncake", "--help"], capture_output=True, check=True)
         best_s = min(best_s, time.monotonic() - start)
+        if best_s < 1.0:
+            break
     assert best_s < 1.0  # 0.2 s on an idle machine; CI machines are never idle
 
 

@@ -23,6 +23,7 @@ from mooncake.up.metrics import with_metrics_ports
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.run import ready_text
 from mooncake.up.show import Board
+from tests.unit.cli.fake_roles import FAKE_STORE_ENV
 
 FAKE = "tests.unit.cli.fake_roles"
 KEY = "k" * 20
@@ -40,7 +41,16 @@ def fetch(url: str) -> str:
 
 
 class Up:
-    def __init__(self, run_dir: Path, use_zygote: bool = True, preload: str = "preload", **wish) -> None:
+    """A cluster of fakes; `real_store` starts the store as `mooncake up` does, which takes a second."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        use_zygote: bool = True,
+        preload: str = "preload",
+        real_store: bool = False,
+        **wish,
+    ) -> None:
         self.run_dir = run_dir
         prepare_run_dir(run_dir)
         self.port = free_port()
@@ -52,6 +62,8 @@ class Up:
         board = Board(Console(file=self.output, width=200))
         self.stop = asyncio.Event()
         plan = make_plan(options, [0], KEY)
+        if not real_store:
+            plan[0] = msgspec.structs.replace(plan[0], heavy=True, env={FAKE_STORE_ENV: "1"})
         env = base_env(os.environ, True)
         self.cluster = Cluster(plan, run_dir, env, board, use_zygote, Entry(FAKE, f"{FAKE}:{preload}"))
 
@@ -92,7 +104,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("use_zygote", [True, False])
 async def test_a_cluster_gets_ready_shows_how_and_stops_in_order(run_dir, use_zygote):
-    async with running(run_dir, use_zygote=use_zygote) as up:
+    async with running(run_dir, use_zygote=use_zygote, real_store=True) as up:
         assert await up.ready()
         shown = up.output.getvalue()
         for name in ("store", "conductor", "prefill-0", "decode-0"):
@@ -107,7 +119,8 @@ async def test_a_cluster_gets_ready_shows_how_and_stops_in_order(run_dir, use_zy
     assert {mode for name, mode in modes.items() if name.endswith((".log", ".options"))} == {0o600}
 
 
-async def test_a_killed_engine_is_reported_and_comes_back(run_dir):
+async def test_a_killed_engine_is_reported_and_comes_back(run_dir, monkeypatch):
+    monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.05)
     async with running(run_dir) as up:
         await up.ready()
         victim = up.cluster._supervised["decode-0"].pid
@@ -169,7 +182,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.unit.cli.test_up import Up
 async def main():
-    up = Up(Path({run_dir!r}))
+    up = Up(Path({run_dir!r}), real_store=True)
     assert await up.ready()
     print(*up.pids(), up.cluster._zygote.process.pid, flush=True)
     await asyncio.sleep(60)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mooncake.core import metadata_registration
+from mooncake.core import metadata_follow, metadata_registration
 from mooncake.core.errors import PeerGone
 from mooncake.core.messages import MetaChange, MetaEntry
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
@@ -27,6 +27,13 @@ async def eventually(condition, within_s: float = 5.0) -> None:
 
 def listed(server: MetadataServer) -> dict[str, bytes]:
     return {e.key: e.value for e in server.store._machine.get("/").entries}
+
+
+@pytest.fixture
+def quick_retries(monkeypatch) -> None:
+    for module in (metadata_registration, metadata_follow):
+        monkeypatch.setattr(module, "BACKOFF_S_MIN", 0.02)
+        monkeypatch.setattr(module, "BACKOFF_S_MAX", 0.05)
 
 
 def ipc(tmp_path) -> str:
@@ -53,10 +60,10 @@ async def test_a_registration_waits_for_a_store_that_starts_later(tmp_path):
     await server.close()
 
 
-async def test_a_registration_comes_back_after_the_store_restarted_empty(tmp_path):
+async def test_a_registration_comes_back_after_the_store_restarted_empty(tmp_path, quick_retries):
     server = MetadataServer(ipc(tmp_path))
     server.start()
-    client = RemoteMetadata(server.endpoint)
+    client = RemoteMetadata(server.endpoint, call_s=0.2)
     registration = Registration(client, "/me", lambda: b"1", ttl_s=0.6)
     registration.start()
     await registration.wait_registered()
@@ -138,17 +145,17 @@ async def test_close_is_bounded_when_the_store_hangs(monkeypatch):
 async def test_a_store_that_was_stopped_extends_leases_instead_of_ending_them():
     """SIGSTOP, suspend: nobody could send a keep-alive that this process would have heard."""
     now_s = 0.0
-    store = MemoryMetadata(clock_s=lambda: now_s)
+    store = MemoryMetadata(clock_s=lambda: now_s, tick_s=0.01)
     lease = await store.grant(3.0)
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.03)
     now_s = 100.0
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.05)
     assert await store.keep_alive(lease)
     now_s = 100.9  # a normal pause, then really silent
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.05)
     for step in range(1, 5):
         now_s = 100.9 + step * 0.8
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.05)
     assert not await store.keep_alive(lease)
     await store.close()
 
@@ -258,14 +265,16 @@ async def test_follow_lists_again_after_compaction():
         await eventually(lambda: view == {f"/m/{i}": b"" for i in range(20)})
 
 
-async def test_follow_survives_a_restart_of_the_server_without_losing_or_inventing_members(tmp_path):
+async def test_follow_survives_a_restart_of_the_server_without_losing_or_inventing_members(
+    tmp_path, quick_retries
+):
     server = MetadataServer(ipc(tmp_path))
     server.start()
-    client, mine = RemoteMetadata(server.endpoint), RemoteMetadata(server.endpoint)
+    client, mine = (RemoteMetadata(server.endpoint, call_s=0.2, poll_s=0.2) for _ in range(2))
     registration = Registration(mine, "/m/alive", lambda: b"1", ttl_s=0.6)
     registration.start()
     await server.store.put("/m/dies", b"2")
-    async with following(client, grace_s=1.5) as (follower, view, events):
+    async with following(client, grace_s=1.0) as (follower, view, events):
         await eventually(lambda: len(view) == 2)
         await server.close()
         await eventually(lambda: not follower.connected)

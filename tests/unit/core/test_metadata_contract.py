@@ -13,18 +13,19 @@ from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_memory import MemoryMetadata
 
 HISTORY = 8
+POLL_S = 0.1
 
 
 @pytest.fixture(params=["memory", "memory over rpc"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[MetadataStore]:
-    memory = MemoryMetadata(history_max=HISTORY)
+    memory = MemoryMetadata(history_max=HISTORY, poll_s=POLL_S, tick_s=0.02)
     if request.param == "memory":
         yield memory
         await memory.close()
         return
     server = MetadataServer("tcp://127.0.0.1:*", memory)
     server.start()
-    client = RemoteMetadata(server.endpoint)
+    client = RemoteMetadata(server.endpoint, poll_s=POLL_S)
     yield client
     await client.close()
     await server.close()
