@@ -17,6 +17,7 @@ import structlog
 
 from kvstore.limits import LEASE_S_MAX, WRITE_S_MAX
 from kvstore.link import Call, Lease, Slot, StoreLink
+from kvstore.orphans import Orphans
 from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (
@@ -90,6 +91,7 @@ class PoolClient:
         self._up = False
         self._closing = threading.Event()
         self._reviver: threading.Thread | None = None
+        self._orphans = Orphans()
         try:
             self._use(StoreLink.attach(record.fd_path, attach_s, touch=touch))
         except ProtocolError:
@@ -119,7 +121,9 @@ class PoolClient:
             CapacityError: too many calls in flight.
         """
         keys = list(keys)
-        return self._begin(Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s), keys=keys, wait_s=wait_s)
+        return self._begin(
+            Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s), keys=keys, wait_s=wait_s, leases=True
+        )
 
     def finish_acquired(self, call: Call, deadline_s: float | None = None) -> Acquired:
         """Return the store's answer as it is; bytes by `view`. The lease must be released.
@@ -251,11 +255,15 @@ class PoolClient:
         return call.link.poll(call.call_id) or not self._is_live(call.link)
 
     def forget(self, call: Call) -> None:
-        """Drop interest in an answer. One that is overdue counts as a timeout of the store."""
+        """Drop interest in an answer. One that is overdue counts as a timeout of the store.
+
+        A lease that comes with it later is given back.
+        """
         overdue = time.monotonic() - call.began_s > self._deadline_s + call.wait_s
         if overdue and not call.link.poll(call.call_id):
             self._lost(call.link, PeerTimeout("an answer that was given up"))
-        call.link.forget(call.call_id)
+        if not (call.leases and self._orphans.adopt(call)):
+            call.link.forget(call.call_id)
 
     def stats(self, deadline_s: float | None = None) -> StoreStats:
         """Return the store's counters; raises as finish_acquired."""
@@ -281,6 +289,7 @@ class PoolClient:
         self._closing.set()
         with self._lock:
             reviver, self._up = self._reviver, False
+        self._orphans.close()
         if reviver is not None:
             reviver.join()
         if self._link is not None:

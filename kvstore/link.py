@@ -25,6 +25,7 @@ class Call(msgspec.Struct, frozen=True):
     wait_s: float = 0.0  # the store was asked to wait this long
     keys: list[bytes] = []
     size_bytes: int = 0
+    leases: bool = False  # the answer may be a lease
 
 
 class Slot(msgspec.Struct, frozen=True):

@@ -91,7 +91,8 @@ class SchedulerHalf:
             keys=full,
             tail_key=tail,
             saves=True,
-            no_load=bool(request.skip_reading_prefix_cache),
+            # the last token is computed anyway; vLLM would ask, load and ask again for ever
+            no_load=bool(request.skip_reading_prefix_cache) or len(request.prompt_token_ids) < 2,
         )
         if leg == "decode" and not self._save_decoded:
             state.saves = False

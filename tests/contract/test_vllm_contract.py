@@ -1,7 +1,7 @@
 """The vLLM we were written against. A failure here means: read the named place again, then decide.
 
-Every symbol that the project uses is listed in conductor.vllm_seam.VLLM_SYMBOLS (and in
-mooncake.worker, for the engine side); the shapes on which code depends are spelled out below.
+Every symbol that the gateway uses is listed in conductor.vllm_seam.VLLM_SYMBOLS; the shapes on
+which code depends are spelled out below. The engine side: test_vllm_worker_contract.py.
 """
 
 import importlib

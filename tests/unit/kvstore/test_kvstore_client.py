@@ -219,6 +219,20 @@ def test_giving_up_an_overdue_answer_opens_the_breaker_too(start_store, connect,
     assert not client.attached
 
 
+def test_the_lease_of_an_answer_that_nobody_waited_for_is_given_back(start_store, connect, quick_retry):
+    store = start_store()
+    client, other = connect(store.record, deadline_s=SHORT_S), connect(store.record, deadline_s=PATIENCE_S)
+    put(client, 1)
+    store.signal(signal.SIGSTOP)
+    for _ in range(3):
+        client.forget(client.begin_acquire([key(1)], 30))
+    store.signal(signal.SIGCONT)
+    leased = client.acquire([key(1)], 30, deadline_s=PATIENCE_S)
+    assert other.stats().leases >= 1
+    client.release(leased.lease_id)
+    eventually(lambda: other.stats().leases == 0)
+
+
 def test_a_store_that_was_only_stopped_is_used_again(start_store, connect, quick_retry):
     store = start_store()
     client = connect(store.record, deadline_s=SHORT_S)

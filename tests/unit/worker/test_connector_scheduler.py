@@ -133,6 +133,15 @@ def test_a_prompt_shorter_than_a_block_asks_the_pool_nothing():
     assert not engine.pool.lookups
 
 
+@MODES
+def test_a_prompt_of_one_token_never_loads(mode):
+    """VLLM computes the last token in any case, so it would ask, load and ask again for ever."""
+    request = FakeRequest(prompt(1), leg="decode")
+    engine = Engine(mode, hold=[request.tail])
+    assert engine.arrive(request) == (0, False)
+    assert not engine.pool.leases
+
+
 @pytest.mark.parametrize(("mode", "extra"), [("async", 10), ("layerwise", 9)])
 def test_a_decode_leg_loads_the_tail_too(mode, extra):
     request = FakeRequest(prompt(10), leg="decode")

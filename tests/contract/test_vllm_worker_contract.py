@@ -1,0 +1,185 @@
+"""The engine side of the seam: every vLLM symbol that mooncake/worker uses, and the shapes it relies on.
+
+A failure means: read the named vLLM place again, then decide (ADR 0002).
+"""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import mooncake.worker
+
+SYMBOLS = {
+    "vllm.v1.engine:EngineCoreRequest": "undecodable() builds one by keyword",
+    "vllm.v1.engine:EngineCoreRequestType": "WAKEUP ends a blocked input queue at SIGTERM",
+    "vllm.v1.engine:core": "MooncakeEngine extends its EngineCoreProc; its MsgpackDecoder is replaced",
+    "vllm.v1.engine.core:EngineShutdownState": "REQUESTED asks the busy loop to end",
+    "vllm.v1.engine.utils:EngineZmqAddresses": "what a handshake would have answered",
+    "vllm.v1.request:Request": "resume appends output tokens to it",
+    "vllm.v1.request:RequestStatus": "FINISHED_ABORTED for everything of a gateway that is gone",
+    "vllm.v1.serial_utils:MsgpackDecoder": "TolerantDecoder extends it",
+    "vllm.v1.serial_utils:MsgpackEncoder": "one per output thread",
+    "vllm.v1.executor:Executor": "get_class(config)",
+    "vllm.engine.arg_utils:AsyncEngineArgs": "engine settings from flags",
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser": "vLLM's own flags pass through",
+    "vllm.utils.argparse_utils:FlexibleArgumentParser": "vLLM's own flags pass through",
+    "vllm.v1.structured_output:StructuredOutputManager": "_create_grammar is patched by resume",
+    "vllm.v1.worker:gpu_input_batch": "CachedRequestState is patched by resume",
+    "vllm.v1.worker:gpu_model_runner": "must use the same CachedRequestState",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1": "base of MooncakeConnector",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorMetadata": "StepMeta is registered as one",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorRole": "scheduler or worker side",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA": "keeps the hybrid allocator on",
+    "vllm.config:VllmConfig": "annotation",
+    "vllm.v1.core.sched.output:SchedulerOutput": "annotation",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "annotation",
+}
+"""module:name -> what we use it for."""
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def used_symbols() -> set[str]:
+    """Every `from vllm... import name` of the worker package, except imports that only warm up."""
+    used = set()
+    for path in Path(mooncake.worker.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                used |= {f"{node.module}:{alias.name}" for alias in node.names}
+    return used
+
+
+def test_the_list_names_every_symbol_that_the_worker_imports():
+    assert used_symbols() == set(SYMBOLS)
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_every_symbol_exists(symbol):
+    module, _, name = symbol.partition(":")
+    assert getattr(importlib.import_module(module), name, None) or importlib.import_module(f"{module}.{name}")
+
+
+class TestTheEngine:
+    def test_takes_our_addresses_and_threads(self):
+        from vllm.v1.engine.core import EngineCoreProc
+        from vllm.v1.engine.utils import EngineZmqAddresses
+
+        assert parameters(EngineCoreProc.process_output_sockets)[1:] == [
+            "output_paths",
+            "coord_output_path",
+            "engine_index",
+        ]
+        assert {"inputs", "outputs"} <= set(EngineZmqAddresses.__dataclass_fields__)
+        wanted = {"vllm_config", "local_client", "handshake_address", "executor_class", "log_stats"}
+        assert wanted <= set(parameters(EngineCoreProc.__init__))
+
+    def test_shakes_hands_through_the_one_method_that_we_replace(self):
+        from vllm.v1.engine.core import EngineCoreProc
+
+        source = inspect.getsource(EngineCoreProc.__init__)
+        assert "self._perform_handshakes(" in source
+        assert "as addresses" in source
+
+    def test_decodes_requests_with_the_decoder_that_we_replace(self):
+        from vllm.v1.engine.core import EngineCoreProc
+
+        source = inspect.getsource(EngineCoreProc.process_input_sockets)
+        assert re.search(r"= MsgpackDecoder\(\s*EngineCoreRequest", source), (
+            "install_decoder replaces it by name"
+        )
+        assert "self.preprocess_add_request(" in source
+
+    def test_answers_a_request_that_preprocessing_refuses(self):
+        from vllm.v1.engine.core import EngineCoreProc
+
+        assert "_handle_request_preproc_error" in inspect.getsource(EngineCoreProc.process_input_sockets)
+        assert parameters(EngineCoreProc.preprocess_add_request) == ["self", "request"]
+
+    def test_queues_outputs_by_client_index(self):
+        from vllm.v1.engine.core import EngineCoreProc
+
+        assert "output_queue" in inspect.getsource(EngineCoreProc.__init__)
+        assert "client_index, outputs = output" in inspect.getsource(EngineCoreProc.process_output_sockets)
+
+    def test_lets_a_scheduler_end_requests_of_a_client(self):
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.request import Request
+
+        assert parameters(Scheduler.finish_requests)[1:] == ["request_ids", "finished_status"]
+        assert "client_index" in parameters(Request.__init__)
+
+
+class TestResume:
+    def test_request_appends_output_tokens_and_carries_prefill_stats(self):
+        from vllm.v1.request import Request
+
+        assert parameters(Request.append_output_token_ids) == ["self", "token_ids"]
+        assert "self.prefill_stats" in inspect.getsource(Request.__init__)
+
+    def test_the_runner_keeps_what_we_restore(self):
+        from vllm.v1.worker import gpu_input_batch, gpu_model_runner
+
+        state = gpu_input_batch.CachedRequestState
+        assert {"output_token_ids", "generator", "sampling_params"} <= set(state.__dataclass_fields__)
+        assert "__post_init__" in vars(state)
+        assert gpu_model_runner.CachedRequestState is state
+
+    def test_a_grammar_is_made_in_one_place_and_can_be_advanced(self):
+        from vllm.v1.structured_output import StructuredOutputManager
+        from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+        assert parameters(StructuredOutputManager._create_grammar)[:2] == ["self", "request"]
+        assert parameters(StructuredOutputGrammar.accept_tokens) == ["self", "request_id", "tokens"]
+
+    def test_cpu_sampling_draws_one_integer_per_token(self):
+        from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+
+        source = inspect.getsource(TopKTopPSampler.forward_cpu)
+        assert "torch.randint" in source, "advance_generator must draw what the sampler draws"
+
+
+CALLS = {
+    "on_new_request": ["request"],
+    "get_num_new_matched_tokens": ["request", "num_computed_tokens"],
+    "update_state_after_alloc": ["request", "blocks", "num_external_tokens"],
+    "build_connector_meta": ["scheduler_output"],
+    "update_connector_output": ["connector_output"],
+    "request_finished": ["request", "block_ids"],
+    "register_kv_caches": ["kv_caches"],
+    "bind_connector_metadata": ["connector_metadata"],
+    "start_load_kv": ["forward_context", "kwargs"],
+    "wait_for_layer_load": ["layer_name"],
+    "save_kv_layer": ["layer_name", "kv_layer", "attn_metadata", "kwargs"],
+    "wait_for_save": [],
+    "get_finished": ["finished_req_ids"],
+    "get_block_ids_with_load_errors": [],
+    "shutdown": [],
+}
+
+
+class TestTheConnector:
+    @pytest.mark.parametrize("name", CALLS)
+    def test_is_called_as_its_base_class_says(self, name):
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+        from mooncake.worker.connector import MooncakeConnector
+
+        theirs = getattr(KVConnectorBase_V1, name)
+        assert parameters(theirs)[1:] == CALLS[name]
+        assert parameters(getattr(MooncakeConnector, name))[1:] == CALLS[name]
+
+    def test_has_no_abstract_method_left(self):
+        from mooncake.worker.connector import MooncakeConnector
+
+        assert not MooncakeConnector.__abstractmethods__
+
+    def test_block_ids_of_a_step_come_with_the_scheduler_output(self):
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        assert "kv_connector_block_state" in SchedulerOutput.__dataclass_fields__
