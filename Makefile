@@ -14,11 +14,11 @@ check: install         ## style, types, layers
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-test: check            ## everything: style, types, layers, unit, simulation, real engines
+test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
 	.venv/bin/python -m pytest
 
-unit: install          ## unit, contract and simulation tests: under a minute
-	.venv/bin/python -m pytest -m "not integration and not rdma and not chaos"
+unit: install          ## unit and simulation tests on two processes: under a minute
+	.venv/bin/python -m pytest tests/unit tests/sim -n 2 --dist loadfile
 
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -69,6 +70,12 @@ def bind(socket: zmq.Socket[Any], endpoint: str) -> str:
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
 
+def remove_socket_file(endpoint: str) -> None:
+    """Remove the file of an ipc endpoint that nobody serves any more: ZMQ leaves it behind."""
+    if endpoint.startswith("ipc://"):
+        Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 def failure_of(error: MooncakeError) -> Failure:
     """Return `error` in its wire form."""
     return Failure(error.code, str(error))
@@ -112,6 +119,7 @@ class RpcServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._ctx.destroy(linger=LINGER_MS)
+        remove_socket_file(self.endpoint)
 
     async def _serve(self) -> None:
         while True:

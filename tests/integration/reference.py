@@ -37,6 +37,8 @@ def greedy_jobs() -> list[Job]:
 
 
 STOPS = ["er", "on", "st", "as"]
+VOWELS = ["a", "e", "i", "o", "u"]
+"""Certain to come once `min_tokens` lets them count."""
 
 SAMPLED: dict[str, dict[str, Any]] = {
     "seed": {"temperature": 1.0, "seed": 7, "ignore_eos": True},
@@ -45,7 +47,7 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "repetition": {**GREEDY, "repetition_penalty": 1.3},
     "stop": {**GREEDY, "stop": STOPS},
     "stop kept, min_tokens": {
-        **GREEDY, "stop": STOPS, "include_stop_str_in_output": True, "min_tokens": 20,
+        **GREEDY, "stop": VOWELS, "include_stop_str_in_output": True, "min_tokens": 20,
     },
     "logprobs": {**GREEDY, "logprobs": 2},
     "logit_bias": {**GREEDY, "logit_bias": {"100": 5.0, "200": -100.0}},

@@ -1,5 +1,6 @@
 """`mooncake up` as a command: it starts, says so, stops when told, and never leaves a process behind."""
 
+import contextlib
 import socket
 import subprocess
 import time
@@ -13,6 +14,16 @@ from tests.integration.setups import AGGREGATED, FIRST_TOKEN
 pytestmark = pytest.mark.integration
 
 ENDED_S = 3.0
+
+
+def can_bind(port: int) -> bool:
+    """A process that has just ended may hold its sockets a moment longer than its memory."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return True
+    return False
 
 
 @pytest.mark.parametrize("cluster", [AGGREGATED], ids=lambda setup: setup.name, indirect=True)
@@ -58,9 +69,7 @@ class TestSigkill:
         wait_until("all processes end", lambda: not cluster.processes(), ENDED_S)
         print(f"all gone after {time.monotonic() - started_s:.2f} s")
         cluster.process.wait(5.0)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", cluster.port))
+        wait_until("its port is free", lambda: can_bind(cluster.port), ENDED_S)
 
 
 def run_up(model, tmp_path, port: int, *flags: str) -> tuple[int, str, float]:

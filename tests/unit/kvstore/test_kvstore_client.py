@@ -221,13 +221,13 @@ def test_giving_up_an_overdue_answer_opens_the_breaker_too(start_store, connect,
 
 def test_the_lease_of_an_answer_that_nobody_waited_for_is_given_back(start_store, connect, quick_retry):
     store = start_store()
-    client, other = connect(store.record, deadline_s=SHORT_S), connect(store.record, deadline_s=PATIENCE_S)
+    client, other = (connect(store.record, deadline_s=PATIENCE_S) for _ in range(2))
     put(client, 1)
     store.signal(signal.SIGSTOP)
     for _ in range(3):
         client.forget(client.begin_acquire([key(1)], 30))
     store.signal(signal.SIGCONT)
-    leased = client.acquire([key(1)], 30, deadline_s=PATIENCE_S)
+    leased = client.acquire([key(1)], 30)
     assert other.stats().leases >= 1
     client.release(leased.lease_id)
     eventually(lambda: other.stats().leases == 0)

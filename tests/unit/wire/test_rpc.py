@@ -152,6 +152,7 @@ async def test_a_server_knows_its_port_at_once_and_answers_there(endpoint):
 async def test_ipc_works_too(tmp_path):
     async with serving(f"ipc://{tmp_path}/s") as server, calling(server.endpoint) as client:
         assert await client.call(Say("hi"), PATIENT_S) == Said("hi")
+    assert not (tmp_path / "s").exists(), "the file goes with the server"
 
 
 # ---------------------------------------------------------------- deadlines
