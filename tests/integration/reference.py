@@ -37,7 +37,7 @@ def greedy_jobs() -> list[Job]:
 
 
 STOPS = ["er", "on", "st", "as"]
-VOWELS = ["a", "e", "i", "o", "u"]
+VOWELS = ["a", "e", "i", "o"]
 """Certain to come once `min_tokens` lets them count."""
 
 SAMPLED: dict[str, dict[str, Any]] = {
