@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mooncake.worker.pulse import Pulse
@@ -36,7 +37,20 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny model, few requests: within 60 s")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--model", help="model folder or hub name (default: SmolLM2, or tiny with --quick)")
+    # `timeout` and Ctrl-C alike end through `finally`, which stops the servers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Yield a function that tells what begins now; the bar is full after `steps` of them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=steps)
+        begun = itertools.count()
+        yield lambda what: bar.update(task, description=what, completed=next(begun))
+        bar.update(task, description="done", completed=steps)
 
 
 def free_port() -> int:
@@ -119,13 +133,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(server: Server) -> Iterator[Server]:
-    """Wait for `server`, yield it, stop it."""
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.stop()
+def running(begin: Callable[[str], None], *servers: Server) -> Iterator[None]:
+    """Wait until all of `servers`, which load at the same time, are ready; stop them at the end."""
+    with contextlib.ExitStack() as started:
+        for server in servers:
+            started.callback(server.stop)
+        for server in servers:
+            begin(f"starting {server.name}")
+            server.wait_ready()
+        yield
 
 
 def mooncake_up(model: str, *extra: str) -> Server:
@@ -143,18 +159,17 @@ def plain_vllm(model: str, dtype: str = "bfloat16", max_model_len: int = 8192) -
     port = free_port()
     argv = [
         sys.executable,
-        *("-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *("-m", "benchmarks.stock_vllm"),
         *("--model", model, "--served-model-name", "plain", "--port", str(port), "--host", "127.0.0.1"),
         *("--dtype", dtype, "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20)),
         *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048", "--max-model-len", str(max_model_len)),
         *("--enforce-eager", "--enable-prompt-tokens-details"),
     ]
-    # one thread as our engines have; forked like ours, so that it imports once (a third of the start)
+    # one thread as our engines have
     env = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "OPENBLAS_NUM_THREADS": "1",
     }
     return Server("vllm", argv, port, env)

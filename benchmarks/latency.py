@@ -59,20 +59,23 @@ def main() -> None:
         model = str(make_tiny_llama(tempfile.mkdtemp(prefix="bench-tiny-")))
     else:
         model = resolve_model(None).path_or_name
-    prompt_len, rounds = (1000, 3) if args.quick else (2000, 7)
+    prompt_len, rounds = (1000, 3) if args.quick else (2000, 5)
     no_local_cache = "--no-enable-prefix-caching"
     ours = harness.mooncake_up(model, "--max-model-len", "8192", "--", no_local_cache)
     stock = harness.plain_vllm(model)
     answers: dict[str, list[dict[str, Any]]] = {"stock": [], "cold": [], "hit": []}
     shares: list[tuple[float, float, float]] = []
-    with harness.running(ours), harness.running(stock):
+    with harness.progress(2 + 3 * (rounds + 1)) as begin, harness.running(begin, ours, stock):
         names = ours.model(), stock.model()
         for index in range(rounds + 1):  # the first warms both up
             prompt = harness.prompt_tokens(prompt_len, seed=index)
+            begin("stock vLLM")
             plain = one(stock, names[1], prompt)
+            begin("Mooncake, cold")
             before = moved(ours)
             cold = one(ours, names[0], prompt)
             megabytes, seconds = hand_over(before, moved(ours))
+            begin("Mooncake, pool hit")
             hit = one(ours, names[0], prompt)
             if index:
                 answers["stock"].append(plain)

@@ -41,7 +41,7 @@ def main() -> None:
     model = args.model or make_tiny_llama(tempfile.mkdtemp(prefix="bench-tiny-"))
     tokens, rounds = (100, 2) if args.quick else (300, 5)
     ours, stock = harness.mooncake_up(str(model)), harness.plain_vllm(str(model))
-    with harness.running(ours), harness.running(stock):
+    with harness.progress(2 + 2 * (rounds + 1)) as begin, harness.running(begin, ours, stock):
         facts = ours.instances()
         decode = next(i["pid"] for i in facts["instances"] if i["role"] == "decode")
         our_pids = {"gateway": facts["pid"], "relay": decode, "engine": harness.child_of(decode)}
@@ -50,6 +50,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "stock": []}
         for index in range(rounds + 1):  # the first warms both up
             for name, server, pids in (("ours", ours, our_pids), ("stock", stock, stock_pids)):
+                begin(server.name)
                 row = round_of(server, pids, tokens, index)
                 if index:
                     found[name].append(row)
