@@ -24,11 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mooncake.core.cpu import resolve_dtype
 from mooncake.worker.pulse import Pulse
 
 START_S_MAX = 300.0
 STOP_S_MAX = 20.0
 REQUEST_S_MAX = 300.0
+DTYPE = resolve_dtype("auto")
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -148,21 +150,21 @@ def mooncake_up(model: str, *extra: str) -> Server:
     """Return a starting `mooncake up`."""
     port = free_port()
     run_dir = tempfile.mkdtemp(prefix="bench-up-")
-    options = ["--model", model, "--port", str(port), "--run-dir", run_dir, *extra]
+    options = ["--model", model, "--port", str(port), "--run-dir", run_dir, "--dtype", DTYPE, *extra]
     server = Server("mooncake", [sys.executable, "-m", "mooncake", "up", *options], port)
     server.run_dir = Path(run_dir)
     return server
 
 
-def plain_vllm(model: str, dtype: str = "bfloat16", max_model_len: int = 8192) -> Server:
+def plain_vllm(model: str, max_model_len: int = 8192) -> Server:
     """Return a starting stock vLLM server with one thread and the settings of our engines."""
     port = free_port()
     argv = [
         sys.executable,
         *("-m", "benchmarks.stock_vllm"),
         *("--model", model, "--served-model-name", "plain", "--port", str(port), "--host", "127.0.0.1"),
-        *("--dtype", dtype, "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20)),
-        *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048", "--max-model-len", str(max_model_len)),
+        *("--dtype", DTYPE, "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20)),
+        *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", "--max-model-len", str(max_model_len)),
         *("--enforce-eager", "--enable-prompt-tokens-details"),
     ]
     # one thread as our engines have

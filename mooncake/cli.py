@@ -29,7 +29,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Folder, hub name, or nothing for SmolLM2-135M-Instruct.")]
 Metadata = Annotated[str, typer.Option(help="Address of the cluster's metadata, e.g. tcp://127.0.0.1:7700.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (not bfloat16 where it is emulated), bfloat16, float16, float32.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens of a KV block.")]
 MaxModelLen = Annotated[int, typer.Option(help="Longest context in tokens; 0 = the model's own.")]
 KvMemory = Annotated[str, typer.Option(help="KV cache of each engine, e.g. 512MiB.")]
@@ -139,7 +141,7 @@ def up(
     port: Annotated[int, typer.Option(help="HTTP port of the gateway.")] = 8000,
     pool_size: Annotated[str, typer.Option(help="Memory of the shared KV pool.")] = "1GiB",
     kv_memory: KvMemory = "512MiB",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
     block_size: BlockSize = 32,
     load_mode: LoadMode = "async",
@@ -160,6 +162,7 @@ def up(
     """Start a whole cluster on this machine; Ctrl-C stops it."""
     with _errors_told():
         from mooncake.core.config import parse_cores, parse_size_bytes
+        from mooncake.core.cpu import resolve_dtype
         from mooncake.up.cluster import check_port
         from mooncake.up.metrics import with_metrics_ports
         from mooncake.up.plan import UpOptions, make_plan
@@ -171,7 +174,7 @@ def up(
             "prefill": prefill, "decode": decode, "aggregated": aggregated, "host": host, "port": port,
             "pool_bytes": parse_size_bytes(pool_size, "pool_size"),
             "kv_memory_bytes": parse_size_bytes(kv_memory, "kv_memory"),
-            "dtype": dtype, "max_model_len": max_model_len, "block_size": block_size,
+            "dtype": resolve_dtype(dtype), "max_model_len": max_model_len, "block_size": block_size,
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
             "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
             "vllm_args": vllm_args or [],
@@ -250,7 +253,7 @@ def conductor(
     ttft_slo_s: TtftSlo = 0.0,
     tbt_slo_s: TbtSlo = 0.0,
     api_key: ApiKey = "",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
     block_size: BlockSize = 32,
     run_dir: RunDir = None,
@@ -260,6 +263,7 @@ def conductor(
     """Run the Conductor: HTTP gateway, scheduler, metadata."""
     with _errors_told():
         from mooncake.core.config import GatewayOptions, check_host
+        from mooncake.core.cpu import resolve_dtype
         from mooncake.up.launch import run_conductor
 
         _refuse_conflicts()
@@ -269,17 +273,25 @@ def conductor(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, aggregated=aggregated, first_token=first_token,
             policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
-            api_key=api_key, dtype=dtype, max_model_len=max_model_len, block_size=block_size,
+            api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip
         _run_role("conductor", log_level, lambda: run_conductor(options))
 
 
 def _worker(
-    role: str, name: str, model: str, kv_memory: str, cores: str, run_dir: Path | None, **rest: Any
+    role: str,
+    name: str,
+    model: str,
+    dtype: str,
+    kv_memory: str,
+    cores: str,
+    run_dir: Path | None,
+    **rest: Any,
 ) -> None:
     with _errors_told():
         from mooncake.core.config import WorkerOptions, parse_cores, parse_size_bytes
+        from mooncake.core.cpu import resolve_dtype
         from mooncake.up.launch import run_decode, run_prefill
 
         _refuse_conflicts()
@@ -289,6 +301,7 @@ def _worker(
             model=ref.path_or_name,
             served_name=ref.served_name,
             instance_id=name or f"{role}-{socket.gethostname().split('.')[0]}-{os.getpid()}",
+            dtype=resolve_dtype(dtype),
             cores=parse_cores(cores),
             kv_memory_bytes=parse_size_bytes(kv_memory, "kv_memory"),
             run_dir=_run_dir(run_dir),
@@ -314,7 +327,7 @@ def prefill(
     cores: Cores = "",
     kv_memory: KvMemory = "512MiB",
     max_model_len: MaxModelLen = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     load_mode: LoadMode = "async",
     block_size: BlockSize = 32,
     both: Annotated[bool, typer.Option("--both", help="An aggregated instance: decodes too.")] = False,
@@ -326,8 +339,8 @@ def prefill(
 ) -> None:
     """Run one prefill instance."""
     _worker(
-        "both" if both else "prefill", name, model, kv_memory, cores, run_dir,
-        metadata=metadata, node=node, max_model_len=max_model_len, dtype=dtype, load_mode=load_mode,
+        "both" if both else "prefill", name, model, dtype, kv_memory, cores, run_dir,
+        metadata=metadata, node=node, max_model_len=max_model_len, load_mode=load_mode,
         block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip
@@ -342,7 +355,7 @@ def decode(
     cores: Cores = "",
     kv_memory: KvMemory = "512MiB",
     max_model_len: MaxModelLen = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     load_mode: LoadMode = "async",
     block_size: BlockSize = 32,
     pool: Pool = True,
@@ -353,8 +366,8 @@ def decode(
 ) -> None:
     """Run one decode instance."""
     _worker(
-        "decode", name, model, kv_memory, cores, run_dir,
-        metadata=metadata, node=node, max_model_len=max_model_len, dtype=dtype, load_mode=load_mode,
+        "decode", name, model, dtype, kv_memory, cores, run_dir,
+        metadata=metadata, node=node, max_model_len=max_model_len, load_mode=load_mode,
         block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip

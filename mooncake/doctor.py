@@ -16,6 +16,7 @@ import msgspec
 import psutil
 
 from mooncake.core.config import format_size
+from mooncake.core.cpu import computes_bfloat16
 from mooncake.model import DEFAULT_MODEL, default_folder, is_complete
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -64,6 +65,8 @@ def check_machine() -> Iterator[Row]:
     cores = len(os.sched_getaffinity(0))
     advice = "" if cores >= 2 else "a prefill and a decode engine will share this core"
     yield Row("cores", OK if cores >= 2 else WARN, f"{cores}", advice)
+    fast = computes_bfloat16()
+    yield Row("bfloat16", OK, "in hardware" if fast else "emulated: --dtype auto takes float32 here")
     memory = psutil.virtual_memory().available
     state = OK if memory >= MEMORY_BYTES_MIN else WARN if memory >= MEMORY_BYTES_LOW else FAIL
     advice = "" if state == OK else "free memory, or use --aggregated 1 --kv-memory 128MiB --pool-size 256MiB"

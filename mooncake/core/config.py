@@ -123,7 +123,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
     save_decoded: bool = True
     block_size: int = 32
     max_num_seqs: int = 16
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512  # a step: the grain of aborts and saves; 2 s of SmolLM2 on a core
     use_pool: bool = True  # False: no KV blocks are shared (a plain engine, for comparison)
     metrics_port: int = 0  # 0 = none
     log_level: str = "info"

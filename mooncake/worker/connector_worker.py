@@ -232,6 +232,9 @@ class WorkerHalf:
             done = self._pool.commit(tickets, sums, COMMIT_WAIT_S)
             self._pulse.add("save_blocks", sum(done))
             self._pulse.add("save_bytes", sum(done) * self.kv.block_bytes)
+            if late := len(done) - sum(done):
+                self._pulse.add("late_saves", late)
+                log.warning("pool.saved_too_late", blocks=late, advice="smaller --max-num-batched-tokens")
         except MooncakeError as error:
             self._pulse.add("pool_errors", 1)
             log.warning("pool.commit_failed", error=str(error))

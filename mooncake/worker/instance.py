@@ -48,6 +48,10 @@ TRANSFERS = {  # (bytes, seconds) of each direction; same-host copies through sh
 METRICS = {
     "load_blocks": ("mooncake_kv_load_blocks", "Blocks loaded from the pool"),
     "save_blocks": ("mooncake_kv_save_blocks", "Blocks committed to the pool"),
+    "late_saves": (
+        "mooncake_kv_late_saves",
+        "Blocks that were lost because a step outlasted its reservation",
+    ),
     "bad_blocks": ("mooncake_kv_checksum_failures", "Blocks whose bytes differed from their checksum"),
     "failed_loads": ("mooncake_kv_failed_loads", "Requests that recomputed because a load failed"),
     "lookup_timeouts": ("mooncake_kv_lookup_timeouts", "Pool look-ups given up"),

@@ -21,6 +21,7 @@ FIELDS = (
     "save_bytes",
     "save_seconds",
     "save_blocks",
+    "late_saves",
     "bad_blocks",
     "failed_loads",
     "lookup_timeouts",

@@ -32,7 +32,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # 0 = the model's own
     kv_memory_bytes: int = 512 << 20
     max_num_seqs: int = 16
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512
     cores: list[int] = []  # [] = not bound
     load_mode: str = "async"
     save_decoded: bool = True

@@ -34,6 +34,7 @@ class FakePool:
         self.held: dict[bytes, Block] = {}
         self.answering = True
         self.errors: dict[str, Exception] = {}
+        self.late = False  # reservations have ended before they are committed
         self.calls: dict[bytes, Any] = {}
         self.lookups: list[tuple[list[bytes], float, float]] = []
         self.leases: set[int] = set()
@@ -129,6 +130,9 @@ class FakePool:
 
     def commit(self, tickets: list[int], sums: list[bytes], deadline_s: float) -> list[bool]:
         self._maybe_fail("commit")
+        if self.late:
+            self.tickets.clear()
+            return [False] * len(tickets)
         for ticket, checksum in zip(tickets, sums, strict=True):
             key, offset = self.tickets.pop(ticket)
             self.held[key] = Block(offset, self.block_bytes, checksum)

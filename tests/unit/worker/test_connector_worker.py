@@ -299,6 +299,14 @@ def test_a_pool_error_costs_the_save_and_never_raises_into_the_engine(method, en
     assert engine.pool.committed == [key(1)]
 
 
+def test_a_step_that_outlasts_its_reservation_is_counted_and_said(engine, capsys):
+    engine.pool.late = True
+    engine.save((0, 0), (1, 1))
+    assert engine.pool.committed == []
+    assert (engine.pulse["late_saves"], engine.pulse["save_blocks"]) == (2, 0)
+    assert "saved_too_late" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("layers", [[], LAYERS[:1], LAYERS[:2]])
 def test_a_forward_pass_that_broke_off_abandons_its_blocks(layers, engine):
     engine.step(saves=[save((0, 0), (1, 1))], layers=layers)
