@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,18 @@ def prompt_tokens(count: int, seed: int, vocabulary: int = 400) -> list[int]:
     return [rng.randrange(10, vocabulary) for _ in range(count)]
 
 
+async def sse_lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the lines of an event stream.
+
+    httpx's own aiter_lines ends lines at U+0085, U+2028 and others too, which tokens may contain.
+    """
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+
+
 async def stream(
     client: httpx.AsyncClient, url: str, model: str, tokens: list[int], max_tokens: int
 ) -> dict[str, Any]:
@@ -201,8 +213,8 @@ async def stream(
     usage: dict[str, Any] = {}
     async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+        async for line in sse_lines(response):
+            if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             if event.get("choices"):

@@ -91,8 +91,11 @@ class Stream:
                 if self.status != 200:
                     self.answer.error = response.read().decode()
                     return
-                for line in response.iter_lines():
-                    self._take(line)
+                rest = b""
+                for chunk in response.iter_bytes():  # iter_lines ends lines at U+0085 and others too
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        self._take(line)
                     if self._closing.is_set():
                         return
         except httpx.HTTPError as error:
@@ -101,10 +104,10 @@ class Stream:
             with self._changed:
                 self._changed.notify_all()
 
-    def _take(self, line: str) -> None:
-        if not line.startswith("data: ") or line == "data: [DONE]":
+    def _take(self, line: bytes) -> None:
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
             return
-        event = json.loads(line.removeprefix("data: "))
+        event = json.loads(line.removeprefix(b"data: "))
         with self._changed:
             if "error" in event:
                 self.answer.error = str(event["error"])
