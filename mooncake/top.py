@@ -182,7 +182,7 @@ def _summary(found: Totals) -> RenderableType:
 
 
 def _instances(rows: Iterable[InstanceRow]) -> RenderableType:
-    table = _table("instance", "role", "state", "running", "waiting", "KV use", "pool hits", "bad blocks")
+    table = _table("instance", "role", "state", "running", "waiting", "KV", "hits", "bad")
     for row in rows:
         table.add_row(
             _plain(row.name),
@@ -198,7 +198,7 @@ def _instances(rows: Iterable[InstanceRow]) -> RenderableType:
 
 
 def _stores(rows: Iterable[StoreRow]) -> RenderableType:
-    table = _table("pool node", "used", "capacity", "blocks", "hits", "evicted", "bad blocks", left=1)
+    table = _table("pool node", "used", "capacity", "blocks", "hits", "evicted", "bad", left=1)
     for row in rows:
         table.add_row(
             _plain(row.node),
