@@ -9,6 +9,15 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 against 75 in float32, so a 2,000-token prompt took 59 s."""
 
 
+def compiler_env() -> dict[str, str]:
+    """Return what must be in the environment before vLLM is imported, so that nothing needs a compiler.
+
+    vLLM's logprobs and xgrammar's masks are torch.compile functions: on a CPU their first use calls a
+    C++ compiler, which stops the engine for 10 s, or fails the request where there is none.
+    """
+    return {} if has_gpu() else {"TORCHDYNAMO_DISABLE": "1"}
+
+
 def flags_of(cpuinfo: str) -> set[str]:
     """Return the features of the first CPU in the text of /proc/cpuinfo."""
     for line in cpuinfo.splitlines():
@@ -18,10 +27,15 @@ def flags_of(cpuinfo: str) -> set[str]:
     return set()
 
 
+def has_gpu() -> bool:
+    """Return whether the kernel offers a GPU that torch could use."""
+    return any(Path(device).exists() for device in GPU_DEVICES)
+
+
 @functools.cache
 def computes_bfloat16() -> bool:
     """Return whether bfloat16 is fast here: a GPU, or a CPU with instructions for it."""
-    if any(Path(device).exists() for device in GPU_DEVICES):
+    if has_gpu():
         return True
     try:
         return bool(flags_of(Path("/proc/cpuinfo").read_text()) & BFLOAT16_FLAGS)

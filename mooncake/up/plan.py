@@ -17,6 +17,7 @@ from mooncake.core.config import (
     check_host,
     fail,
 )
+from mooncake.core.cpu import compiler_env
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import pick_cores
 
@@ -207,6 +208,7 @@ def base_env(environ: Mapping[str, str], model_is_local: bool) -> dict[str, str]
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the machine unasked
         "PYTHONUNBUFFERED": "1",
+        **compiler_env(),
     }
     if model_is_local:
         defaults["HF_HUB_OFFLINE"] = "1"  # a local folder needs no look-up, and no wait for one

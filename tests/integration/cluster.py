@@ -119,7 +119,11 @@ class Cluster:
         self.run_dir = Path(tempfile.mkdtemp(prefix="mc-"))
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = self.run_dir / "up.out"
-        env = {**os.environ, TAG: self.tag, "VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
+        env = {
+            **os.environ, TAG: self.tag,
+            "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+            "CXX": "/bin/false",  # nothing needs a compiler, grammars included
+        }  # fmt: skip
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
                 up_command(model, self.port, self.run_dir, setup),

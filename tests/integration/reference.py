@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mooncake.core.cpu import compiler_env
 from tests.integration.client import GREEDY
 from tests.integration.cluster import BLOCK
 
@@ -73,6 +74,7 @@ class Reference:
             **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+            **compiler_env(),
         }  # fmt: skip
         groups = [[job] for job in (*greedy_jobs(), *sampled_jobs().values())]
         engines = [{"arguments": _arguments(model, dtype), "groups": groups} for dtype in DTYPES]

@@ -35,3 +35,9 @@ def test_the_first_cpus_features_decide(cpuinfo, fast):
 def test_only_auto_is_resolved(monkeypatch, wish, fast, dtype):
     monkeypatch.setattr(cpu, "computes_bfloat16", lambda: fast)
     assert cpu.resolve_dtype(wish) == dtype
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_compilers_are_avoided_where_no_gpu_would_profit(monkeypatch, tmp_path, gpu):
+    monkeypatch.setattr(cpu, "GPU_DEVICES", (str(tmp_path if gpu else tmp_path / "none"),))
+    assert ("TORCHDYNAMO_DISABLE" in cpu.compiler_env()) is not gpu
