@@ -221,7 +221,7 @@ def test_giving_up_an_overdue_answer_opens_the_breaker_too(start_store, connect,
 
 def test_the_lease_of_an_answer_that_nobody_waited_for_is_given_back(start_store, connect, quick_retry):
     store = start_store()
-    client, other = (connect(store.record, deadline_s=PATIENCE_S) for _ in range(2))
+    client, other = connect(store.record), connect(store.record, writer="engine-2")
     put(client, 1)
     store.signal(signal.SIGSTOP)
     for _ in range(3):
