@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mooncake.core.config import STEP_TOKENS
 from mooncake.core.cpu import resolve_dtype
 from mooncake.worker.pulse import Pulse
 
@@ -164,7 +165,8 @@ def plain_vllm(model: str, max_model_len: int = 8192) -> Server:
         *("-m", "benchmarks.stock_vllm"),
         *("--model", model, "--served-model-name", "plain", "--port", str(port), "--host", "127.0.0.1"),
         *("--dtype", DTYPE, "--block-size", "32", "--kv-cache-memory-bytes", str(512 << 20)),
-        *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", "--max-model-len", str(max_model_len)),
+        *("--max-num-seqs", "16", "--max-num-batched-tokens", str(STEP_TOKENS)),
+        *("--max-model-len", str(max_model_len)),
         *("--enforce-eager", "--enable-prompt-tokens-details"),
     ]
     # one thread as our engines have

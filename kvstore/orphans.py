@@ -53,9 +53,9 @@ class Orphans:
         while not self._closing.wait(self._look_s):
             with self._lock:
                 calls = list(self._calls)
-            done = [call for call in calls if self._settle(call)]
+            done = {id(call) for call in calls if self._settle(call)}
             with self._lock:
-                self._calls = [call for call in self._calls if call not in done]
+                self._calls = [call for call in self._calls if id(call) not in done]
                 if not self._calls:
                     self._thread = None
                     return
@@ -63,12 +63,12 @@ class Orphans:
     @staticmethod
     def _settle(call: Call) -> bool:
         """Return whether nothing is left to wait for."""
-        if not call.link.poll(call.call_id):
-            if time.monotonic() - call.began_s < LEASE_S_MAX:
-                return False
-            call.link.forget(call.call_id)
-            return True
-        with contextlib.suppress(MooncakeError):  # refused or closed: then there is no lease
+        with contextlib.suppress(MooncakeError):  # refused, nonsense or closed: then there is no lease
+            if not call.link.poll(call.call_id):
+                if time.monotonic() - call.began_s < LEASE_S_MAX:
+                    return False
+                call.link.forget(call.call_id)
+                return True
             reply = call.link.finish(call.call_id, 0.0, Acquired)
             if call.link.is_mine(reply.lease_id):
                 call.link.send(Release(reply.lease_id))

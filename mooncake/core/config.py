@@ -23,6 +23,8 @@ POLICIES = ("kvcache", "cache_aware", "least_load", "round_robin", "random")
 SLO_S_MAX = 3600.0
 BLOCK_TOKENS_STEP = 32
 """vLLM's CPU kernels want multiples of 32; on GPUs 32 and its multiples are fine as well."""
+STEP_TOKENS = 512
+"""Prompt tokens of one engine step, the grain of aborts and saves: 2 s of SmolLM2 on one core."""
 MODEL_LEN_MAX = 1 << 22
 POOL_BYTES_MIN = 1 << 20
 KV_BYTES_MIN = 16 << 20
@@ -123,7 +125,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
     save_decoded: bool = True
     block_size: int = 32
     max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512  # a step: the grain of aborts and saves; 2 s of SmolLM2 on a core
+    max_num_batched_tokens: int = STEP_TOKENS
     use_pool: bool = True  # False: no KV blocks are shared (a plain engine, for comparison)
     metrics_port: int = 0  # 0 = none
     log_level: str = "info"

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from mooncake.core.cpu import compiler_env
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.pulse import Pulse
@@ -97,8 +96,6 @@ def run(spec: EngineSpec) -> int:
     refuse_insecure_serialization()
     pulse = Pulse(spec.pulse_path, create=False)
     pulse.start_beating()
-    for name, value in compiler_env().items():  # `mooncake up` has set it before its imports
-        os.environ.setdefault(name, value)
     bind_cores(spec.cores)
     config = build_config(spec)
     from vllm.v1.executor import Executor

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from mooncake.core.cpu import compiler_env
 from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.spec import EngineSpec
 
@@ -63,7 +64,7 @@ def start_engine(spec: EngineSpec) -> EngineProcess:
     if "vllm.v1.engine.core" in sys.modules:
         return EngineProcess(_fork(spec))
     parent = os.getpid()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(spec.cores)))}
+    environment = {**compiler_env(), **os.environ, "OMP_NUM_THREADS": str(max(1, len(spec.cores)))}
     child = subprocess.Popen(
         [sys.executable, "-m", "mooncake.worker.engine", str(path), str(parent)],
         env=environment,

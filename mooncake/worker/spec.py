@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from mooncake.core.config import STEP_TOKENS
 from mooncake.core.errors import ConfigError
 from mooncake.core.messages import StoreRecord
 
@@ -32,7 +33,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # 0 = the model's own
     kv_memory_bytes: int = 512 << 20
     max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = STEP_TOKENS
     cores: list[int] = []  # [] = not bound
     load_mode: str = "async"
     save_decoded: bool = True

@@ -24,6 +24,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from mooncake.core import wire
 from mooncake.core.messages import Hello, InstanceRecord, Pulse, RelayOp, Welcome
+from tests.unit.conductor.make import record
 
 BLOCK_SIZE = 4
 CONTEXT_ROOT = "ab" * 32
@@ -72,22 +73,18 @@ class FakeEngine:
 
     @property
     def record(self) -> InstanceRecord:
-        return InstanceRecord(
-            instance_id=self.instance_id,
-            role=self.role,
+        return record(
+            self.instance_id,
+            self.role,
             epoch=self.epoch,
-            endpoint=self.endpoint,
             node="n1",
-            pid=1,
-            model="tiny",
+            endpoint=self.endpoint,
             context_root=CONTEXT_ROOT,
             block_size=BLOCK_SIZE,
             max_model_len=4096,
             kv_blocks=100_000,
             max_num_seqs=256,
-            max_num_batched_tokens=2048,
             block_bytes=1024,
-            vllm_version="0.32.0",
         )
 
     def kill(self) -> None:

@@ -22,6 +22,7 @@ from mooncake.worker.outputs import Attach, OutputRouter
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
 from mooncake.worker.spec import EngineSpec
+from tests.unit.conductor.make import record
 
 
 class Rig:
@@ -64,23 +65,7 @@ class Rig:
 
     @property
     def record(self) -> InstanceRecord:
-        return InstanceRecord(
-            instance_id="d0",
-            role="decode",
-            epoch="e1",
-            endpoint=self.relay.endpoint,
-            node="n",
-            pid=1,
-            model="m",
-            context_root="",
-            block_size=32,
-            max_model_len=64,
-            kv_blocks=1,
-            max_num_seqs=1,
-            max_num_batched_tokens=1,
-            block_bytes=1,
-            vllm_version="0",
-        )
+        return record("d0", "decode", endpoint=self.relay.endpoint)
 
     def stop(self) -> None:
         request_stop(self._stop_write)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mooncake.core.config import STEP_TOKENS
 from mooncake.core.cpu import compiler_env
 from tests.integration.client import GREEDY
 from tests.integration.cluster import BLOCK
@@ -122,6 +123,6 @@ class Reference:
 def _arguments(model: Path, dtype: str) -> dict[str, Any]:
     return {
         "model": str(model), "dtype": dtype, "block_size": BLOCK, "kv_cache_memory_bytes": 256 << 20,
-        "max_num_seqs": 16, "max_num_batched_tokens": 512, "enforce_eager": True,
+        "max_num_seqs": 16, "max_num_batched_tokens": STEP_TOKENS, "enforce_eager": True,
         "distributed_executor_backend": "uni", "prefix_caching_hash_algo": "sha256",
     }  # fmt: skip
