@@ -1,0 +1,156 @@
+"""Counts of the transfer engine, and their Prometheus view (mooncake_transfer_*).
+
+Counted once per part (the slices that one `Transport.run` call carries), never per slice. Labels are
+bounded: links beyond LINKS_MAX share the name "other", reasons are the callers' fixed words.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from transfer.health import PathState
+from transfer.model import Opcode
+
+LINKS_MAX = 64
+"""Links with a name of their own: 64 of them over 3 transports are about 1,500 series."""
+OTHER = "other"
+
+Labels = tuple[str, ...]
+
+
+class Counts(msgspec.Struct):
+    """Everything that is counted, by the values of the labels that the comments name."""
+
+    bytes: defaultdict[Labels, float]  # transport, link, op
+    seconds: defaultdict[Labels, float]  # transport, link, op
+    parts: defaultdict[Labels, float]  # transport, link, op, outcome
+    retries: defaultdict[Labels, float]  # transport, link
+    failovers: defaultdict[Labels, float]  # from, to
+    failures: defaultdict[Labels, float]  # transport, link, reason
+    choices: defaultdict[Labels, float]  # transport, reason
+    inflight_bytes: defaultdict[Labels, float]  # transport, link
+
+
+_COUNTERS = {
+    "bytes": ("Bytes moved.", ["transport", "link", "op"]),
+    "seconds": ("Time spent moving them; parts that ran at once each count.", ["transport", "link", "op"]),
+    "parts": ("Parts of batches by how they ended.", ["transport", "link", "op", "outcome"]),
+    "retries": ("Parts tried again on the same transport.", ["transport", "link"]),
+    "failovers": ("Parts given to another transport after a failure.", ["from", "to"]),
+    "failures": ("Failed parts by reason.", ["transport", "link", "reason"]),
+    "choices": ("Transports chosen, and why.", ["transport", "reason"]),
+}
+
+
+class TransferMetrics:
+    """Counters of one engine. Any thread may call; a call is a few dictionary updates under one lock."""
+
+    def __init__(self, links_max: int = LINKS_MAX) -> None:
+        """Count from 0; `links_max` links get a label of their own."""
+        self._lock = threading.Lock()
+        self._links_max = links_max
+        self._links: set[str] = set()
+        self._counts = Counts(*(defaultdict(float) for _ in Counts.__struct_fields__))
+
+    def began(self, transport: str, link: str, size_bytes: int) -> None:
+        """Count a part that is about to run: in flight until `moved` and `failed` told of all its bytes."""
+        with self._lock:
+            self._counts.inflight_bytes[transport, self._label(link)] += size_bytes
+
+    def moved(self, transport: str, link: str, op: Opcode, size_bytes: int, elapsed_s: float) -> None:
+        """Count a part, or what of it succeeded."""
+        with self._lock:
+            key = (transport, self._label(link), op.name.lower())
+            self._counts.bytes[key] += size_bytes
+            self._counts.seconds[key] += elapsed_s
+            self._counts.parts[(*key, "moved")] += 1
+            self._counts.inflight_bytes[key[:2]] -= size_bytes
+
+    def failed(self, transport: str, link: str, op: Opcode, size_bytes: int, reason: str) -> None:
+        """Count a part, or what of it failed; `reason` is a fixed word, such as the error's `code`."""
+        with self._lock:
+            key = (transport, self._label(link))
+            self._counts.parts[(*key, op.name.lower(), "failed")] += 1
+            self._counts.failures[(*key, reason)] += 1
+            self._counts.inflight_bytes[key] -= size_bytes
+
+    def retried(self, transport: str, link: str) -> None:
+        """Count a part that is tried again on the same transport."""
+        with self._lock:
+            self._counts.retries[transport, self._label(link)] += 1
+
+    def failed_over(self, old: str, new: str) -> None:
+        """Count a part that went from transport `old` to `new`."""
+        with self._lock:
+            self._counts.failovers[old, new] += 1
+
+    def chose(self, transport: str, reason: str) -> None:
+        """Count a choice; `reason` is a fixed word, such as "fastest", "hint" or "last resort"."""
+        with self._lock:
+            self._counts.choices[transport, reason] += 1
+
+    def label(self, link: str) -> str:
+        """Return the label of `link`: its name, or "other" once LINKS_MAX links have theirs."""
+        with self._lock:
+            return self._label(link)
+
+    def counts(self) -> Counts:
+        """Return a copy, consistent in itself."""
+        with self._lock:
+            return Counts(*(getattr(self._counts, name).copy() for name in Counts.__struct_fields__))
+
+    def _label(self, link: str) -> str:
+        if link not in self._links:
+            if len(self._links) >= self._links_max:
+                return OTHER
+            self._links.add(link)
+        return link
+
+
+class TransferCollector(Collector):
+    """The Prometheus view of one engine, made at scrape time: transfers pay nothing for it."""
+
+    def __init__(
+        self, metrics: TransferMetrics, states: Callable[[], Mapping[str, PathState]] = dict[str, PathState]
+    ) -> None:
+        """`states` is `Health.states` at the time of the scrape, safe to call from another thread."""
+        self._metrics = metrics
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family per metric."""
+        counts = self._metrics.counts()
+        for name, (text, labels) in _COUNTERS.items():
+            family = CounterMetricFamily(f"mooncake_transfer_{name}", text, labels=labels)
+            _fill(family, getattr(counts, name))
+            yield family
+        gauge = GaugeMetricFamily(
+            "mooncake_transfer_inflight_bytes", "Bytes under way.", labels=["transport", "link"]
+        )
+        _fill(gauge, counts.inflight_bytes)
+        yield gauge
+        gauge = GaugeMetricFamily(
+            "mooncake_transfer_path_state",
+            "0 usable, 1 on trial, 2 quarantined; only paths that ever failed.",
+            labels=["transport", "link"],
+        )
+        _fill(gauge, self._path_states())
+        yield gauge
+
+    def _path_states(self) -> dict[Labels, float]:
+        """Return the worst state of those paths that share a label."""
+        worst: dict[Labels, float] = {}
+        for path, state in self._states().items():
+            transport, _, link = path.partition("/")
+            key = (transport, self._metrics.label(link))
+            worst[key] = max(worst.get(key, state), state)
+        return worst
+
+
+def _fill(family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[Labels, float]) -> None:
+    for labels, value in sorted(values.items()):
+        family.add_metric(labels, value)
