@@ -1,0 +1,571 @@
+"""The transfer engine: register memory, move bytes between it and other engines' memory.
+
+One object per process. `submit` cuts a batch into parts, gives each to the best transport that reaches
+both buffers, and moves what failed on a broken link to the next one. Transports block; every peer has
+threads of its own, so a stopped peer delays nobody else (DESIGN 7).
+"""
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from mooncake.core.errors import (
+    CapacityError,
+    MooncakeError,
+    PeerError,
+    PeerGone,
+    PeerTimeout,
+    RequestError,
+)
+from mooncake.core.messages import Ok
+from transfer.batch import Batch, divide
+from transfer.config import EngineConfig
+from transfer.control import Dialer, Handle, Listener, Session, serve_control
+from transfer.fdpass import private_dir
+from transfer.health import Health, rank
+from transfer.memory import locate
+from transfer.messages import BufferInfo, Describe, Fence, Notify, Ping, SegmentInfo, ShmInfo
+from transfer.metrics import TransferMetrics
+from transfer.model import Buffer, Call, Failure, Opcode, Slice, Transport
+from transfer.peers import PeerTable, RemotePeer
+from transfer.registry import Registry
+from transfer.segment import PAGE_BYTES, Segment
+from transfer.shm import ShmTransport
+from transfer.shm_link import MemoryServer
+from transfer.tcp import TcpTransport
+from transfer.tcp_server import DataServer
+
+log = structlog.get_logger(__name__)
+
+NOTES_MAX = 4096
+NOTE_BYTES_MAX = 1 << 20
+BATCHES_MAX = 16_384
+"""Under way at once; upstream's vLLM connector has some hundreds."""
+PART_BYTES = 1 << 20
+"""Less is not worth a second thread: handing it over costs 50 us, moving it over TCP 300."""
+ATTEMPTS_MAX = 4
+"""Runs of one slice: its own transport twice (a stale connection), then the others."""
+TRIES_PER_TRANSPORT = 2
+CONNECT_S = 5.0
+DEADLINE_S = 30.0
+UNREGISTER_S = 10.0
+LAST_RESORT_S = 1.0
+"""After which data connections that still hold a buffer in use have let go of it, once hung up on."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class TransferEngine:
+    """See the module. Every method may be called from any thread; `close` it, or use it as a context."""
+
+    def __init__(self, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008 - frozen
+        """Open nothing yet: `start` does."""
+        self.config = config
+        self.epoch = secrets.token_hex(16)
+        self.metrics = TransferMetrics()
+        self._registry = Registry()
+        self._health = Health()
+        self._lock = threading.Lock()
+        self._in_flight: set[Batch] = set()
+        self._in_flight_bytes = 0
+        self._notes: deque[tuple[str, str]] = deque()
+        self._closed = False
+        self.name = ""
+        self.port = 0
+
+    def start(self) -> "TransferEngine":
+        """Listen, open devices; return self.
+
+        Raises:
+            ConfigError: an address in use, a bad device or certificate.
+        """
+        config = self.config
+        tls = config.tls
+        data, memory = DataServer(self._registry), MemoryServer(self._registry)
+        self._data = data
+        listener = Listener(
+            ("", ""),
+            config.secret,
+            {
+                "control": self._serve_control,
+                "data": lambda session: data.serve(listener, session),
+                "memory": lambda session: memory.serve(listener, session),
+            },
+            tls.server() if tls else None,
+        )
+        self._listener = listener
+        try:
+            self.port = listener.bind((config.host, config.port))[1]
+            host = config.advertise or config.host
+            self.name = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+            self._unix_path = private_dir(config.socket_dir()) / f"{self.epoch[:16]}.sock"
+            listener.bind(self._unix_path)
+            listener.me = me = (self.epoch, self.name)
+            self._host = BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
+            dialer = Dialer(me, config.secret, tls.client() if tls else None)
+            self._peers = PeerTable(dialer)
+            self._transports: dict[str, Transport] = {}
+            self._shm = ShmTransport(self.epoch, self._host, self._registry, dialer, memory)
+            for name in config.transports:
+                transport = self._open_transport(name, dialer)
+                if transport:
+                    self._transports[name] = transport
+        except BaseException:
+            listener.close()
+            raise
+        self._handlers: dict[type, Handle] = {
+            Describe: lambda _session, _message: self.info,
+            Ping: lambda _session, _message: Ok(),
+            Notify: self._take_note,
+            Fence: data.fence,
+        }
+        listener.start()
+        return self
+
+    def _open_transport(self, name: str, dialer: Dialer) -> Transport | None:
+        if name == "shm":
+            return self._shm
+        if name == "tcp":
+            return TcpTransport(dialer, self.config.tcp_connections)
+        return None
+
+    def __enter__(self) -> "TransferEngine":
+        """Start."""
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is under way, end every connection, forget every buffer (idempotent).
+
+        When it returns, no peer reaches this process's memory any more; memory from `allocate` that a
+        peer has mapped stays its copy to look at.
+        """
+        with self._lock:
+            if self._closed or not self.name:
+                self._closed = True
+                return
+            self._closed = True
+            under_way = list(self._in_flight)
+        for batch in under_way:
+            batch.cancel()
+        for batch in under_way:
+            batch.wait(None)
+        self._listener.close()
+        for peer in self._peers.take_all():
+            peer.close()
+        for transport in self._transports.values():
+            transport.close()
+        self._unix_path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ memory
+
+    def register(self, memory: Any, size_bytes: int | None = None, location: str = "*") -> Buffer:
+        """Let peers reach `memory`, and make it usable as the local end of transfers.
+
+        Args:
+            memory: see memory.locate. It is kept alive, and must stay mapped, until `unregister`.
+            size_bytes: of an address; else all of it.
+            location: "cpu:0", "cuda:1", "*" = unknown.
+
+        Raises:
+            RequestError: no such memory, or it overlaps registered memory; CapacityError: too many.
+        """
+        address, size, location = locate(memory, size_bytes, location)
+        owner = None if isinstance(memory, int) else memory
+        buffer = self._registry.add(address, size, location, owner)
+        for transport in self._transports.values():
+            transport.register(buffer)
+        return buffer
+
+    def allocate(self, size_bytes: int, location: str = "cpu:0") -> Buffer:
+        """Return fresh registered memory, zero, touched, that same-host peers reach as shared memory.
+
+        Raises:
+            ConfigError: the machine has not that much.
+        """
+        if size_bytes <= 0:
+            raise RequestError(f"allocate({size_bytes}): a positive number of bytes")
+        whole = size_bytes + -size_bytes % PAGE_BYTES
+        return self.register(Segment.create(f"mooncake-{self.epoch[:8]}", whole), size_bytes, location)
+
+    def unregister(self, buffer: Buffer, deadline_s: float = UNREGISTER_S) -> None:
+        """Take `buffer` back: when this returns, nothing will read or write it any more.
+
+        Raises:
+            RequestError: it is not registered.
+            PeerTimeout: somebody may still use it (named); it stays out of reach for new transfers.
+                Call again later, and keep the memory out of use until then.
+        """
+        end_s = time.monotonic() + deadline_s
+        self._registry.hide(buffer)
+        for transport in self._transports.values():
+            transport.unregister(buffer, max(0.0, end_s - time.monotonic()))
+        try:
+            self._registry.retire(buffer, max(0.0, end_s - time.monotonic()))
+        except PeerTimeout:
+            self._data.hang_up_all()  # a peer stopped in mid-frame; the others just connect anew
+            self._registry.retire(buffer, LAST_RESORT_S)
+
+    def buffer_at(self, address: int) -> Buffer | None:
+        """Return the registered buffer that holds `address`."""
+        return self._registry.find(address, 1)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """The registered buffers, by address."""
+        return list(self._registry)
+
+    @property
+    def info(self) -> SegmentInfo:
+        """What peers learn of this engine."""
+        fields: dict[str, Any] = {}
+        for transport in self._transports.values():
+            transport.describe(fields)
+        rkeys = fields.pop("rkeys", None)
+        buffers = [
+            BufferInfo(
+                buffer.buffer_id,
+                buffer.address,
+                buffer.size_bytes,
+                buffer.location,
+                buffer.key if self.config.open_buffers else b"",
+                ShmInfo(buffer.handles["shm"][1]) if "shm" in buffer.handles else None,
+                rkeys(buffer) if rkeys else {},
+            )
+            for buffer in self._registry
+        ]
+        return SegmentInfo(
+            name=self.name,
+            epoch=self.epoch,
+            version=self._registry.version,
+            host=self._host,
+            pid=os.getpid(),
+            buffers=buffers,
+            unix_path=str(self._unix_path),
+            **fields,
+        )
+
+    # ------------------------------------------------------------ peers
+
+    def peer(self, name: str, deadline_s: float = CONNECT_S) -> RemotePeer:
+        """Return the engine called `name` ("host:port"), connected and described.
+
+        Raises:
+            PeerTimeout, PeerGone: nobody there; ConfigError: a bad name or another secret;
+            ProtocolError: something else listens there.
+        """
+        self._check_open()
+        known = self._peers.get(name)
+        if known:
+            return known
+        peer, old = self._peers.open(name, deadline_s)
+        if old:
+            self._drop(old)
+        return peer
+
+    def forget(self, name: str) -> None:
+        """Close every connection to `name`; the next transfer opens it anew."""
+        peer = self._peers.get(name)
+        if peer:
+            self._drop(peer)
+            peer.stale = True
+
+    def _drop(self, peer: RemotePeer) -> None:
+        for transport in self._transports.values():
+            transport.forget(peer)
+        peer.hang_up()
+
+    def probe(self, name: str, deadline_s: float = CONNECT_S) -> float:
+        """Return the seconds that `name` took to answer; raises as `peer`."""
+        peer = self.peer(name, deadline_s)
+        start_s = time.monotonic()
+        peer.ask(Ping(), Ok, deadline_s)
+        return time.monotonic() - start_s
+
+    def notify(self, name: str, title: str, text: str, deadline_s: float = CONNECT_S) -> None:
+        """Put (title, text) into the notifications of `name`.
+
+        Raises:
+            CapacityError: it does not fetch them; RequestError: too long; as `peer`.
+        """
+        if len(title) + len(text) > NOTE_BYTES_MAX:
+            raise RequestError(f"a notification of over {NOTE_BYTES_MAX} characters")
+        self.peer(name, deadline_s).ask(Notify(title, text), Ok, deadline_s)
+
+    def notifications(self) -> list[tuple[str, str]]:
+        """Return what peers have sent since the last call, in order of arrival."""
+        with self._lock:
+            notes, self._notes = list(self._notes), deque()
+        return notes
+
+    def _take_note(self, _session: Session, message: Notify) -> Ok:
+        with self._lock:
+            if len(self._notes) >= NOTES_MAX:
+                raise CapacityError(f"{NOTES_MAX} notifications wait to be fetched")
+            self._notes.append((message.name, message.text))
+        return Ok()
+
+    def _serve_control(self, session: Session) -> None:
+        self._listener.welcome(session)
+        serve_control(session, self._handlers)
+
+    # ------------------------------------------------------------ transfers
+
+    def submit(
+        self,
+        op: Opcode,
+        name: str,
+        local: Sequence[int],
+        remote: Sequence[int],
+        lengths: Sequence[int],
+        *,
+        deadline_s: float = DEADLINE_S,
+        transport: str = "",
+    ) -> Batch:
+        """Begin to move `lengths[i]` bytes between `local[i]` here and `remote[i]` in `name`, for every i.
+
+        Args:
+            op: READ = remote to local, WRITE = local to remote.
+            name: the peer.
+            local: addresses inside registered buffers, each range within one.
+            remote: addresses in the peer's address space, each range within one of its buffers.
+            lengths: bytes.
+            deadline_s: for the whole batch.
+            transport: take this one where it reaches, "" = the best.
+
+        Raises:
+            RequestError: a range is not registered (nothing is moved then); CapacityError: too much
+            is under way; as `peer`.
+        """
+        batch, peer, parts = self._prepare(op, name, local, remote, lengths, deadline_s, transport)
+        for hint, part in parts:
+            peer.threads.submit(self._run_part, batch, peer, part, hint)
+        return batch
+
+    def transfer(
+        self,
+        op: Opcode,
+        name: str,
+        local: int | Sequence[int],
+        remote: int | Sequence[int],
+        lengths: int | Sequence[int],
+        *,
+        deadline_s: float = DEADLINE_S,
+        transport: str = "",
+    ) -> None:
+        """Do the same and wait; single numbers are fine.
+
+        Raises:
+            As `submit`; the first transfer's error; PeerTimeout: the deadline passed.
+        """
+        here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
+        batch, peer, parts = self._prepare(op, name, here, there, sizes, deadline_s, transport)
+        for hint, part in parts[1:]:
+            peer.threads.submit(self._run_part, batch, peer, part, hint)
+        if parts:  # one part in this thread: a hand-over costs more than a small transfer
+            self._run_part(batch, peer, parts[0][1], parts[0][0])
+        if not batch.wait():
+            batch.cancel()
+        batch.check()
+
+    def view(self, name: str, address: int, size_bytes: int) -> memoryview:
+        """Return a same-host peer's bytes read-only, without a copy; its owner may change them.
+
+        Raises:
+            RequestError: no such buffer, or it is not shared memory; as `peer`.
+        """
+        peer = self.peer(name)
+        theirs = self._find(peer, address, size_bytes)
+        if theirs.shm is None or not self._shm_reaches(peer, theirs):
+            raise RequestError(f"{name}: {address:#x} is not shared memory of this host: transfer it")
+        return self._shm.view(peer, theirs, address, size_bytes)
+
+    def _prepare(
+        self,
+        op: Opcode,
+        name: str,
+        local: Sequence[int],
+        remote: Sequence[int],
+        lengths: Sequence[int],
+        deadline_s: float,
+        hint: str,
+    ) -> tuple[Batch, RemotePeer, list[tuple[str, list[Slice]]]]:
+        """Check everything, charge it, and cut it into parts: (transport to begin with, slices)."""
+        if not len(local) == len(remote) == len(lengths):
+            raise RequestError(
+                f"{len(local)} local and {len(remote)} remote addresses, {len(lengths)} lengths"
+            )
+        call = Call(deadline_s)
+        peer = self.peer(name, min(deadline_s, CONNECT_S))
+        slices = self._slices(peer, local, remote, lengths)
+        size_bytes = sum(piece.size_bytes for piece in slices)
+        batch = Batch(op, size_bytes, len(lengths), call)
+        used = list({piece.mine.buffer_id: piece.mine for piece in slices}.values())
+        self._registry.take(*used)
+        try:
+            self._charge(batch)
+        except MooncakeError:
+            self._registry.give(*used)
+            raise
+        batch.on_settled(lambda: self._settled(batch, used))
+        parts: list[tuple[str, list[Slice]]] = []
+        for transport, group in self._by_transport(peer, slices, (), hint).items():
+            lanes = self._transports[transport].lanes(peer) if transport else 1
+            size = sum(piece.size_bytes for piece in group)
+            parts += [(hint, part) for part in divide(group, min(lanes, max(1, size // PART_BYTES)))]
+        batch.begin(len(parts))
+        return batch, peer, parts
+
+    def _slices(
+        self, peer: RemotePeer, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]
+    ) -> list[Slice]:
+        slices: list[Slice] = []
+        mine: Buffer | None = None
+        theirs: BufferInfo | None = None
+        end = 0
+        for index, (here, there, size) in enumerate(zip(local, remote, lengths, strict=True)):
+            if size <= 0 or here <= 0 or there <= 0:
+                if size == 0:
+                    continue
+                raise RequestError(f"transfer {index}: {size} bytes from {here:#x} to {there:#x}")
+            if mine is None or here < mine.address or here + size > mine.end:
+                mine = self._registry.find(here, size)
+                if mine is None:
+                    raise RequestError(f"transfer {index}: {here:#x}+{size} is not registered here")
+            if theirs is None or there < theirs.address or there + size > end:
+                theirs = self._find(peer, there, size)
+                end = theirs.address + theirs.size_bytes
+            slices.append(Slice(index, here, there, size, mine, theirs))
+        return slices
+
+    def _find(self, peer: RemotePeer, address: int, size_bytes: int) -> BufferInfo:
+        """Return the peer's buffer; ask it once more if we know of none."""
+        found = peer.find(address, size_bytes)
+        if found is None:
+            peer.refresh(CONNECT_S)
+            found = peer.find(address, size_bytes)
+        if found is None:
+            raise RequestError(f"{peer.name} has registered no buffer that holds {address:#x}+{size_bytes}")
+        return found
+
+    def _by_transport(
+        self, peer: RemotePeer, slices: Sequence[Slice], tried: tuple[str, ...], hint: str
+    ) -> dict[str, list[Slice]]:
+        """Group `slices` by the transport to use now; "" = none reaches."""
+        groups: dict[str, list[Slice]] = {}
+        chosen: dict[tuple[int, int], list[Slice]] = {}
+        for piece in slices:
+            pair = (piece.mine.buffer_id, piece.theirs.buffer_id)
+            group = chosen.get(pair)
+            if group is None:
+                name = self._choose(peer, piece, tried, hint)
+                group = chosen[pair] = groups.setdefault(name, [])
+            group.append(piece)
+        return groups
+
+    def _choose(self, peer: RemotePeer, piece: Slice, tried: tuple[str, ...], hint: str) -> str:
+        reaching = [
+            f"{name}/{peer.name}"
+            for name, transport in self._transports.items()
+            if tried.count(name) < TRIES_PER_TRANSPORT and transport.reaches(peer, piece.mine, piece.theirs)
+        ]
+        if not reaching:
+            return ""
+        if len(reaching) == 1:
+            return reaching[0].partition("/")[0]
+        with self._lock:
+            ranked = rank(reaching, self._health, time.monotonic(), hint)
+        names = [path.partition("/")[0] for path in ranked]
+        return min(names, key=lambda name: tried.count(name) - (name == hint and not tried))
+
+    def _run_part(self, batch: Batch, peer: RemotePeer, slices: Sequence[Slice], hint: str) -> None:
+        """Move one part of a batch to its end; never raises."""
+        try:
+            self._move(batch, peer, slices, (), hint)
+        finally:
+            batch.part_ended()
+
+    def _move(
+        self, batch: Batch, peer: RemotePeer, slices: Sequence[Slice], tried: tuple[str, ...], hint: str
+    ) -> None:
+        for name, group in self._by_transport(peer, slices, tried, hint).items():
+            if not name:
+                error = PeerGone(
+                    f"{peer.name}: no transport of {list(self._transports)} reaches "
+                    f"{group[0].theirs.location} memory there from {group[0].mine.location} here"
+                )
+                batch.fail([Failure(piece, error) for piece in group])
+                continue
+            if tried:
+                self.metrics.failed_over(tried[-1], name)
+            self.metrics.chose(name, "hint" if name == hint else "retry" if tried else "best")
+            failures = self._attempt(batch, peer, name, group)
+            again = [f for f in failures if isinstance(f.error, PeerError) and f.error.retryable]
+            if not again or batch.call.left_s() == 0 or len(tried) + 1 >= ATTEMPTS_MAX:
+                batch.fail(failures)
+                continue
+            batch.fail([f for f in failures if f not in again])
+            rest = self._by_transport(peer, [f.slice for f in again], (*tried, name), "")
+            if list(rest) == [""]:  # nothing else reaches: what went wrong says more than that
+                batch.fail(again)
+                peer.stale = True
+            else:
+                self._move(batch, peer, [f.slice for f in again], (*tried, name), "")
+
+    def _attempt(self, batch: Batch, peer: RemotePeer, name: str, group: Sequence[Slice]) -> list[Failure]:
+        """Run `group` over one transport, and remember how it went."""
+        path = f"{name}/{peer.name}"
+        size_bytes = sum(piece.size_bytes for piece in group)
+        with self._lock:
+            self._health.usable(path, time.monotonic())  # takes the trial, if it is on one
+        self.metrics.began(name, peer.name, size_bytes)
+        start_s = time.monotonic()
+        failures = self._transports[name].run(peer, batch.op, group, batch.call)
+        now_s = time.monotonic()
+        failed_bytes = sum(failure.slice.size_bytes for failure in failures)
+        self.metrics.moved(name, peer.name, batch.op, size_bytes - failed_bytes, now_s - start_s)
+        broken = [f.error for f in failures if isinstance(f.error, PeerError)]
+        with self._lock:
+            if broken and batch.call.left_s():
+                self._health.failed(path, now_s, began_s=start_s)
+            elif not broken:
+                self._health.succeeded(path, now_s, began_s=start_s)
+        if failures:
+            self.metrics.failed(name, peer.name, batch.op, failed_bytes, failures[0].error.code)
+        return failures
+
+    def _charge(self, batch: Batch) -> None:
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
+            if len(self._in_flight) >= BATCHES_MAX or (
+                self._in_flight and self._in_flight_bytes + batch.size_bytes > self.config.in_flight_bytes_max
+            ):
+                raise CapacityError(
+                    f"{len(self._in_flight)} batches, {self._in_flight_bytes} bytes are under way: wait"
+                )
+            self._in_flight.add(batch)
+            self._in_flight_bytes += batch.size_bytes
+
+    def _settled(self, batch: Batch, used: Iterable[Buffer]) -> None:
+        self._registry.give(*used)
+        with self._lock:
+            self._in_flight.discard(batch)
+            self._in_flight_bytes -= batch.size_bytes
+
+    def _check_open(self) -> None:
+        if self._closed or not self.name:
+            raise RequestError("the engine is closed" if self._closed else "start the engine first")
+
+    def _shm_reaches(self, peer: RemotePeer, theirs: BufferInfo) -> bool:
+        return bool(theirs.key) and peer.info.host == self._host

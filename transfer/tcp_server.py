@@ -1,0 +1,145 @@
+"""The owner's side of data connections: every access is checked, then bytes go straight to the buffer."""
+
+import threading
+import time
+
+from mooncake.core.errors import PeerTimeout, RequestError
+from mooncake.core.messages import Ok
+from transfer.control import Listener, Session
+from transfer.messages import Fence
+from transfer.model import Buffer, Opcode
+from transfer.registry import Registry
+from transfer.stream import Check, hang_up, recv_into, recv_views, send_views, tune, until
+from transfer.tcp_wire import (
+    DONE,
+    REFUSED,
+    REQUEST,
+    Entry,
+    decode_head,
+    decode_table,
+    encode_answer,
+    table_bytes,
+)
+
+STALL_S = 10.0
+"""An initiator that stops in the middle of a frame for this long loses its connection."""
+DRAIN_BYTES = 256 << 10
+FENCE_S = 5.0
+"""A serving thread that was hung up on ends within a tick; more means a stopped machine."""
+
+
+class DataServer:
+    """Serves READ and WRITE frames on the registered buffers."""
+
+    def __init__(self, registry: Registry) -> None:
+        """`registry` decides what a key opens."""
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._links: dict[tuple[str, int], Session] = {}
+
+    def serve(self, listener: Listener, session: Session) -> None:
+        """Serve one connection to its end.
+
+        Raises:
+            PeerError: the end.
+        """
+        key = (session.epoch, session.link)
+        with self._lock:
+            if key in self._links:
+                raise RequestError(f"link {session.link} of {session.name} is open already")
+            self._links[key] = session
+        session.on_close(lambda: self._forget(key))
+        tune(session.sock, buffers=True)
+        listener.welcome(session)  # from here on the link can be fenced
+        head = memoryview(bytearray(REQUEST.size))
+        while True:
+            recv_into(session.sock, head, _idle)
+            self._serve_frame(session, head)
+
+    def fence(self, session: Session, message: Fence) -> Ok:
+        """End one data connection of this initiator; see messages.Fence.
+
+        Raises:
+            PeerTimeout: it still might write.
+        """
+        with self._lock:
+            doomed = self._links.get((session.epoch, message.link))
+        if doomed:
+            hang_up(doomed.sock)
+            if not doomed.ended.wait(FENCE_S):
+                raise PeerTimeout(f"link {message.link} has not ended within {FENCE_S:g} s")
+        return Ok()
+
+    def hang_up_all(self) -> None:
+        """End every data connection: whoever holds a buffer in use lets go."""
+        with self._lock:
+            sessions = list(self._links.values())
+        for session in sessions:
+            hang_up(session.sock)
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        with self._lock:
+            self._links.pop(key, None)
+
+    def _serve_frame(self, session: Session, head: memoryview) -> None:
+        check = until(time.monotonic() + STALL_S, f"{session.name}: half a request")
+        op, keys, count, payload, first = decode_head(bytes(head))
+        entries = [first]
+        if count > 1:
+            table = bytearray(table_bytes(keys, count))
+            recv_into(session.sock, memoryview(table), check)
+            entries = decode_table(table, keys, payload)
+        opened = [self._open(entry) for entry in entries]
+        distinct = list({id(buffer): buffer for buffer in opened if buffer}.values())
+        try:
+            self._registry.take(*distinct)
+        except RequestError:  # one of them is going: say no to all, the initiator asks again or gives up
+            opened, distinct = [None] * len(entries), []
+        try:
+            answer = self._move(session, op, entries, opened, check)
+        finally:
+            self._registry.give(*distinct)
+        if op is Opcode.WRITE:
+            send_views(session.sock, answer, check)
+
+    def _move(
+        self, session: Session, op: Opcode, entries: list[Entry], opened: list[Buffer | None], check: Check
+    ) -> list[bytes]:
+        """Move the payload; return what is left to send."""
+        statuses = bytes(DONE if buffer else REFUSED for buffer in opened)
+        pairs = list(zip(entries, opened, strict=True))
+        if op is Opcode.READ:
+            views = [buffer.part(entry[1], entry[2]) for entry, buffer in pairs if buffer]
+            send_views(
+                session.sock, [encode_answer(statuses, sum(len(view) for view in views)), *views], check
+            )
+            return []
+        if all(opened):
+            recv_views(session.sock, [b.part(e[1], e[2]) for e, b in pairs if b], check)
+        else:
+            for entry, buffer in pairs:
+                if buffer:
+                    recv_into(session.sock, buffer.part(entry[1], entry[2]), check)
+                else:
+                    _drain(session, entry[2], check)
+        return [encode_answer(statuses, 0)]
+
+    def _open(self, entry: Entry) -> Buffer | None:
+        """Return the buffer that the entry may touch."""
+        key, address, size = entry
+        buffer = self._registry.by_key(key)
+        if buffer is None or buffer.view is None or address < buffer.address or address + size > buffer.end:
+            return None
+        return buffer
+
+
+def _drain(session: Session, size_bytes: int, check: Check) -> None:
+    scratch = memoryview(bytearray(min(size_bytes, DRAIN_BYTES)))
+    while size_bytes:
+        part = scratch[: min(size_bytes, len(scratch))]
+        recv_into(session.sock, part, check)
+        size_bytes -= len(part)
+
+
+def _idle() -> None:
+    """Between frames an initiator may be silent as long as it likes."""
