@@ -173,8 +173,11 @@ def _read_nic(sys_root: Path, name: str, path: Path) -> Device:
 
 
 def _device(name: str, path: Path, ports: tuple[int, ...] = ()) -> Device:
-    node = _text(path / "numa_node")
-    pci = tuple(part for part in path.resolve().parts if _PCI.fullmatch(part)) if path.exists() else ()
+    if not path.exists():
+        return Device(name, NO_NODE, (), ports)
+    path = path.resolve()
+    node = _text(path / "numa_node") or _text(path.parent / "numa_node")  # virtio has it one above
+    pci = tuple(part for part in path.parts if _PCI.fullmatch(part))
     return Device(name, int(node) if node.isdecimal() else NO_NODE, pci, ports)
 
 

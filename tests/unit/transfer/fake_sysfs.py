@@ -40,9 +40,9 @@ class FakeSysfs:
         self._rdma(folder, name, (ACTIVE,))
         (folder / "parent").write_text(f"{interface}\n")
 
-    def interface(self, name: str, way: str, node: int) -> None:
-        """Add a PCI Ethernet card without RDMA."""
-        device = self.pci(way, node, kind="0x020000")
+    def interface(self, name: str, way: str, node: int, below: str = "") -> None:
+        """Add a PCI Ethernet card without RDMA; `below`: the bus device that virtio puts in between."""
+        device = self.pci(way, node, kind="0x020000") / below
         folder = device / "net" / name
         folder.mkdir(parents=True)
         self._link(folder / "device", device)

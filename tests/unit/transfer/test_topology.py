@@ -81,8 +81,8 @@ def test_a_device_of_no_node_is_further_than_a_local_one_and_nearer_than_a_remot
 
 def test_soft_roce_is_as_near_as_the_interface_below_it(tmp_path: Path) -> None:
     sys = FakeSysfs(tmp_path, nodes=2)
-    for node, bus in ((0, "10"), (1, "80")):
-        sys.interface(f"eth{node}", f"pci0000:{bus}/0000:{bus}:01.0", node)
+    for node, bus, below in ((0, "10", ""), (1, "80", "virtio1")):
+        sys.interface(f"eth{node}", f"pci0000:{bus}/0000:{bus}:01.0", node, below)
         sys.rxe(f"rxe{node}", f"eth{node}")
     topology = Topology.discover(tmp_path)
     assert topology.rows["cpu:1"] == (["rxe1"], ["rxe0"])
