@@ -62,11 +62,13 @@ class TransferMetrics:
             self._counts.inflight_bytes[transport, self._label(link)] += size_bytes
 
     def moved(self, transport: str, link: str, op: Opcode, size_bytes: int, elapsed_s: float) -> None:
-        """Count a part, or what of it succeeded."""
+        """Count a part, or what of it succeeded; of a part that failed whole, only the time is counted."""
         with self._lock:
             key = (transport, self._label(link), op.name.lower())
-            self._counts.bytes[key] += size_bytes
             self._counts.seconds[key] += elapsed_s
+            if size_bytes == 0:
+                return
+            self._counts.bytes[key] += size_bytes
             self._counts.parts[(*key, "moved")] += 1
             self._counts.inflight_bytes[key[:2]] -= size_bytes
 

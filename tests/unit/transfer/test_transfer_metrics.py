@@ -47,6 +47,16 @@ def test_a_part_that_failed_counts_its_reason_and_no_bytes() -> None:
     assert sample(registry, "bytes_total", **where, op="write") is None
 
 
+def test_of_a_part_that_failed_whole_only_the_time_counts_as_moving() -> None:
+    metrics = TransferMetrics()
+    metrics.began("tcp", "peer:1", 100)
+    metrics.moved("tcp", "peer:1", Opcode.READ, 0, 0.5)
+    metrics.failed("tcp", "peer:1", Opcode.READ, 100, "gone")
+    counts = metrics.counts()
+    assert counts.parts == {("tcp", "peer:1", "read", "failed"): 1}
+    assert counts.seconds["tcp", "peer:1", "read"] == 0.5
+
+
 def test_retries_failovers_and_choices_are_counted() -> None:
     metrics = TransferMetrics()
     metrics.retried("rdma", "mlx5_0")
