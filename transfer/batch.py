@@ -29,13 +29,15 @@ class Batch:
         self.errors: dict[int, MooncakeError] = {}
         """By position among the transfers; complete once settled."""
         self._lock = threading.Lock()
-        self._settled = threading.Event()
+        self._done = False
+        self._latch = threading.Lock()  # held until settled: a tenth of an Event's price
+        self._latch.acquire()
         self._callbacks: list[Callable[[], None]] = []
         self._parts = 0
 
     def done(self) -> bool:
         """Return whether the batch is settled."""
-        return self._settled.is_set()
+        return self._done
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the batch is settled, at most `timeout_s`; return whether it is.
@@ -45,7 +47,9 @@ class Batch:
         """
         if timeout_s is None:
             timeout_s = self.call.left_s() + QUIESCE_S
-        return self._settled.wait(timeout_s)
+        if not self._done and self._latch.acquire(timeout=max(timeout_s, 0.0)):
+            self._latch.release()  # for the next who waits
+        return self._done
 
     async def finished(self) -> bool:
         """As `wait`, on the running event loop."""
@@ -81,7 +85,7 @@ class Batch:
     def on_settled(self, callback: Callable[[], None]) -> None:
         """Have `callback` called once the batch is settled, at once if it is; it must not block."""
         with self._lock:
-            if not self._settled.is_set():
+            if not self._done:
                 self._callbacks.append(callback)
                 return
         callback()
@@ -108,7 +112,8 @@ class Batch:
 
     def _settle(self) -> None:
         with self._lock:
-            self._settled.set()
+            self._done = True
+            self._latch.release()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()

@@ -20,8 +20,6 @@ import structlog
 from mooncake.core.errors import (
     CapacityError,
     MooncakeError,
-    PeerError,
-    PeerGone,
     PeerTimeout,
     RequestError,
 )
@@ -29,12 +27,12 @@ from mooncake.core.messages import Ok
 from transfer.batch import Batch, divide
 from transfer.config import EngineConfig
 from transfer.control import Dialer, Handle, Listener, Session, serve_control
+from transfer.dispatch import Dispatcher
 from transfer.fdpass import private_dir
-from transfer.health import Health, rank
 from transfer.memory import locate
 from transfer.messages import BufferInfo, Describe, Fence, Notify, Ping, SegmentInfo, ShmInfo
-from transfer.metrics import TransferMetrics
-from transfer.model import Buffer, Call, Failure, Opcode, Slice, Transport
+from transfer.metrics import TransferCollector, TransferMetrics
+from transfer.model import Buffer, Call, Opcode, Slice, Transport
 from transfer.peers import PeerTable, RemotePeer
 from transfer.registry import Registry
 from transfer.segment import PAGE_BYTES, Segment
@@ -51,9 +49,6 @@ BATCHES_MAX = 16_384
 """Under way at once; upstream's vLLM connector has some hundreds."""
 PART_BYTES = 1 << 20
 """Less is not worth a second thread: handing it over costs 50 us, moving it over TCP 300."""
-ATTEMPTS_MAX = 4
-"""Runs of one slice: its own transport twice (a stale connection), then the others."""
-TRIES_PER_TRANSPORT = 2
 CONNECT_S = 5.0
 DEADLINE_S = 30.0
 UNREGISTER_S = 10.0
@@ -71,7 +66,6 @@ class TransferEngine:
         self.epoch = secrets.token_hex(16)
         self.metrics = TransferMetrics()
         self._registry = Registry()
-        self._health = Health()
         self._lock = threading.Lock()
         self._in_flight: set[Batch] = set()
         self._in_flight_bytes = 0
@@ -117,6 +111,7 @@ class TransferEngine:
                 transport = self._open_transport(name, dialer)
                 if transport:
                     self._transports[name] = transport
+            self._dispatcher = Dispatcher(self._transports, self.metrics)
         except BaseException:
             listener.close()
             raise
@@ -219,6 +214,10 @@ class TransferEngine:
     def buffer_at(self, address: int) -> Buffer | None:
         """Return the registered buffer that holds `address`."""
         return self._registry.find(address, 1)
+
+    def collector(self) -> TransferCollector:
+        """Return mooncake_transfer_* of this engine, for a Prometheus registry."""
+        return TransferCollector(self.metrics, self._dispatcher.states)
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -348,8 +347,8 @@ class TransferEngine:
             is under way; as `peer`.
         """
         batch, peer, parts = self._prepare(op, name, local, remote, lengths, deadline_s, transport)
-        for hint, part in parts:
-            peer.threads.submit(self._run_part, batch, peer, part, hint)
+        for chosen, part in parts:
+            peer.threads.submit(self._dispatcher.run_part, batch, peer, part, chosen)
         return batch
 
     def transfer(
@@ -370,10 +369,10 @@ class TransferEngine:
         """
         here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
         batch, peer, parts = self._prepare(op, name, here, there, sizes, deadline_s, transport)
-        for hint, part in parts[1:]:
-            peer.threads.submit(self._run_part, batch, peer, part, hint)
+        for chosen, part in parts[1:]:
+            peer.threads.submit(self._dispatcher.run_part, batch, peer, part, chosen)
         if parts:  # one part in this thread: a hand-over costs more than a small transfer
-            self._run_part(batch, peer, parts[0][1], parts[0][0])
+            self._dispatcher.run_part(batch, peer, parts[0][1], parts[0][0])
         if not batch.wait():
             batch.cancel()
         batch.check()
@@ -419,10 +418,13 @@ class TransferEngine:
             raise
         batch.on_settled(lambda: self._settled(batch, used))
         parts: list[tuple[str, list[Slice]]] = []
-        for transport, group in self._by_transport(peer, slices, (), hint).items():
-            lanes = self._transports[transport].lanes(peer) if transport else 1
-            size = sum(piece.size_bytes for piece in group)
-            parts += [(hint, part) for part in divide(group, min(lanes, max(1, size // PART_BYTES)))]
+        for chosen, group in self._dispatcher.by_transport(peer, slices, (), hint).items():
+            lanes = self._transports[chosen].lanes(peer) if chosen else 1
+            if lanes > 1 and size_bytes >= 2 * PART_BYTES:
+                lanes = min(lanes, sum(piece.size_bytes for piece in group) // PART_BYTES)
+                parts += [(chosen, part) for part in divide(group, lanes)]
+            else:
+                parts.append((chosen, group))
         batch.begin(len(parts))
         return batch, peer, parts
 
@@ -457,92 +459,6 @@ class TransferEngine:
         if found is None:
             raise RequestError(f"{peer.name} has registered no buffer that holds {address:#x}+{size_bytes}")
         return found
-
-    def _by_transport(
-        self, peer: RemotePeer, slices: Sequence[Slice], tried: tuple[str, ...], hint: str
-    ) -> dict[str, list[Slice]]:
-        """Group `slices` by the transport to use now; "" = none reaches."""
-        groups: dict[str, list[Slice]] = {}
-        chosen: dict[tuple[int, int], list[Slice]] = {}
-        for piece in slices:
-            pair = (piece.mine.buffer_id, piece.theirs.buffer_id)
-            group = chosen.get(pair)
-            if group is None:
-                name = self._choose(peer, piece, tried, hint)
-                group = chosen[pair] = groups.setdefault(name, [])
-            group.append(piece)
-        return groups
-
-    def _choose(self, peer: RemotePeer, piece: Slice, tried: tuple[str, ...], hint: str) -> str:
-        reaching = [
-            f"{name}/{peer.name}"
-            for name, transport in self._transports.items()
-            if tried.count(name) < TRIES_PER_TRANSPORT and transport.reaches(peer, piece.mine, piece.theirs)
-        ]
-        if not reaching:
-            return ""
-        if len(reaching) == 1:
-            return reaching[0].partition("/")[0]
-        with self._lock:
-            ranked = rank(reaching, self._health, time.monotonic(), hint)
-        names = [path.partition("/")[0] for path in ranked]
-        return min(names, key=lambda name: tried.count(name) - (name == hint and not tried))
-
-    def _run_part(self, batch: Batch, peer: RemotePeer, slices: Sequence[Slice], hint: str) -> None:
-        """Move one part of a batch to its end; never raises."""
-        try:
-            self._move(batch, peer, slices, (), hint)
-        finally:
-            batch.part_ended()
-
-    def _move(
-        self, batch: Batch, peer: RemotePeer, slices: Sequence[Slice], tried: tuple[str, ...], hint: str
-    ) -> None:
-        for name, group in self._by_transport(peer, slices, tried, hint).items():
-            if not name:
-                error = PeerGone(
-                    f"{peer.name}: no transport of {list(self._transports)} reaches "
-                    f"{group[0].theirs.location} memory there from {group[0].mine.location} here"
-                )
-                batch.fail([Failure(piece, error) for piece in group])
-                continue
-            if tried:
-                self.metrics.failed_over(tried[-1], name)
-            self.metrics.chose(name, "hint" if name == hint else "retry" if tried else "best")
-            failures = self._attempt(batch, peer, name, group)
-            again = [f for f in failures if isinstance(f.error, PeerError) and f.error.retryable]
-            if not again or batch.call.left_s() == 0 or len(tried) + 1 >= ATTEMPTS_MAX:
-                batch.fail(failures)
-                continue
-            batch.fail([f for f in failures if f not in again])
-            rest = self._by_transport(peer, [f.slice for f in again], (*tried, name), "")
-            if list(rest) == [""]:  # nothing else reaches: what went wrong says more than that
-                batch.fail(again)
-                peer.stale = True
-            else:
-                self._move(batch, peer, [f.slice for f in again], (*tried, name), "")
-
-    def _attempt(self, batch: Batch, peer: RemotePeer, name: str, group: Sequence[Slice]) -> list[Failure]:
-        """Run `group` over one transport, and remember how it went."""
-        path = f"{name}/{peer.name}"
-        size_bytes = sum(piece.size_bytes for piece in group)
-        with self._lock:
-            self._health.usable(path, time.monotonic())  # takes the trial, if it is on one
-        self.metrics.began(name, peer.name, size_bytes)
-        start_s = time.monotonic()
-        failures = self._transports[name].run(peer, batch.op, group, batch.call)
-        now_s = time.monotonic()
-        failed_bytes = sum(failure.slice.size_bytes for failure in failures)
-        self.metrics.moved(name, peer.name, batch.op, size_bytes - failed_bytes, now_s - start_s)
-        broken = [f.error for f in failures if isinstance(f.error, PeerError)]
-        with self._lock:
-            if broken and batch.call.left_s():
-                self._health.failed(path, now_s, began_s=start_s)
-            elif not broken:
-                self._health.succeeded(path, now_s, began_s=start_s)
-        if failures:
-            self.metrics.failed(name, peer.name, batch.op, failed_bytes, failures[0].error.code)
-        return failures
 
     def _charge(self, batch: Batch) -> None:
         with self._lock:

@@ -59,6 +59,8 @@ class Buffer:
         self.key = key
         self.view = view
         self.owner = owner
+        self.uses = 0  # transfers under way; the registry's to count
+        self.retired = False  # being unregistered: no new uses
         self.handles: dict[str, Any] = {}
         """What each transport keeps about it, by the transport's name."""
 

@@ -24,7 +24,8 @@ class RemotePeer(Remote):
     def __init__(self, name: str, address: tuple[str, int], dialer: Dialer) -> None:
         """Call `refresh` before anything else."""
         super().__init__(name, address, dialer)
-        self.stale = False
+        self.stale = False  # to be described anew before it is used
+        self.doubted = False  # one of its paths may be worse than usual
         self.threads = ThreadPoolExecutor(THREADS_PER_PEER, thread_name_prefix=f"transfer-{name}")
         self._keys: dict[int, bytes] = {}
         self._starts: list[int] = []

@@ -39,8 +39,6 @@ class Registry:
         self._lock = threading.Condition()
         self._table: tuple[list[int], list[Buffer]] = ([], [])
         self._by_key: dict[bytes, Buffer] = {}
-        self._uses: dict[int, int] = {}
-        self._retired: set[int] = set()
         self._ids = itertools.count(1)
         self.version = 0
 
@@ -112,20 +110,17 @@ class Registry:
         """Begin a use; see `use`."""
         with self._lock:
             for buffer in buffers:
-                if buffer.buffer_id in self._retired:
+                if buffer.retired:
                     raise RequestError(f"buffer {buffer.address:#x} is being unregistered")
             for buffer in buffers:
-                self._uses[buffer.buffer_id] = self._uses.get(buffer.buffer_id, 0) + 1
+                buffer.uses += 1
 
     def give(self, *buffers: Buffer) -> None:
         """End a use."""
         with self._lock:
             for buffer in buffers:
-                left = self._uses[buffer.buffer_id] - 1
-                if left:
-                    self._uses[buffer.buffer_id] = left
-                else:
-                    del self._uses[buffer.buffer_id]
+                buffer.uses -= 1
+                if buffer.retired:
                     self._lock.notify_all()
 
     def hide(self, buffer: Buffer) -> None:
@@ -135,9 +130,9 @@ class Registry:
             RequestError: it is not registered.
         """
         with self._lock:
-            if self._by_key.pop(buffer.key, None) is None and buffer.buffer_id not in self._retired:
+            if self._by_key.pop(buffer.key, None) is None and not buffer.retired:
                 raise RequestError(f"no buffer is registered at {buffer.address:#x}")
-            self._retired.add(buffer.buffer_id)
+            buffer.retired = True
 
     def retire(self, buffer: Buffer, deadline_s: float) -> None:
         """Wait until nobody uses the hidden `buffer`, then forget it.
@@ -147,12 +142,9 @@ class Registry:
         """
         end_s = time.monotonic() + deadline_s
         with self._lock:
-            while self._uses.get(buffer.buffer_id):
+            while buffer.uses:
                 if not self._lock.wait(end_s - time.monotonic()):
-                    raise PeerTimeout(
-                        f"buffer {buffer.address:#x}: {self._uses[buffer.buffer_id]} transfers under way"
-                    )
+                    raise PeerTimeout(f"buffer {buffer.address:#x}: {buffer.uses} transfers under way")
             kept = [other for other in self._table[1] if other is not buffer]
             self._table = ([other.address for other in kept], kept)
-            self._retired.discard(buffer.buffer_id)
             self.version += 1

@@ -13,8 +13,7 @@ from transfer.messages import BufferInfo
 from transfer.model import Buffer, Call, Failure, Opcode, Slice
 from transfer.registry import Registry
 from transfer.segment import Segment
-from transfer.shm_link import Mapping, MemoryLink, MemoryServer
-from transfer.stream import Check
+from transfer.shm_link import MemoryLink, MemoryServer
 
 log = structlog.get_logger(__name__)
 
@@ -87,21 +86,21 @@ class ShmTransport:
             while end < len(slices) and slices[end].theirs is theirs:
                 end += 1
             try:
-                with link.use(theirs) as mapping:
-
-                    def check(mapping: Mapping = mapping) -> None:
-                        call.check(peer.name)
-                        if mapping.revoked.is_set():
-                            raise PeerGone(f"{peer.name} is taking the memory back")
-
-                    while at < end:
-                        piece = slices[at]
-                        target = mapping.address + piece.remote - mapping.start
-                        copy(op, piece, target, mapping.view, piece.remote - mapping.start, check)
-                        at += 1
+                mapping = link.take(theirs)
             except MooncakeError as error:
                 failures += [Failure(piece, error) for piece in slices[at:end]]
                 at = end
+                continue
+            try:
+                for piece in slices[at:end]:
+                    offset = piece.remote - mapping.start
+                    copy(op, piece, mapping.address + offset, mapping.view, offset, call, mapping.revoked)
+                    at += 1
+            except MooncakeError as error:
+                failures += [Failure(piece, error) for piece in slices[at:end]]
+                at = end
+            finally:
+                link.give(mapping)
         return failures
 
     def view(self, peer: Any, theirs: BufferInfo, address: int, size_bytes: int) -> memoryview:
@@ -110,9 +109,13 @@ class ShmTransport:
         Raises:
             PeerGone, RequestError: not reachable here; see MemoryLink.use.
         """
-        with self._link(peer).use(theirs) as mapping:
+        link = self._link(peer)
+        mapping = link.take(theirs)
+        try:
             start = address - mapping.start
             return mapping.view[start : start + size_bytes].toreadonly()
+        finally:
+            link.give(mapping)
 
     def _copy_own(self, op: Opcode, piece: Slice, call: Call) -> list[Failure]:
         """Both ends are ours: the key is checked here, as an owner would."""
@@ -126,8 +129,7 @@ class ShmTransport:
                 Failure(piece, RequestError(f"no buffer of ours at {piece.remote:#x}+{piece.size_bytes}"))
             ]
         try:
-            offset = piece.remote - theirs.address
-            copy(op, piece, piece.remote, theirs.view, offset, lambda: call.check("own memory"))
+            copy(op, piece, piece.remote, theirs.view, piece.remote - theirs.address, call, None)
         except MooncakeError as error:
             return [Failure(piece, error)]
         return []
@@ -167,15 +169,23 @@ class ShmTransport:
                 link.close()
 
 
-def copy(op: Opcode, piece: Slice, address: int, view: memoryview, offset: int, check: Check) -> None:
+def copy(
+    op: Opcode,
+    piece: Slice,
+    address: int,
+    view: memoryview,
+    offset: int,
+    call: Call,
+    revoked: threading.Event | None,
+) -> None:
     """Copy `piece`, whose remote bytes are mapped at `address` = `view[offset]`.
 
     Raises:
-        What `check` raises before a PIECE of it.
+        PeerTimeout: the deadline passed before a PIECE of it; PeerGone: cancelled, or `revoked` is set.
     """
     size = piece.size_bytes
-    check()
     if size <= SMALL_BYTES:
+        _check(call, revoked)
         theirs, mine = view[offset : offset + size], piece.mine.part(piece.local, size)
         if op is Opcode.READ:
             mine[:] = theirs
@@ -184,6 +194,11 @@ def copy(op: Opcode, piece: Slice, address: int, view: memoryview, offset: int, 
         return
     source, target = (address, piece.local) if op is Opcode.READ else (piece.local, address)
     for start in range(0, size, PIECE_BYTES):
-        if start:
-            check()
+        _check(call, revoked)
         ctypes.memmove(target + start, source + start, min(PIECE_BYTES, size - start))
+
+
+def _check(call: Call, revoked: threading.Event | None) -> None:
+    call.check("copy")
+    if revoked is not None and revoked.is_set():
+        raise PeerGone("the owner is taking the memory back")

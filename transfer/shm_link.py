@@ -5,14 +5,12 @@ answer: Revoke goes to everybody who mapped the buffer, and Revoked comes once n
 peer that ended has none. Memory made by `allocate` is never reused anyway: the next one is another memfd.
 """
 
-import contextlib
 import ctypes
 import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import structlog
@@ -74,29 +72,26 @@ class MemoryLink:
         wait_for_ever(sock)
         threading.Thread(target=self._listen, name="transfer-memory", daemon=True).start()
 
-    @contextlib.contextmanager
-    def use(self, info: BufferInfo) -> Iterator[Mapping]:
-        """Give the mapping of `info` for one copy.
+    def take(self, info: BufferInfo) -> Mapping:
+        """Return the mapping of `info` for a copy; `give` it back after it.
 
         Raises:
             PeerGone: the owner is gone or has taken the buffer back; RequestError: it refuses;
             PeerTimeout: no descriptor in time; CapacityError: too many mappings.
         """
-        with self._changed:
-            mapping = self._mappings.get(info.buffer_id)
-        if mapping is None:
-            mapping = self._attach(info)
+        mapping = self._mappings.get(info.buffer_id) or self._attach(info)
         with self._changed:
             if mapping.revoked.is_set() or self.gone:
                 raise PeerGone(f"{self._what} has taken the memory back, or is gone")
             mapping.copies += 1
-        try:
-            yield mapping
-        finally:
-            with self._changed:
-                mapping.copies -= 1
-                if mapping.revoked.is_set():
-                    self._changed.notify_all()
+        return mapping
+
+    def give(self, mapping: Mapping) -> None:
+        """End a use."""
+        with self._changed:
+            mapping.copies -= 1
+            if mapping.revoked.is_set():
+                self._changed.notify_all()
 
     def _attach(self, info: BufferInfo) -> Mapping:
         end_s = time.monotonic() + ATTACH_S
