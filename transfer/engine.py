@@ -175,6 +175,7 @@ class TransferEngine:
         Raises:
             RequestError: no such memory, or it overlaps registered memory; CapacityError: too many.
         """
+        self._check_open()
         address, size, location = locate(memory, size_bytes, location)
         owner = None if isinstance(memory, int) else memory
         buffer = self._registry.add(address, size, location, owner)

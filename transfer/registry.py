@@ -130,8 +130,9 @@ class Registry:
             RequestError: it is not registered.
         """
         with self._lock:
-            if self._by_key.pop(buffer.key, None) is None and not buffer.retired:
+            if not any(other is buffer for other in self._table[1]):
                 raise RequestError(f"no buffer is registered at {buffer.address:#x}")
+            self._by_key.pop(buffer.key, None)
             buffer.retired = True
 
     def retire(self, buffer: Buffer, deadline_s: float) -> None:

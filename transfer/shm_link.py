@@ -152,11 +152,11 @@ class MemoryLink:
     def _give_up(self, buffer_id: int) -> None:
         """Let the copies that are under way end (each looks at the clock every PIECE), then say so."""
         with self._changed:
+            self._refused[buffer_id] = PeerGone(f"{self._what} has taken the memory back")
             mapping = self._mappings.pop(buffer_id, None)
             if mapping:
                 mapping.revoked.set()
                 self._changed.wait_for(lambda: not mapping.copies)
-            self._refused[buffer_id] = PeerGone(f"{self._what} has taken the memory back")
         send_frame(self._sock, Revoked(buffer_id), self._what)
 
     def close(self) -> None:
