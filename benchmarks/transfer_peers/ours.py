@@ -1,4 +1,7 @@
-"""transfer.engine: over shared memory, over TCP, and reading over shared memory with checksums."""
+"""transfer.engine: over shared memory, TCP and RDMA, and reading over shared memory with checksums.
+
+Each engine has one transport only: nothing can quietly take another.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +25,14 @@ class Shm(Contender):
         """See Contender."""
         super().__init__(pool_bytes, folder)
         self.local = pool(pool_bytes)
-        self.engine = TransferEngine(EngineConfig()).start()
+        self.engine = TransferEngine(EngineConfig(transports=(self.transport,))).start()
         self.engine.register(self.local)
         self.peer = self.start_owner()
 
-    @staticmethod
-    def own(pool_bytes: int) -> tuple[dict[str, Any], object]:
+    @classmethod
+    def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """See Contender."""
-        engine = TransferEngine(EngineConfig()).start()
+        engine = TransferEngine(EngineConfig(transports=(cls.transport,))).start()
         return {"name": engine.name, "address": engine.allocate(pool_bytes).address}, engine
 
     def plan(self, op: str, size: int, local: list[int], remote: list[int]) -> Callable[[], object]:
@@ -37,7 +40,7 @@ class Shm(Contender):
         base, there, name = self.local.ctypes.data, self.peer["address"], self.peer["name"]
         mine, theirs = [base + at for at in local], [there + at for at in remote]
         lengths = [size] * len(local)
-        return lambda: self.engine.transfer(Opcode[op], name, mine, theirs, lengths, transport=self.transport)
+        return lambda: self.engine.transfer(Opcode[op], name, mine, theirs, lengths)
 
 
 class Tcp(Shm):
@@ -45,11 +48,17 @@ class Tcp(Shm):
 
     transport = "tcp"
 
-    @staticmethod
-    def own(pool_bytes: int) -> tuple[dict[str, Any], object]:
+    @classmethod
+    def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """See Contender."""
-        engine = TransferEngine(EngineConfig()).start()
+        engine = TransferEngine(EngineConfig(transports=(cls.transport,))).start()
         return {"name": engine.name, "address": engine.register(pool(pool_bytes)).address}, engine
+
+
+class Rdma(Tcp):
+    """For a machine with a device."""
+
+    transport = "rdma"
 
 
 class Verify(Shm):

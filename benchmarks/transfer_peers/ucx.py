@@ -39,8 +39,8 @@ class Ucx(Contender):
         self.bases = self.local.ctypes.data, peer["address"]
         self.lists: dict[int, tuple[Any, Any]] = {}
 
-    @staticmethod
-    def own(pool_bytes: int) -> tuple[dict[str, Any], object]:
+    @classmethod
+    def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """See Contender."""
         memory = pool(pool_bytes)
         made = agent("owner", memory, progress=True)

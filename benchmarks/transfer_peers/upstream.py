@@ -1,17 +1,17 @@
-"""Mooncake's C++ transfer engine over TCP. It listens on every address: run it in its own network."""
+"""Mooncake's C++ transfer engine. It listens on every address: run it in its own network."""
 
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.transfer_peers.worker import Bytes, Contender, pool
 
 
-def engine(memory: Bytes) -> Any:
+def engine(memory: Bytes, host: str, protocol: str, device: str) -> Any:
     """Return a TransferEngine that has `memory` registered."""
     made = importlib.import_module("mooncake.engine").TransferEngine()
-    if made.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""):
+    if made.initialize(host, "P2PHANDSHAKE", protocol, device):
         raise RuntimeError("initialize failed")
     if made.register_memory(memory.ctypes.data, memory.size):
         raise RuntimeError("register_memory failed")
@@ -21,19 +21,24 @@ def engine(memory: Bytes) -> Any:
 class Upstream(Contender):
     """transfer_sync_* for one page, batch_transfer_sync_* for more."""
 
+    setting: ClassVar[tuple[str, str, str]] = ("127.0.0.1", "tcp", "")
+
     def __init__(self, pool_bytes: int, folder: Path) -> None:
         """See Contender."""
         super().__init__(pool_bytes, folder)
         self.local = pool(pool_bytes)
-        self.engine = engine(self.local)
+        self.engine = engine(self.local, *self.setting)
         self.peer = self.start_owner()
 
-    @staticmethod
-    def own(pool_bytes: int) -> tuple[dict[str, Any], object]:
+    @classmethod
+    def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """See Contender."""
         memory = pool(pool_bytes)
-        made = engine(memory)
-        return {"name": f"127.0.0.1:{made.get_rpc_port()}", "address": memory.ctypes.data}, (made, memory)
+        made = engine(memory, *cls.setting)
+        return {"name": f"{cls.setting[0]}:{made.get_rpc_port()}", "address": memory.ctypes.data}, (
+            made,
+            memory,
+        )
 
     def plan(self, op: str, size: int, local: list[int], remote: list[int]) -> Callable[[], object]:
         """See Contender."""
@@ -52,3 +57,9 @@ class Upstream(Contender):
                 raise RuntimeError(f"transfer failed: {failed}")
 
         return move
+
+
+class UpstreamRdma(Upstream):
+    """In the VM of benchmarks.transfer_rdma."""
+
+    setting = ("10.0.0.1", "rdma", "rxe0")

@@ -53,8 +53,8 @@ class Contender:
         self.folder = folder
         self.walked = 0
 
-    @staticmethod
-    def own(pool_bytes: int) -> tuple[dict[str, Any], object]:
+    @classmethod
+    def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """In the owner process: return what the initiator must know, and what to keep alive."""
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.transfer import Bar, Cell, Sample, judge, median_of, ratio, rotation, table
+from benchmarks.transfer_peers.rounds import Bar, Cell, Sample, judge, median_of, ratio, rotation, table
 from benchmarks.transfer_peers.worker import Contender, pool
 
 CELL = Cell("READ", 4096)
@@ -72,7 +72,7 @@ def test_a_bar_whose_peer_is_absent_is_neither_met_nor_missed() -> None:
 
 def test_the_table_compares_with_its_first_contender() -> None:
     samples = [*rates("a", 2), *rates("b", 1)]
-    assert table(samples, ["a", "b", "c"], "memory", "ratio") == [
+    assert table(samples, ["a", "b", "c"], [CELL, OTHER], "ratio") == [
         {"": "R 4K", "a": "1", "b": "0.5", "c": "-"}
     ]
 
