@@ -63,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tcp_connections: int = 4  # per peer
     in_flight_bytes_max: int = 16 << 30
     run_dir: str = ""  # of the unix socket, "" = the user's
+    verbs: str = "auto"  # library: "ibverbs" | "pyverbs"
     nics: tuple[str, ...] = ()  # RDMA devices, () = all
     nic_port: int = 1
     gid_index: int | None = None

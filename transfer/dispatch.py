@@ -88,6 +88,7 @@ class Dispatcher:
             )
             batch.fail([Failure(piece, error) for piece in slices])
             return
+        self._metrics.chose(chosen, "failover" if tried else "health" if peer.doubted else "best")
         failures = self._attempt(batch, peer, chosen, slices)
         if not failures:
             return

@@ -29,17 +29,33 @@ from transfer.config import EngineConfig
 from transfer.control import Dialer, Handle, Listener, Session, serve_control
 from transfer.dispatch import Dispatcher
 from transfer.fdpass import private_dir
+from transfer.health import PathState
 from transfer.memory import locate
-from transfer.messages import BufferInfo, Describe, Fence, Notify, Ping, SegmentInfo, ShmInfo
+from transfer.messages import (
+    BufferInfo,
+    Describe,
+    Fence,
+    Notify,
+    Ping,
+    RdmaConnect,
+    RdmaDisconnect,
+    SegmentInfo,
+    ShmInfo,
+)
 from transfer.metrics import TransferCollector, TransferMetrics
 from transfer.model import Buffer, Call, Opcode, Slice, Transport
 from transfer.peers import PeerTable, RemotePeer
+from transfer.rdma import RdmaConfig, RdmaTransport, open_rdma
 from transfer.registry import Registry
 from transfer.segment import PAGE_BYTES, Segment
 from transfer.shm import ShmTransport
 from transfer.shm_link import MemoryServer
 from transfer.tcp import TcpTransport
 from transfer.tcp_server import DataServer
+from transfer.topology import Topology
+from transfer.verbs import Loaded
+from transfer.verbs import load as load_verbs
+from transfer.verbs.api import Verbs
 
 log = structlog.get_logger(__name__)
 
@@ -60,9 +76,15 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class TransferEngine:
     """See the module. Every method may be called from any thread; `close` it, or use it as a context."""
 
-    def __init__(self, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008 - frozen
-        """Open nothing yet: `start` does."""
+    def __init__(self, config: EngineConfig = EngineConfig(), verbs: Verbs | None = None) -> None:  # noqa: B008
+        """Open nothing yet: `start` does.
+
+        Args:
+            config: settings.
+            verbs: for tests; None = the library that `config.verbs` names.
+        """
         self.config = config
+        self._verbs = verbs
         self.epoch = secrets.token_hex(16)
         self.metrics = TransferMetrics()
         self._registry = Registry()
@@ -71,6 +93,8 @@ class TransferEngine:
         self._in_flight_bytes = 0
         self._notes: deque[tuple[str, str]] = deque()
         self._closed = False
+        self._rdma: RdmaTransport | None = None
+        self._topology: Topology | None = None
         self.name = ""
         self.port = 0
 
@@ -84,6 +108,12 @@ class TransferEngine:
         tls = config.tls
         data, memory = DataServer(self._registry), MemoryServer(self._registry)
         self._data = data
+        self._handlers: dict[type, Handle] = {
+            Describe: lambda _session, _message: self.info,
+            Ping: lambda _session, _message: Ok(),
+            Notify: self._take_note,
+            Fence: data.fence,
+        }
         listener = Listener(
             ("", ""),
             config.secret,
@@ -115,12 +145,6 @@ class TransferEngine:
         except BaseException:
             listener.close()
             raise
-        self._handlers: dict[type, Handle] = {
-            Describe: lambda _session, _message: self.info,
-            Ping: lambda _session, _message: Ok(),
-            Notify: self._take_note,
-            Fence: data.fence,
-        }
         listener.start()
         return self
 
@@ -129,7 +153,33 @@ class TransferEngine:
             return self._shm
         if name == "tcp":
             return TcpTransport(dialer, self.config.tcp_connections)
-        return None
+        rdma = self._open_rdma()
+        if rdma:
+            self._handlers |= {RdmaConnect: rdma.handle, RdmaDisconnect: rdma.handle}
+            self._rdma = rdma
+        return rdma
+
+    def _open_rdma(self) -> RdmaTransport | None:
+        config = self.config
+        loaded = Loaded(self._verbs, "given") if self._verbs else load_verbs(config.verbs)
+        if loaded.verbs is None:
+            log.info("transfer.rdma_off", reason=loaded.reason)
+            return None
+        path = Path(config.topology)
+        if not config.topology:
+            self._topology = Topology.discover(only=config.nics if self._verbs is None else ())
+        elif config.topology.lstrip().startswith("{"):
+            self._topology = Topology.parse(config.topology, config.nics)
+        else:
+            self._topology = Topology.load(path, config.nics)
+        port = f":{config.nic_port}" if config.nic_port != 1 else ""
+        settings = RdmaConfig(
+            devices=tuple(f"{nic}{port}" for nic in config.nics),
+            gid_index=config.gid_index,
+            slice_bytes=config.slice_bytes,
+            endpoints_max=config.endpoints_max,
+        )
+        return open_rdma(loaded, settings, self._topology, None, self.metrics.nic)
 
     def __enter__(self) -> "TransferEngine":
         """Start."""
@@ -218,7 +268,17 @@ class TransferEngine:
 
     def collector(self) -> TransferCollector:
         """Return mooncake_transfer_* of this engine, for a Prometheus registry."""
-        return TransferCollector(self.metrics, self._dispatcher.states)
+        rdma = self._rdma
+
+        def states() -> dict[str, PathState]:
+            return self._dispatcher.states() | (rdma.states() if rdma else {})
+
+        return TransferCollector(self.metrics, states)
+
+    @property
+    def topology(self) -> Topology:
+        """Which NICs are near which memory; empty without RDMA."""
+        return self._topology or Topology({})
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -231,7 +291,7 @@ class TransferEngine:
         fields: dict[str, Any] = {}
         for transport in self._transports.values():
             transport.describe(fields)
-        rkeys = fields.pop("rkeys", None)
+        rdma = self._rdma
         buffers = [
             BufferInfo(
                 buffer.buffer_id,
@@ -240,7 +300,7 @@ class TransferEngine:
                 buffer.location,
                 buffer.key if self.config.open_buffers else b"",
                 ShmInfo(buffer.handles["shm"][1]) if "shm" in buffer.handles else None,
-                rkeys(buffer) if rkeys else {},
+                rdma.rkeys(buffer) if rdma else {},
             )
             for buffer in self._registry
         ]
@@ -252,6 +312,7 @@ class TransferEngine:
             pid=os.getpid(),
             buffers=buffers,
             unix_path=str(self._unix_path),
+            topology=self._topology.to_json() if self._topology else "",
             **fields,
         )
 

@@ -32,6 +32,9 @@ class Counts(msgspec.Struct):
     failovers: defaultdict[Labels, float]  # from, to
     failures: defaultdict[Labels, float]  # transport, link, reason
     choices: defaultdict[Labels, float]  # transport, reason
+    nic_bytes: defaultdict[Labels, float]  # link, a pair of NICs
+    nic_seconds: defaultdict[Labels, float]  # link
+    nic_events: defaultdict[Labels, float]  # link, event
     inflight_bytes: defaultdict[Labels, float]  # transport, link
 
 
@@ -43,6 +46,9 @@ _COUNTERS = {
     "failovers": ("Parts given to another transport after a failure.", ["from", "to"]),
     "failures": ("Failed parts by reason.", ["transport", "link", "reason"]),
     "choices": ("Transports chosen, and why.", ["transport", "reason"]),
+    "nic_bytes": ("Bytes moved between a pair of NICs.", ["link"]),
+    "nic_seconds": ("Time that queue pairs between a pair of NICs were busy.", ["link"]),
+    "nic_events": ("Connections, retries, evictions, quarantines of a pair of NICs.", ["link", "event"]),
 }
 
 
@@ -94,6 +100,16 @@ class TransferMetrics:
         """Count a choice; `reason` is a fixed word, such as "fastest", "hint" or "last resort"."""
         with self._lock:
             self._counts.choices[transport, reason] += 1
+
+    def nic(self, link: str, event: str, size_bytes: int, elapsed_s: float) -> None:
+        """Count what happened on one pair of NICs; a Meter of transfer.rdma."""
+        pair = link.partition("/")[2].partition("@")[0]
+        with self._lock:
+            label = self._label(pair)
+            self._counts.nic_events[label, event] += 1
+            if event == "moved":
+                self._counts.nic_bytes[label,] += size_bytes
+                self._counts.nic_seconds[label,] += elapsed_s
 
     def label(self, link: str) -> str:
         """Return the label of `link`: its name, or "other" once LINKS_MAX links have theirs."""
