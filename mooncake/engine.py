@@ -19,6 +19,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import structlog
@@ -519,7 +520,9 @@ class TransferEngine:
     @_answers("{}")
     def get_local_topology(self, device_name: str | None = None) -> str:
         """Return the NIC matrix as JSON: location -> [preferred, secondary], of `device_name` only."""
-        here = Topology.discover()
+        started = self._started
+        custom = started.env.topology if started else ""
+        here = Topology.load(Path(custom)) if custom else Topology.discover()
         only = parse_names(device_name or "")
         if not only:
             return here.to_json()

@@ -38,6 +38,8 @@ TRANSPORTS = {
 }
 PORT_TRIES = 8
 """Another process may take the port between the look and the bind."""
+SOMEBODY = "192.0.2.1"
+"""An address reserved for documentation; nothing is sent to it."""
 INFINIBAND = Path("/sys/class/infiniband")
 
 log = structlog.get_logger(__name__)
@@ -55,7 +57,8 @@ class Started:
         env = read_env(os.environ)
         self.env = env
         self.naming: Naming = naming_of(metadata, env.secret)
-        self.engine = _start(host, protocol, devices, env)
+        place = host if metadata == P2P or _resolves(_host_of(host)) else _own_address()
+        self.engine = _start(place, protocol, devices, env)
         self.name = self.engine.name if metadata == P2P else host
         self.record = Record(self.engine.name, self.engine.epoch)
         self.managed = ManagedBuffers(self.engine.allocate, self.release)
@@ -162,12 +165,33 @@ def _start(host: str, protocol: str, devices: str, env: EngineEnv) -> TransferEn
         return engine
 
 
+def _host_of(name: str) -> str:
+    """Return the host of "host", "host:port", "v6" or "[v6]:port"; "" = loopback."""
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return (name if name.count(":") > 1 else name.partition(":")[0]) or "127.0.0.1"
+
+
+def _resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, 0))
+    except (OSError, UnicodeError):
+        return False
+
+
+def _own_address() -> str:
+    """Return the address that this machine talks to others from, loopback if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((SOMEBODY, 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
 def _hosts(host: str, env: EngineEnv) -> tuple[str, str]:
     """Return (how peers call this host, the address to listen at)."""
-    name = host if host.count(":") > 1 and not host.startswith("[") else host.rsplit(":", 1)[0]
-    if host.startswith("["):
-        name = host[1:].partition("]")[0]
-    name = name or "127.0.0.1"
+    name = _host_of(host)
     bind = env.bind_host or name
     if is_loopback(bind) or env.secret:
         return name, bind

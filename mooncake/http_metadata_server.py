@@ -38,6 +38,8 @@ CONNECTIONS_MAX = 256
 """Threads; a client asks once and goes."""
 IDLE_S = 10.0
 """A connection on which nothing happens for that long is closed."""
+TICK_S = 0.05
+"""How soon `close` is noticed."""
 JSON_TEXT = "application/json; charset=utf-8"
 """What upstream calls its plain texts."""
 
@@ -226,7 +228,8 @@ class KVBootstrapServer:
         except (OSError, OverflowError) as error:
             raise ConfigError(f"metadata server {self.host}:{self.port}: {error}") from error
         self.port = self._server.server_address[1]
-        self.thread = threading.Thread(target=self._server.serve_forever, name="metadata", daemon=True)
+        serve = self._server.serve_forever
+        self.thread = threading.Thread(target=serve, args=(TICK_S,), name="metadata", daemon=True)
         self.thread.start()
         log.info("metadata server ready", url=f"http://{self.host}:{self.port}/metadata")
         return self.thread
