@@ -17,6 +17,8 @@ log = structlog.get_logger(__name__)
 HANDLE = "rdma"
 """Of Buffer.handles."""
 
+GPU_ADVICE = "load nvidia-peermem, or a driver that exports dma-bufs; until then copies pass host memory"
+
 ExportDmabuf = Callable[[int, int], tuple[int, int] | None]
 """(address, size_bytes) -> (fd, offset) of device memory, None = not possible. The fd is ours to close."""
 
@@ -46,20 +48,15 @@ class Memories:
     def register(self, buffer: Buffer) -> None:
         """Register `buffer` where that succeeds; nowhere = not reachable by rdma, which is logged."""
         memories: dict[str, Memory] = {}
-        exported = None
-        if not is_host(buffer.location):
-            exported = self._export(buffer.address, buffer.size_bytes) if self._export else None
-            if exported is None:
-                log.info(
-                    "rdma.no_gpudirect", location=buffer.location, advice="copies go through host memory"
-                )
-                return
+        on_device = not is_host(buffer.location)
+        exported = self._export(buffer.address, buffer.size_bytes) if on_device and self._export else None
         try:
             for rail, nic in self._nics.items():
                 try:
                     memories[rail] = _register(nic, buffer, exported)
                 except MooncakeError as error:
-                    log.warning("rdma.not_registered", nic=rail, error=str(error), advice=_advice(error))
+                    advice = GPU_ADVICE if on_device else _advice(error)
+                    log.warning("rdma.not_registered", nic=rail, error=str(error), advice=advice)
         finally:
             if exported:
                 os.close(exported[0])
@@ -121,10 +118,14 @@ class Memories:
 
 
 def _register(nic: Nic, buffer: Buffer, exported: tuple[int, int] | None) -> Memory:
-    if exported is None:
-        return nic.register(buffer.address, buffer.size_bytes)
-    fd, offset = exported
-    return nic.register_dmabuf(fd, offset, buffer.address, buffer.size_bytes)
+    """Device memory is registered as a dma-buf, else by its address, which nvidia-peermem makes possible."""
+    if exported:
+        fd, offset = exported
+        try:
+            return nic.register_dmabuf(fd, offset, buffer.address, buffer.size_bytes)
+        except CapacityError as error:
+            log.info("rdma.no_dmabuf", nic=nic.info.name, error=str(error))
+    return nic.register(buffer.address, buffer.size_bytes)
 
 
 def _advice(error: MooncakeError) -> str:

@@ -22,13 +22,14 @@ from transfer.rdma.memory import HANDLE, ExportDmabuf, Memories, Registration
 from transfer.rdma.mover import Clock, Mover
 from transfer.rdma.paths import Paths
 from transfer.rdma.routes import Places, rail_name
-from transfer.verbs.api import Nic, Verbs
+from transfer.verbs import Loaded
+from transfer.verbs.api import Nic
 
 log = structlog.get_logger(__name__)
 
 
 def open_rdma(
-    verbs: Verbs | None,
+    loaded: Loaded,
     config: RdmaConfig,
     places: Places,
     export_dmabuf: ExportDmabuf | None = None,
@@ -38,7 +39,7 @@ def open_rdma(
     """Open the NICs.
 
     Args:
-        verbs: the library, None = there is none.
+        loaded: the library (transfer.verbs.load).
         config: settings.
         places: which NICs are near which memory (transfer.topology), or the override of the configuration.
         export_dmabuf: for memory of GPUs; None = it is not reachable by rdma.
@@ -52,8 +53,9 @@ def open_rdma(
         ConfigError: `config` names a device that cannot be opened.
     """
     nics: dict[str, Nic] = {}
+    verbs = loaded.verbs
     if verbs is None:
-        log.info("rdma.off", reason="no verbs library can be used")
+        log.info("rdma.off", reason=loaded.reason)
         return None
     found = verbs.devices()
     for spec in config.devices or found:
@@ -69,8 +71,7 @@ def open_rdma(
             continue
         nics[rail_name(nic.info)] = nic
     if not nics:
-        reason = "no device of it can be used" if found else "there is no RDMA device"
-        log.info("rdma.off", verbs=verbs.name, reason=reason)
+        log.info("rdma.off", verbs=verbs.name, reason="none of its devices can be used", devices=found)
         return None
     log.info("rdma.on", verbs=verbs.name, nics=list(nics))
     return RdmaTransport(nics, config, places, export_dmabuf, meter, clock or Clock())

@@ -8,6 +8,7 @@ missing fence shows.
 
 import ctypes
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -162,6 +163,9 @@ class FakeNic:
         """A slow NIC completes fewer."""
         self.refuses: MooncakeError | None = None
         """Raised by every registration."""
+        self.refuses_dmabuf: MooncakeError | None = None
+        self.dmabufs: list[tuple[int, int]] = []
+        """(fd, offset) of those registered."""
         self.kill_next: int | None = None
         """Queue pairs made from now on die after that many works."""
         self.pairs_max = 1 << 20
@@ -188,8 +192,10 @@ class FakeNic:
 
     def register_dmabuf(self, fd: int, offset: int, address: int, size_bytes: int) -> Memory:
         """See Nic; any open descriptor will do."""
-        assert fd >= 0
-        assert offset >= 0
+        os.fstat(fd)
+        if self.refuses_dmabuf:
+            raise self.refuses_dmabuf
+        self.dmabufs.append((fd, offset))
         return self.register(address, size_bytes)
 
     def queue_pair(self) -> QueuePair:

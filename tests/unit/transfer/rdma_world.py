@@ -9,7 +9,9 @@ from mooncake.core.errors import MooncakeError
 from transfer.messages import BufferInfo, RdmaDisconnect, SegmentInfo
 from transfer.model import Buffer, Call, Opcode, Slice
 from transfer.rdma import RdmaConfig, open_rdma
+from transfer.rdma.mover import Clock
 from transfer.topology import Topology
+from transfer.verbs import Loaded
 from transfer.verbs.fake import Fabric, FakeVerbs
 
 PIECE = 4096
@@ -74,19 +76,28 @@ class Engine:
     numbers = itertools.count(1)
 
     def __init__(
-        self, fabric, name, devices=("mlx0", "mlx1"), places=None, ports=(), export_dmabuf=None, **settings
+        self,
+        fabric,
+        name,
+        devices=("mlx0", "mlx1"),
+        places=None,
+        ports=(),
+        export_dmabuf=None,
+        verbs=None,
+        **settings,
     ):
         self.name = name
         self.epoch = f"{next(self.numbers):032x}"
-        self.verbs = FakeVerbs(fabric, devices)
-        self.clock = FakeClock()
+        self.verbs = verbs or FakeVerbs(fabric, devices)
+        self.clock = Clock() if verbs else FakeClock()
         self.events = Counter()
         self.bytes = Counter()
+        self.moved_over = Counter()  # bytes by link
         self.places = Topology(places or {})
         settings.setdefault("slice_bytes", PIECE)
         config = RdmaConfig(devices=ports, **settings)
         self.transport = open_rdma(
-            self.verbs, config, self.places, export_dmabuf, meter=self.meter, clock=self.clock
+            Loaded(self.verbs, ""), config, self.places, export_dmabuf, meter=self.meter, clock=self.clock
         )
         self.ids = itertools.count(1)
         self.buffers = []
@@ -95,6 +106,8 @@ class Engine:
         assert elapsed_s >= 0
         self.events[event] += 1
         self.bytes[event] += size_bytes
+        if event == "moved":
+            self.moved_over[link] += size_bytes
 
     @property
     def nics(self):

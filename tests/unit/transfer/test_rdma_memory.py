@@ -10,14 +10,15 @@ from transfer.messages import SegmentInfo
 from transfer.model import Call, Opcode
 from transfer.rdma import RdmaConfig, open_rdma
 from transfer.topology import Topology
+from transfer.verbs import Loaded
 from transfer.verbs.fake import Fabric, FakeVerbs
 
 NOWHERE = Topology({})
 
 
 def test_without_a_library_or_a_device_there_is_no_transport_and_no_error():
-    assert open_rdma(None, RdmaConfig(), NOWHERE) is None
-    assert open_rdma(FakeVerbs(Fabric(), []), RdmaConfig(), NOWHERE) is None
+    assert open_rdma(Loaded(None, "no kernel support"), RdmaConfig(), NOWHERE) is None
+    assert open_rdma(Loaded(FakeVerbs(Fabric(), []), ""), RdmaConfig(), NOWHERE) is None
 
 
 def test_a_device_that_cannot_be_opened_is_left_out_unless_it_was_asked_for():
@@ -27,13 +28,15 @@ def test_a_device_that_cannot_be_opened_is_left_out_unless_it_was_asked_for():
                 raise ConfigError("no GID")
             return super().open(device, port, gid_index)
 
-    transport = open_rdma(OneBroken(Fabric(), ["bad", "good"]), RdmaConfig(), NOWHERE)
+    transport = open_rdma(Loaded(OneBroken(Fabric(), ["bad", "good"]), ""), RdmaConfig(), NOWHERE)
     fields = {}
     transport.describe(fields)
     assert [nic.name for nic in fields["nics"]] == ["good"]
-    assert open_rdma(OneBroken(Fabric(), ["bad"]), RdmaConfig(), NOWHERE) is None
+    assert open_rdma(Loaded(OneBroken(Fabric(), ["bad"]), ""), RdmaConfig(), NOWHERE) is None
     with pytest.raises(ConfigError, match="no GID"):
-        open_rdma(OneBroken(Fabric(), ["bad", "good"]), RdmaConfig(devices=("good", "bad")), NOWHERE)
+        open_rdma(
+            Loaded(OneBroken(Fabric(), ["bad", "good"]), ""), RdmaConfig(devices=("good", "bad")), NOWHERE
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,10 @@ def test_device_memory_is_registered_as_a_dmabuf_and_its_descriptor_closed():
         return exported[0][0], 64
 
     engine = Engine(Fabric(), "a:1", export_dmabuf=export)
+    engine.nics["mlx1"].refuses_dmabuf = CapacityError("old device")  # takes the address itself
     buffer = engine.buffer(PIECE, "cuda:0")
+    assert engine.nics["mlx0"].dmabufs == [(exported[0][0], 64)]
+    assert engine.nics["mlx1"].dmabufs == []
     assert set(engine.transport.rkeys(buffer)) == {"mlx0", "mlx1"}
     [(fd, address, size_bytes)] = exported
     assert (address, size_bytes) == (buffer.address, PIECE)
@@ -128,8 +134,10 @@ def test_device_memory_is_registered_as_a_dmabuf_and_its_descriptor_closed():
 
 
 @pytest.mark.parametrize("export", [None, lambda address, size_bytes: None])
-def test_device_memory_that_cannot_be_exported_is_left_to_staging(export):
+def test_device_memory_that_no_nic_takes_is_left_to_staging(export):
     engine = Engine(Fabric(), "a:1", export_dmabuf=export)
+    for nic in engine.nics.values():
+        nic.refuses = RequestError("not memory of this process")
     assert engine.transport.rkeys(engine.buffer(PIECE, "cuda:0")) == {}
 
 
