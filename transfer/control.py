@@ -187,7 +187,10 @@ class Listener:
                     raise ConfigError(f"refused a process of user {peer_uid(raw)}")
             elif self._tls:
                 raw.settimeout(GREETING_S)
-                sock = self._tls.wrap_socket(raw, server_side=True)
+                sock = self._tls.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+                with self._lock:
+                    self._open[id(raw)] = (sock, threading.current_thread())  # what close has to hang up
+                sock.do_handshake()
             tune(sock)
             check = until(time.monotonic() + GREETING_S, "greeting")
             hello = receive(sock, self._secret, check)

@@ -18,7 +18,9 @@ from transfer.messages import VERSION, Challenge, Hello, Proof, Welcome
 from transfer.stream import Check, recv_message, send_message
 
 NONCE_BYTES = 16
-NAME_CHARS_MAX = 256
+GREETING_BYTES_MAX = 1024
+"""Whoever speaks another protocol (TLS, HTTP) is recognised by his first four bytes."""
+NAME_CHARS_MAX = 200
 PURPOSES = ("control", "data", "memory")
 
 
@@ -41,11 +43,11 @@ def greet(
     epoch, name = me
     hello = Hello(VERSION, purpose, epoch, name, link, secrets.token_bytes(NONCE_BYTES))
     send_message(sock, hello, check)
-    challenge = raise_failure(recv_message(sock, Challenge | Failure, check), "peer")
+    challenge = raise_failure(recv_message(sock, Challenge | Failure, check, GREETING_BYTES_MAX), "peer")
     if not hmac.compare_digest(challenge.proof, prove(secret, "owner", hello, challenge.nonce)):
         raise ConfigError("the peer has another secret: give all engines the same one")
     send_message(sock, Proof(prove(secret, "initiator", hello, challenge.nonce)), check)
-    welcome: Welcome = raise_failure(recv_message(sock, Welcome | Failure, check), "peer")
+    welcome: Welcome = raise_failure(recv_message(sock, Welcome | Failure, check, GREETING_BYTES_MAX), "peer")
     return welcome
 
 
@@ -56,14 +58,14 @@ def receive(sock: socket.socket, secret: bytes, check: Check) -> Hello:
         MooncakeError: it is no engine, of another version or without the secret; it has been told.
     """
     try:
-        hello: Hello = recv_message(sock, Hello, check)
+        hello: Hello = recv_message(sock, Hello, check, GREETING_BYTES_MAX)
         if hello.version != VERSION:
             raise ConfigError(f"this engine speaks version {VERSION}, the initiator {hello.version}")
         if hello.purpose not in PURPOSES or len(hello.name) > NAME_CHARS_MAX or len(hello.epoch) != 32:
             raise ProtocolError("not a greeting of an engine")
         nonce = secrets.token_bytes(NONCE_BYTES)
         send_message(sock, Challenge(nonce, prove(secret, "owner", hello, nonce)), check)
-        proof: Proof = recv_message(sock, Proof, check)
+        proof: Proof = recv_message(sock, Proof, check, GREETING_BYTES_MAX)
         if not hmac.compare_digest(proof.proof, prove(secret, "initiator", hello, nonce)):
             raise ConfigError("the initiator has another secret: give all engines the same one")
     except PeerGone:

@@ -141,7 +141,7 @@ def send_message(sock: socket.socket, message: Any, check: Check) -> None:
     send_views(sock, [_LENGTH.pack(len(data)) + data], check)
 
 
-def recv_message(sock: socket.socket, kind: Any, check: Check) -> Any:
+def recv_message(sock: socket.socket, kind: Any, check: Check, bytes_max: int = MESSAGE_BYTES_MAX) -> Any:
     """Receive one framed message of type `kind` (or a union).
 
     Raises:
@@ -151,8 +151,8 @@ def recv_message(sock: socket.socket, kind: Any, check: Check) -> Any:
     head = bytearray(_LENGTH.size)
     recv_into(sock, memoryview(head), check)
     (size,) = _LENGTH.unpack(head)
-    if size > MESSAGE_BYTES_MAX:
-        raise ProtocolError(f"a message of {size} bytes exceeds {MESSAGE_BYTES_MAX}")
+    if size > bytes_max:
+        raise ProtocolError(f"a message of {size} bytes exceeds {bytes_max}")
     data = bytearray(size)
     recv_into(sock, memoryview(data), check)
     return wire.decode(bytes(data), kind)
