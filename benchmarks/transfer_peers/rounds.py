@@ -165,7 +165,8 @@ class Worker:
         """Start it; `answer` tells when it is ready."""
         self.contender = contender
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
-        initiator = [python, "-P", "-c", BOOT, "initiator", contender.module, contender.kind, *argv]
+        flags = ["-E", "-P"] if contender.foreign else ["-P"]  # no PYTHONPATH: it may lead to our `mooncake`
+        initiator = [python, *flags, "-c", BOOT, "initiator", contender.module, contender.kind, *argv]
         self.process = subprocess.Popen(
             [*ISOLATE, *initiator] if isolated else initiator,
             stdin=subprocess.PIPE,
