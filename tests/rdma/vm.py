@@ -41,10 +41,12 @@ NO_VERDICT_RC = 125
 """The guest died without saying how its script ended; read the console."""
 
 MODULES = (
-    "virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci 9pnet 9pnet_virtio netfs fscache "
-    "9p overlay failover net_failover virtio_net dummy veth crc32_generic crc32c_generic udp_tunnel "
-    "ip6_udp_tunnel ib_core ib_uverbs rdma_rxe configfs ib_cm iw_cm rdma_cm rdma_ucm"
-).split()
+    *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    *("9pnet", "9pnet_virtio", "netfs", "fscache", "9p", "overlay"),
+    *("failover", "net_failover", "virtio_net", "dummy", "veth"),
+    *("crc32_generic", "crc32c_generic", "udp_tunnel", "ip6_udp_tunnel", "ib_core", "ib_uverbs", "rdma_rxe"),
+    *("configfs", "ib_cm", "iw_cm", "rdma_cm", "rdma_ucm"),
+)
 """In the order of their dependencies: the first stage has no modprobe."""
 
 _INIT = """#!/busybox sh
@@ -52,7 +54,7 @@ _INIT = """#!/busybox sh
 /busybox mount -t proc proc /proc
 /busybox mount -t sysfs sys /sys
 for word in $(/busybox cat /proc/cmdline); do case $word in guest=*) folder=${word#guest=};; esac; done
-for module in $(/busybox cat /modules/order); do /busybox insmod /modules/$module.ko || echo "no $module"; done
+for module in $(/busybox cat /modules/order); do /busybox insmod /modules/$module.ko; done
 /busybox mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose hostroot /host
 /busybox mount -t tmpfs rw /rw
 /busybox mkdir -p /rw/upper /rw/work
@@ -73,7 +75,8 @@ export PYTHONPATH=/run/system-python:{repo} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBU
 mkdir -p /run/system-python && ln -s /usr/lib/python3/dist-packages/pyverbs /run/system-python/pyverbs
 cd {repo} || exit 99
 ip link set lo up
-ip link set eth0 mtu 4200 up && ip addr add {address}/24 dev eth0 && rdma link add rxe0 type rxe netdev eth0 || exit 99
+ip link set eth0 mtu 4200 up && ip addr add {address}/24 dev eth0 || exit 99
+rdma link add rxe0 type rxe netdev eth0 || exit 99
 for try in 1 2 3 4 5 6 7 8 9 10; do  # the kernel fills the GID table in the background
   grep -qs 0000:ffff /sys/class/infiniband/rxe0/ports/1/gids/* && break; sleep 0.1
 done
@@ -214,7 +217,7 @@ def _wait(guests: list[_Guest], timeout_s: float) -> None:
     """Wait until all have ended, `timeout_s` at most, GRACE_S after one has failed."""
     end_s = time.monotonic() + timeout_s
     hurried = False
-    while time.monotonic() < end_s and not all([guest.ended() for guest in guests]):
+    while time.monotonic() < end_s and sum(guest.ended() for guest in guests) < len(guests):
         if not hurried and any(guest.ended() and guest.result().rc for guest in guests):
             hurried, end_s = True, min(end_s, time.monotonic() + GRACE_S)
         time.sleep(0.05)
