@@ -27,6 +27,7 @@ from mooncake.core.messages import Ok
 from transfer.batch import Batch, divide
 from transfer.config import EngineConfig
 from transfer.control import Dialer, Handle, Listener, Session, serve_control
+from transfer.device import DeviceMemory
 from transfer.dispatch import Dispatcher
 from transfer.fdpass import private_dir
 from transfer.health import PathState
@@ -50,6 +51,7 @@ from transfer.registry import Registry
 from transfer.segment import PAGE_BYTES, Segment
 from transfer.shm import ShmTransport
 from transfer.shm_link import MemoryServer
+from transfer.staged import Devices, StagedTransport
 from transfer.tcp import TcpTransport
 from transfer.tcp_server import DataServer
 from transfer.topology import Topology
@@ -76,15 +78,22 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class TransferEngine:
     """See the module. Every method may be called from any thread; `close` it, or use it as a context."""
 
-    def __init__(self, config: EngineConfig = EngineConfig(), verbs: Verbs | None = None) -> None:  # noqa: B008
+    def __init__(
+        self,
+        config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+        verbs: Verbs | None = None,
+        device: DeviceMemory | None = None,
+    ) -> None:
         """Open nothing yet: `start` does.
 
         Args:
             config: settings.
             verbs: for tests; None = the library that `config.verbs` names.
+            device: for tests; None = NVIDIA's driver, where there is a GPU.
         """
         self.config = config
         self._verbs = verbs
+        self._devices = Devices(device)
         self.epoch = secrets.token_hex(16)
         self.metrics = TransferMetrics()
         self._registry = Registry()
@@ -106,7 +115,7 @@ class TransferEngine:
         """
         config = self.config
         tls = config.tls
-        data, memory = DataServer(self._registry), MemoryServer(self._registry)
+        data, memory = DataServer(self._registry, self._devices), MemoryServer(self._registry)
         self._data = data
         self._handlers: dict[type, Handle] = {
             Describe: lambda _session, _message: self.info,
@@ -150,9 +159,9 @@ class TransferEngine:
 
     def _open_transport(self, name: str, dialer: Dialer) -> Transport | None:
         if name == "shm":
-            return self._shm
+            return StagedTransport(self._shm, self._devices)
         if name == "tcp":
-            return TcpTransport(dialer, self.config.tcp_connections)
+            return StagedTransport(TcpTransport(dialer, self.config.tcp_connections), self._devices)
         rdma = self._open_rdma()
         if rdma:
             self._handlers |= {RdmaConnect: rdma.handle, RdmaDisconnect: rdma.handle}
@@ -179,7 +188,7 @@ class TransferEngine:
             slice_bytes=config.slice_bytes,
             endpoints_max=config.endpoints_max,
         )
-        return open_rdma(loaded, settings, self._topology, None, self.metrics.nic)
+        return open_rdma(loaded, settings, self._topology, self._devices.export_dmabuf, self.metrics.nic)
 
     def __enter__(self) -> "TransferEngine":
         """Start."""
@@ -210,6 +219,7 @@ class TransferEngine:
             peer.close()
         for transport in self._transports.values():
             transport.close()
+        self._devices.close()
         self._unix_path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ memory
@@ -227,6 +237,8 @@ class TransferEngine:
         """
         self._check_open()
         address, size, location = locate(memory, size_bytes, location)
+        if location == "*":
+            location = self._devices.location_of(address)
         owner = None if isinstance(memory, int) else memory
         buffer = self._registry.add(address, size, location, owner)
         for transport in self._transports.values():

@@ -7,8 +7,9 @@ from mooncake.core.errors import PeerTimeout, RequestError
 from mooncake.core.messages import Ok
 from transfer.control import Listener, Session
 from transfer.messages import Fence
-from transfer.model import Buffer, Opcode
+from transfer.model import Buffer, Call, Opcode
 from transfer.registry import Registry
+from transfer.staged import Devices
 from transfer.stream import Check, hang_up, recv_into, recv_views, send_views, tune, until
 from transfer.tcp_wire import (
     DONE,
@@ -31,9 +32,10 @@ FENCE_S = 5.0
 class DataServer:
     """Serves READ and WRITE frames on the registered buffers."""
 
-    def __init__(self, registry: Registry) -> None:
-        """`registry` decides what a key opens."""
+    def __init__(self, registry: Registry, devices: Devices) -> None:
+        """`registry` decides what a key opens; `devices` move device memory."""
         self._registry = registry
+        self._devices = devices
         self._lock = threading.Lock()
         self._links: dict[tuple[str, int], Session] = {}
 
@@ -108,29 +110,54 @@ class DataServer:
         """Move the payload; return what is left to send."""
         statuses = bytes(DONE if buffer else REFUSED for buffer in opened)
         pairs = list(zip(entries, opened, strict=True))
+        plain = all(buffer is None or buffer.view is not None for buffer in opened)
         if op is Opcode.READ:
-            views = [buffer.part(entry[1], entry[2]) for entry, buffer in pairs if buffer]
-            send_views(
-                session.sock, [encode_answer(statuses, sum(len(view) for view in views)), *views], check
-            )
-            return []
-        if all(opened):
+            answer = encode_answer(statuses, sum(entry[2] for entry, buffer in pairs if buffer))
+            if plain:
+                views = [buffer.part(entry[1], entry[2]) for entry, buffer in pairs if buffer]
+                send_views(session.sock, [answer, *views], check)
+                return []
+            send_views(session.sock, [answer], check)
+        if op is Opcode.WRITE and plain and all(opened):
             recv_views(session.sock, [b.part(e[1], e[2]) for e, b in pairs if b], check)
         else:
             for entry, buffer in pairs:
-                if buffer:
-                    recv_into(session.sock, buffer.part(entry[1], entry[2]), check)
-                else:
-                    _drain(session, entry[2], check)
-        return [encode_answer(statuses, 0)]
+                self._move_one(session, op, entry, buffer, check)
+        return [] if op is Opcode.READ else [encode_answer(statuses, 0)]
+
+    def _move_one(
+        self, session: Session, op: Opcode, entry: Entry, buffer: Buffer | None, check: Check
+    ) -> None:
+        """Move one entry that needs more than a plain send or receive."""
+        _, address, size = entry
+
+        def send(view: memoryview, _offset: int = 0) -> None:
+            send_views(session.sock, [view], check)
+
+        def receive(view: memoryview, _offset: int = 0) -> None:
+            recv_into(session.sock, view, check)
+
+        if buffer is None:
+            if op is Opcode.WRITE:
+                _drain(session, size, check)
+        elif buffer.view is not None:
+            (send if op is Opcode.READ else receive)(buffer.part(address, size))
+        else:
+            stager = self._devices.stager()
+            if stager is None:
+                raise RequestError(f"{buffer.location}: no driver here")
+            if op is Opcode.READ:
+                stager.stage_out(address, size, send, Call(STALL_S))
+            else:
+                stager.stage_in(address, size, receive, Call(STALL_S))
 
     def _open(self, entry: Entry) -> Buffer | None:
         """Return the buffer that the entry may touch."""
         key, address, size = entry
         buffer = self._registry.by_key(key)
-        if buffer is None or buffer.view is None or address < buffer.address or address + size > buffer.end:
+        if buffer is None or address < buffer.address or address + size > buffer.end:
             return None
-        return buffer
+        return buffer if buffer.view is not None or self._devices.stager() else None
 
 
 def _drain(session: Session, size_bytes: int, check: Check) -> None:
