@@ -16,7 +16,6 @@ False). tmpfs accepts O_DIRECT since Linux 6.6, which means nothing there.
 import contextlib
 import ctypes
 import errno
-import logging
 import mmap
 import os
 import stat
@@ -25,6 +24,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import structlog
 
 from mooncake.core.errors import CapacityError, ConfigError, IntegrityError, MooncakeError, RequestError
 from transfer.copy import gather, scatter
@@ -64,7 +64,7 @@ _ERRORS: dict[int, type[MooncakeError]] = {
 _STATX_DIOALIGN = 0x2000
 _AT_EMPTY_PATH = 0x1000
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 def disk_error(error: OSError, what: str) -> MooncakeError:
@@ -168,7 +168,9 @@ class DirectFile:
 
     def _give_up_direct(self, reason: str) -> None:
         self.direct = False
-        _log.warning("%s: O_DIRECT refused (%s); accesses go through the page cache", self.path, reason)
+        log.warning(
+            "file.not_direct", path=self.path, reason=reason, advice="accesses go through the page cache"
+        )
 
     @property
     def size_bytes(self) -> int:
