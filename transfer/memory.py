@@ -1,10 +1,13 @@
 """From what applications hold (numpy, torch, mmap, a bare address) to address, size and location."""
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 from mooncake.core.errors import RequestError
 from transfer.segment import Segment
+
+MAPS = Path("/proc/self/maps")
 
 
 def locate(memory: Any, size_bytes: int | None = None, location: str = "*") -> tuple[int, int, str]:
@@ -38,6 +41,24 @@ def locate(memory: Any, size_bytes: int | None = None, location: str = "*") -> t
     if size_bytes is not None and size_bytes > have:
         raise RequestError(f"register: {size_bytes} bytes of {have}")
     return address, have if size_bytes is None else size_bytes, location
+
+
+def check_mapped(address: int, size_bytes: int) -> None:
+    """Make sure that the range is writable memory of this process: a wrong address is an error, no crash.
+
+    Raises:
+        RequestError: it is not.
+    """
+    end, at = address + size_bytes, address
+    with MAPS.open() as maps:
+        for line in maps:
+            bounds, rights, _ = line.split(maxsplit=2)
+            low, _, high = bounds.partition("-")
+            if int(low, 16) <= at < int(high, 16) and rights.startswith("rw"):
+                at = int(high, 16)
+                if at >= end:
+                    return
+    raise RequestError(f"register: {address:#x}+{size_bytes} is not writable memory of this process")
 
 
 def _view(memory: Any) -> memoryview:

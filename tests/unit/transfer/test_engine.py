@@ -18,8 +18,9 @@ from mooncake.core.errors import (
     PeerTimeout,
     RequestError,
 )
-from transfer.engine import NOTES_MAX, TransferEngine
+from transfer.engine import TransferEngine
 from transfer.model import Buffer, Opcode
+from transfer.owner import NOTES_MAX
 
 TRANSPORTS = ("shm", "tcp")
 KIB = 1024
@@ -142,6 +143,15 @@ def test_memory_of_any_kind_can_be_registered(pair, kind):
 def test_what_is_no_writable_contiguous_memory_is_refused(make_engine, memory, words):
     with pytest.raises(RequestError, match=words):
         make_engine().register(memory)
+
+
+def test_an_address_that_is_not_ours_is_refused_not_crashed_on(make_engine):
+    engine = make_engine()
+    private = mmap.mmap(-1, 8192, prot=mmap.PROT_READ)
+    readonly = np.frombuffer(private, np.uint8).ctypes.data
+    for address in (4096, 1 << 46, int(readonly)):
+        with pytest.raises(RequestError, match="not writable memory"):
+            engine.register(address, 4096)
 
 
 def test_the_best_transport_is_taken_and_counted(pair):
