@@ -306,7 +306,7 @@ def test_taking_memory_back_waits_for_copies_that_are_under_way(pair):
 
 
 def test_local_memory_in_use_is_not_let_go(pair, monkeypatch):
-    monkeypatch.setattr("transfer.engine.LAST_RESORT_S", 0.0)
+    monkeypatch.setattr("transfer.owner.LAST_RESORT_S", 0.0)
     here, _ = pair
     mine = here.allocate(4096)
     here._registry.take(mine)
