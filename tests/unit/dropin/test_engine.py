@@ -450,8 +450,9 @@ def test_before_initialize_these_answer_as_measured() -> None:
 @pytest.mark.parametrize(
     ("host", "protocol", "device"),
     [
-        (HOST, "tcp", None), (HOST, "", ""), (HOST, "rdma", ""), (HOST, "rdma", "mlx5_0"), (HOST, "smoke", ""),
-        ("", "tcp", ""), ("no.such.host", "tcp", ""), (f"{HOST}:15555", "tcp", ""), ("[::1]", "tcp", ""),
+        (HOST, "tcp", None), (HOST, "", ""), (HOST, "rdma", ""), (HOST, "rdma", "mlx5_0"),
+        (HOST, "smoke", ""), ("", "tcp", ""), ("no.such.host", "tcp", ""),
+        (f"{HOST}:15555", "tcp", ""), ("[::1]", "tcp", ""),
     ],
 )  # fmt: skip
 def test_initialize_takes_what_upstream_was_measured_to_take(
