@@ -30,7 +30,7 @@ from mooncake.core.errors import (
     PeerTimeout,
     RequestError,
 )
-from transfer.file_disk import Bounce, DirectFile, address_of
+from transfer.file_disk import Bounce, DirectFile, address_of, size_of
 from transfer.model import Opcode
 
 __all__ = ["DirectFile", "FileBatch", "FileIO", "Request"]
@@ -61,7 +61,7 @@ class FileBatch:
         self.file = file
         self.end_s = time.monotonic() + deadline_s
         self.requests = [(offset, _views(op, file, offset, memory)) for offset, memory in requests]
-        self.sizes = [sum(view.nbytes for view in views) for _, views in self.requests]
+        self.sizes = [size_of(views) for _, views in self.requests]
         self.errors: dict[int, MooncakeError] = {}
         """By the request's index; complete when the batch is settled."""
         self._io = io
@@ -319,13 +319,16 @@ def _views(
     op: Opcode, file: DirectFile, offset: int, memory: memoryview | Sequence[memoryview]
 ) -> list[memoryview]:
     """Return the memory of one request as byte views, checked."""
-    what = f"{op.name.lower()} {file.path} at {offset}"
-    views = [memory] if isinstance(memory, memoryview) else list(memory)
-    size = sum(view.nbytes for view in views)
+    views = [memory] if isinstance(memory, memoryview) else [view for view in memory if view.nbytes]
+    size = size_of(views)
+    wrong = ""
     if not size or not 0 <= offset < OFFSET_MAX - size:
-        raise RequestError(f"{what}+{size}: not a range of at least one byte in a file")
-    if not all(view.c_contiguous for view in views):
-        raise RequestError(f"{what}: memory must be contiguous; pass several views instead")
-    if op is Opcode.READ and any(view.readonly for view in views):
-        raise RequestError(f"{what}: into read-only memory")
-    return [view.cast("B") for view in views if view.nbytes]
+        wrong = "not a range of at least one byte in a file"
+    for view in views:
+        if not view.c_contiguous:
+            wrong = "memory must be contiguous; pass several views instead"
+        elif view.readonly and op is Opcode.READ:
+            wrong = "into read-only memory"
+    if wrong:
+        raise RequestError(f"{op.name.lower()} {file.path} at {offset}+{size}: {wrong}")
+    return [view.cast("B") for view in views]

@@ -212,7 +212,7 @@ class DirectFile:
         """
         size = 0
         try:
-            size = sum(view.nbytes for view in memory)
+            size = size_of(memory)
             if not self.direct:
                 moved = _move(self._fd, op, offset, memory)
             elif self._fits(offset, memory):
@@ -234,10 +234,10 @@ class DirectFile:
         """Return whether O_DIRECT can serve this as it stands."""
         if offset % self.block_bytes:
             return False
-        return all(
-            view.nbytes % self.block_bytes == 0 and address_of(view) % self.memory_align_bytes == 0
-            for view in memory
-        )
+        for view in memory:
+            if view.nbytes % self.block_bytes or address_of(view) % self.memory_align_bytes:
+                return False
+        return True
 
     def _move_direct(self, op: Opcode, offset: int, memory: Sequence[memoryview]) -> int:
         try:
@@ -325,6 +325,11 @@ class DirectFile:
             self.release()
 
 
+def size_of(memory: Sequence[memoryview]) -> int:
+    """Return the bytes of all views."""
+    return memory[0].nbytes if len(memory) == 1 else sum(view.nbytes for view in memory)
+
+
 def address_of(view: memoryview) -> int:
     """Return the address of the first byte."""
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
@@ -352,17 +357,14 @@ def _move(fd: int, op: Opcode, offset: int, memory: Sequence[memoryview], block_
     A direct read that ends inside a block of `block_bytes` has met the end of the file.
     """
     transfer = os.preadv if op is Opcode.READ else os.pwritev
-    todo = list(memory)
-    moved = 0
-    while todo:
+    size, todo, moved = size_of(memory), memory, 0
+    while moved < size:
         count = transfer(fd, todo[:IOV_MAX], offset + moved)
         moved += count
         if count == 0 or count % block_bytes:
             break
-        while todo and count >= todo[0].nbytes:
-            count -= todo.pop(0).nbytes
-        if count:
-            todo[0] = todo[0][count:]
+        if moved < size:
+            todo = _cut(memory, moved, size)
     return moved
 
 
