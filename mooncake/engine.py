@@ -25,10 +25,10 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 import structlog
 
 from mooncake.core.errors import MooncakeError, PeerError, PeerTimeout, RequestError
-from mooncake.engine_memory import is_mapped
 from mooncake.engine_start import TRANSPORTS, Started, log_to_stderr
 from transfer import engine as transfer_engine
 from transfer.batch import Batch
+from transfer.memory import check_mapped
 from transfer.model import Call, Opcode
 from transfer.naming import P2P
 from transfer.topology import Topology, parse_names
@@ -204,16 +204,11 @@ class TransferEngine:
     def _register(started: Started, address: int, size_bytes: int, location: str) -> int:
         if size_bytes == 0:
             raise RequestError("capacity 0: nothing to register")
-        location = location if location.partition(":")[0] in ("cpu", "cuda") else "*"
-        if not location.startswith("cuda") and not is_mapped(address, size_bytes):
-            raise RequestError(
-                f"{address:#x}+{size_bytes} is not this process's writable memory "
-                "(device memory: say location='cuda:N')"
-            )
+        known = location.partition(":")[0] in ("cpu", "cuda")
         if any(old.address < address + size_bytes and address < old.end for old in started.engine.buffers):
             log.warning("mooncake.engine: memory overlaps a registered range", address=hex(address))
             return OVERLAP
-        started.engine.register(address, size_bytes, location)
+        started.engine.register(address, size_bytes, location if known else "*")
         return 0
 
     @_answers(FAILED)
@@ -281,7 +276,7 @@ class TransferEngine:
         address, size_bytes = _natural(arg0), _natural(arg2)
         if size_bytes > len(data):
             raise RequestError(f"{size_bytes} bytes of {len(data)}")
-        self._check_mapped(address, size_bytes, write=True)
+        self._check_mapped(address, size_bytes)
         ctypes.memmove(address, data, size_bytes)
         return 0
 
@@ -289,15 +284,14 @@ class TransferEngine:
     def read_bytes_from_buffer(self, arg0: int, arg1: int, /) -> bytes:
         """Return `arg1` bytes at address `arg0` of this process, b"" if they are not mapped."""
         address, size_bytes = _natural(arg0), _natural(arg1)
-        self._check_mapped(address, size_bytes, write=False)
+        self._check_mapped(address, size_bytes)
         return ctypes.string_at(address, size_bytes)
 
-    def _check_mapped(self, address: int, size_bytes: int, *, write: bool) -> None:
+    def _check_mapped(self, address: int, size_bytes: int) -> None:
         held = self._started.engine.buffer_at(address) if self._started else None
-        if held and held.view is not None and address + size_bytes <= held.end:
-            return  # registered memory was looked at once
-        if size_bytes and not is_mapped(address, size_bytes, write=write):
-            raise RequestError(f"{address:#x}+{size_bytes} is not mapped in this process")
+        registered = held is not None and held.view is not None and address + size_bytes <= held.end
+        if size_bytes and not registered:  # registered memory was looked at once
+            check_mapped(address, size_bytes)
 
     # ------------------------------------------------------------ transfers
 

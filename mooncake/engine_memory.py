@@ -1,8 +1,7 @@
-"""Memory for the drop-in engine: managed buffers out of slabs, and a look before a blind access."""
+"""Managed buffers of the drop-in engine, out of slabs of registered memory."""
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from mooncake.core.errors import CapacityError, MooncakeError
 from transfer.model import Buffer
@@ -12,7 +11,6 @@ SLAB_BYTES = 16 << 20
 SMALL_BYTES_MAX = 1 << 20
 CLASS_BYTES_MIN = 4 << 10
 MANAGED_MAX = 65_536
-MAPS = Path("/proc/self/maps")
 
 
 class ManagedBuffers:
@@ -73,21 +71,3 @@ class ManagedBuffers:
         address = self._slab.address + self._slab_used
         self._slab_used += size_class
         return address
-
-
-def is_mapped(address: int, size_bytes: int, *, write: bool = True) -> bool:
-    """Return whether this process can read (and write) all of the range, now."""
-    need = "rw" if write else "r"
-    at, end = address, address + size_bytes
-    with MAPS.open() as lines:
-        for line in lines:
-            span, mode, _ = line.split(" ", 2)
-            low, _, high = span.partition("-")
-            if int(high, 16) <= at:
-                continue
-            if int(low, 16) > at or not mode.startswith(need):
-                return False
-            at = int(high, 16)
-            if at >= end:
-                return True
-    return False

@@ -1,13 +1,10 @@
-import mmap
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncake import engine_memory
 from mooncake.core.errors import CapacityError, PeerTimeout
-from mooncake.engine_memory import CLASS_BYTES_MIN, SLAB_BYTES, SMALL_BYTES_MAX, ManagedBuffers, is_mapped
+from mooncake.engine_memory import CLASS_BYTES_MIN, SLAB_BYTES, SMALL_BYTES_MAX, ManagedBuffers
 from transfer.model import Buffer
 
 
@@ -105,25 +102,3 @@ def test_managed_buffers_are_bounded(managed: ManagedBuffers, monkeypatch: pytes
         managed.allocate(10)
     managed.free(address)
     assert managed.allocate(10)
-
-
-def test_ordinary_memory_is_mapped_and_the_null_page_is_not() -> None:
-    array = np.zeros(3 << 20, np.uint8)
-    assert is_mapped(array.ctypes.data, array.nbytes)
-    assert not is_mapped(0, 1)
-    assert not is_mapped(8, 3)
-    assert not is_mapped((1 << 64) - 4096, 4096)
-
-
-def test_a_range_with_a_hole_is_not_mapped() -> None:
-    with mmap.mmap(-1, 4 * mmap.PAGESIZE) as region:
-        address = np.frombuffer(region, np.uint8).ctypes.data
-        assert is_mapped(address, 4 * mmap.PAGESIZE)
-        assert not is_mapped(address, 1 << 46)
-
-
-def test_memory_that_is_only_readable_can_be_read_but_not_written() -> None:
-    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ) as region:
-        address = np.frombuffer(region, np.uint8).ctypes.data
-        assert is_mapped(address, 10, write=False)
-        assert not is_mapped(address, 10)
