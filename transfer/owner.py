@@ -16,6 +16,7 @@ from mooncake.core.errors import (
     PeerTimeout,
     RequestError,
 )
+from mooncake.core.log import as_library
 from mooncake.core.messages import Ok
 from transfer.config import EngineConfig
 from transfer.control import Dialer, Handle, Listener, Session, serve_control
@@ -95,6 +96,7 @@ class Owner:
         Raises:
             ConfigError: an address in use, a bad device or certificate.
         """
+        as_library()
         config = self.config
         tls = config.tls
         data, memory = DataServer(self._registry, self._devices), MemoryServer(self._registry)

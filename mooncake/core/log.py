@@ -31,3 +31,14 @@ def setup(service: str, level: str = "info") -> None:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def as_library(level: str = "warning") -> None:
+    """Where the application has not configured its logs: warnings to stderr, stdout is the application's."""
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # looked up anew: it may be replaced
+        cache_logger_on_first_use=False,
+    )
