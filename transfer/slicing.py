@@ -13,8 +13,10 @@ def cut(size_bytes: int, piece_bytes: int) -> list[tuple[int, int]]:
     assert piece_bytes > 0
     if size_bytes <= 0:
         return []
+    if size_bytes <= piece_bytes:
+        return [(0, size_bytes)]
     count, rest = divmod(size_bytes, piece_bytes)
-    if rest > piece_bytes // 4 or not count:
+    if rest > piece_bytes // 4:
         count += 1
     ends = [piece_bytes * (i + 1) for i in range(count - 1)] + [size_bytes]
     return [(piece_bytes * i, end - piece_bytes * i) for i, end in enumerate(ends)]

@@ -2,6 +2,9 @@
 
 We do not see what a peer does through them, so no mark is ever set and SIEVE gives up the oldest: whoever
 was using it is told by its own NIC, and connects again.
+
+Whoever has a queue pair here is held off other memory only by the NIC's own keys of 32 bits, not by ours of
+128: it is the greeting's secret that decides who gets this far.
 """
 
 import threading
@@ -66,7 +69,7 @@ class Guests:
             raise RequestError(f"there is no NIC {request.nic} here; there are: {', '.join(self._nics)}")
         number, key = id(session), (session.epoch, request.link)
         self._remove([key])  # asked again over a new connection, because the answer was lost
-        while len(self._guests) >= self._max:
+        while len(self._order) >= self._max:
             self._evict()
         pair = nic.queue_pair()
         try:
@@ -116,9 +119,13 @@ class Guests:
             self._remove([key])
 
     def _remove(self, keys: Sequence[Key]) -> None:
+        """Destroy first, forget then: nobody is told that one is gone while another thread destroys it."""
         with self._lock:
-            gone = [guest for key in keys if (guest := self._guests.pop(key, None))]
-            for key in keys:
-                self._order.remove(key)
-        for guest in gone:
+            gone = {key: guest for key in keys if (guest := self._guests.get(key))}
+        for guest in gone.values():
             guest.pair.close()
+        with self._lock:
+            for key, guest in gone.items():
+                if self._guests.get(key) is guest:
+                    del self._guests[key]
+                    self._order.remove(key)

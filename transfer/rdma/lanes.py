@@ -218,36 +218,37 @@ class Lanes:
         """
         if not lanes:
             return None
+        self._destroy(lanes)
+        return _tell(lanes[0].peer, [lane.link for lane in lanes])
+
+    def forget(self, epoch: str) -> None:
+        """Drop the idle lanes to one start of a peer; those in use are dropped by their runs, at once."""
+        with self._changed:
+            for lane in self._lanes.values():
+                lane.doomed |= lane.epoch == epoch
+        self.drop(self.idle(lambda lane: lane.epoch == epoch))
+
+    def close(self, deadline_s: float) -> bool:
+        """Destroy our ends and wait for the runs to drop theirs; return whether all have.
+
+        The owners' ends of idle lanes go with the control connections, which are closed next.
+        """
+        with self._changed:
+            self._closed = True
+            for lane in self._lanes.values():
+                lane.doomed = True
+            self._changed.notify_all()
+        self._destroy(self.idle(lambda _: True))
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._lanes and not self._making, deadline_s)
+
+    def _destroy(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             lane.qp.close()
         with self._changed:
             for lane in lanes:
                 self._remove(lane)
             self._changed.notify_all()
-        return _tell(lanes[0].peer, [lane.link for lane in lanes])
-
-    def forget(self, epoch: str | None) -> None:
-        """Drop the idle lanes to one start of a peer (None = to all); the others go when their run ends."""
-        with self._changed:
-            for lane in self._lanes.values():
-                lane.doomed |= epoch in (None, lane.epoch)
-        by_peer: dict[int, list[Lane]] = {}
-        for lane in self.idle(lambda lane: lane.doomed):
-            by_peer.setdefault(id(lane.peer), []).append(lane)
-        for lanes in by_peer.values():
-            self.drop(lanes)
-
-    def close(self, deadline_s: float) -> bool:
-        """Drop everything and wait for the runs to give back theirs; return whether all have."""
-        end_s = time.monotonic() + deadline_s
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self.forget(None)
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._lanes and not self._making, max(0.0, end_s - time.monotonic())
-            )
 
     def _take(self, peer: Peer, route: Route) -> Lane | None:
         key = (peer.info.epoch, route)

@@ -163,16 +163,17 @@ class Mover:
         for route, pieces in plan.items():
             path = route.path(self._peer.info.name)
             lane = None
-            if self._paths.usable(path):
-                try:
-                    lane = self._lanes.lease(self._peer, route, self._call, wait=not lanes)
-                except PeerError as failure:
-                    self._why = failure
-                    self._avoid[route] = False
-                    if self._call.left_s():  # else it was not the path's fault
-                        self._paths.failed(path, fatal=False)
-            else:
-                self._avoid[route] = False  # on trial, and somebody else is trying
+            try:
+                lane = self._lanes.lease(self._peer, route, self._call, wait=not lanes)
+            except PeerError as failure:
+                self._why = failure
+                self._avoid[route] = False
+                if self._call.left_s():  # else it was not the path's fault
+                    self._paths.failed(path, fatal=False)
+            if lane and not self._paths.usable(path):  # on trial, and somebody else is trying
+                self._avoid[route] = False
+                self._lanes.give_back(lane)
+                lane = None
             if lane is None:
                 self._todo += pieces
                 continue
@@ -293,8 +294,11 @@ class Mover:
         unfenced = self._lanes.drop(broken)
         for piece in [piece for lane in broken for piece in lane.torn]:
             if unfenced and self._op is Opcode.WRITE:
-                why = f"{self._why}; the owner did not confirm within {FENCE_S} s that nothing lands later"
-                self._errors.setdefault(piece.at, PeerTimeout(f"{why}: {unfenced}"))
+                why = (
+                    f"{self._reason()}; the owner did not confirm within {FENCE_S} s that nothing lands later"
+                )
+                kind = PeerGone if isinstance(unfenced, PeerGone) else PeerTimeout
+                self._errors.setdefault(piece.at, kind(f"{why}: {unfenced}"))
             else:
                 self._todo.append(piece)
         for piece in self._todo:

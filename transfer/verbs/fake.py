@@ -89,7 +89,7 @@ class FakeQueuePair:
     def connect(self, remote: QpInfo) -> None:
         """See QueuePair."""
         with self.nic.fabric.lock:
-            if not self.nic.up or frozenset((self.nic.info.gid, remote.gid)) in self.nic.fabric.cuts:
+            if self.nic.unroutable or frozenset((self.nic.info.gid, remote.gid)) in self.nic.fabric.cuts:
                 raise PeerGone(f"{self.nic.info.name}: no route to {remote.nic}")
             self.remote = remote
 
@@ -157,6 +157,8 @@ class FakeNic:
         self.depth = DEPTH
         self.memories: dict[int, FakeMemory] = {}
         self.up = True
+        self.unroutable = False
+        """No queue pair can be connected."""
         self.hold = False
         """Nothing completes as long as this is set."""
         self.per_poll = DEPTH

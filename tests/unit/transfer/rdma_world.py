@@ -22,12 +22,15 @@ class FakeClock:
 
     def __init__(self):
         self.time_s = 100.0
+        self.on_nap = None
 
     def now_s(self):
         return self.time_s
 
     def nap(self, nap_s):
         self.time_s += nap_s
+        if self.on_nap:
+            self.on_nap()
 
 
 class FakeSession:

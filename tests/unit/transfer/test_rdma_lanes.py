@@ -10,7 +10,7 @@ from transfer.messages import NicInfo, QpInfo, RdmaConnect, RdmaDisconnect
 from transfer.model import Call, Opcode
 from transfer.rdma.routes import Route, choose, near_and_far, rail_name, tiers
 from transfer.topology import Topology
-from transfer.verbs.fake import Fabric
+from transfer.verbs.fake import DEPTH, Fabric
 
 ONE = ("mlx0",)
 
@@ -58,6 +58,30 @@ def test_with_fewer_endpoints_than_nics_everything_still_arrives():
     a, _b, peer, mine, theirs = pair(devices=devices, places={"cpu:0": (devices, [])}, endpoints_max=1)
     a.move(peer, Opcode.WRITE, mine, theirs)
     assert live(a) == 1
+
+
+def test_when_a_lane_turns_out_dead_the_idle_ones_beside_it_are_dropped_too():
+    a, b, peer, mine, theirs = pair(devices=ONE)
+    more = a.buffer(PIECE)
+
+    def second_run(_):
+        a.nics["mlx0"].on_post = None
+        assert a.run(peer, Opcode.READ, [whole(more, b.describe(theirs))]) == []
+
+    a.nics["mlx0"].on_post = second_run
+    a.move(peer, Opcode.READ, mine, theirs)
+    assert live(a) == 2
+    peer.session.end()  # the owner lost the control connection
+    a.move(peer, Opcode.READ, mine, theirs)
+    assert live(a) == 1
+    assert a.events["failed"] == 1
+
+
+def test_a_connection_that_fails_on_our_side_leaves_nothing_at_the_owner():
+    a, b, peer, mine, theirs = pair(devices=ONE)
+    a.nics["mlx0"].unroutable = True
+    assert errors(a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))])) == {0: PeerGone}
+    assert live(a) == live(b) == 0
 
 
 def test_waiting_for_an_endpoint_ends_with_the_call_or_when_one_is_free():
@@ -119,7 +143,8 @@ def test_forgetting_a_peer_drops_its_lanes_and_no_others():
     a.move(peers[0], Opcode.READ, mine, theirs[0])
 
 
-def test_a_lane_in_use_when_its_peer_is_forgotten_is_dropped_by_its_run():
+@pytest.mark.parametrize(("per_poll", "pairs_made"), [(1, 2), (DEPTH, 1)])
+def test_a_lane_in_use_when_its_peer_is_forgotten_is_dropped_by_its_run(per_poll, pairs_made):
     a, _b, peer, mine, theirs = pair(devices=ONE)
     nic = a.nics["mlx0"]
 
@@ -127,21 +152,33 @@ def test_a_lane_in_use_when_its_peer_is_forgotten_is_dropped_by_its_run():
         nic.on_post = None
         a.transport.forget(peer)
 
-    nic.on_post, nic.per_poll = forget, 1
+    nic.on_post, nic.per_poll = forget, per_poll
     a.move(peer, Opcode.READ, mine, theirs)
     assert peer.disconnected() == [1]
-    assert nic.pairs_made == 2
+    assert nic.pairs_made == pairs_made
+    assert live(a) == pairs_made - 1
 
 
-def test_close_drops_everything_at_both_ends_and_ends_later_runs():
+def test_close_drops_everything_and_ends_later_runs():
     a, b, peer, mine, theirs = pair()
     a.move(peer, Opcode.READ, mine, theirs)
     info = b.describe(theirs)
     a.transport.close()
     a.transport.close()
-    assert live(a) == live(b) == 0
+    assert live(a) == 0
+    peer.session.end()
+    assert live(b) == 0
     assert not a.transport.reaches(peer, mine, info)
     assert list(errors(a.run(peer, Opcode.READ, [whole(mine, info)]))) == [0]
+
+
+def test_close_waits_for_a_run_and_ends_it():
+    a, b, peer, mine, theirs = pair(devices=ONE)
+    closing = threading.Thread(target=a.transport.close)
+    a.nics["mlx0"].hold, a.nics["mlx0"].on_post = True, lambda _: closing.is_alive() or closing.start()
+    assert list(errors(a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))]))) == [0]
+    closing.join(10.0)
+    assert live(a) == live(b) == 0
 
 
 # ---------------------------------------------------------------- the owner's half
@@ -189,6 +226,40 @@ def test_disconnect_destroys_the_named_links_of_that_engine_only():
     assert live(owner) == 2
 
 
+def test_disconnect_answers_only_when_the_queue_pair_is_gone_also_if_another_thread_destroys_it():
+    owner = Engine(Fabric(), "o:1", ONE)
+    session = FakeSession("e1")
+    owner.transport.handle(session, request(1))
+    [made] = owner.nics["mlx0"].fabric.pairs.values()
+    destroying, go_on = threading.Event(), threading.Event()
+    close = made.close
+
+    def slow_close():
+        destroying.set()
+        assert go_on.wait(10.0)
+        close()
+
+    made.close = slow_close
+    threads = [threading.Thread(target=session.end)]
+    threads[0].start()
+    assert destroying.wait(10.0)
+    answered = []
+
+    def disconnect():
+        owner.transport.handle(FakeSession("e1"), RdmaDisconnect(links=[1]))
+        answered.append(live(owner))
+
+    destroying.clear()
+    threads.append(threading.Thread(target=disconnect))
+    threads[1].start()
+    assert destroying.wait(10.0)  # the second thread waits for the queue pair as well
+    assert answered == []
+    go_on.set()
+    for thread in threads:
+        thread.join(10.0)
+    assert answered == [0]
+
+
 def test_a_connect_that_is_asked_again_replaces_the_first_and_outlives_its_connection():
     owner = Engine(Fabric(), "o:1", ONE)
     lost, fresh = FakeSession("e1"), FakeSession("e1")
@@ -204,7 +275,7 @@ def test_a_nic_that_is_not_there_and_a_full_device_are_refused_and_leave_nothing
     session = FakeSession("e1")
     with pytest.raises(RequestError, match="no NIC mlx7"):
         owner.transport.handle(session, request(nic="mlx7"))
-    owner.nics["mlx0"].up = False
+    owner.nics["mlx0"].unroutable = True
     with pytest.raises(PeerGone, match="no route"):
         owner.transport.handle(session, request())
     owner.nics["mlx0"].pairs_max = 0

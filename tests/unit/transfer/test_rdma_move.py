@@ -12,7 +12,8 @@ from tests.unit.transfer.rdma_world import PIECE, Engine, FakePeer, errors, pair
 from transfer.health import PathState
 from transfer.messages import BufferInfo, RdmaConnect, RdmaDisconnect
 from transfer.model import Call, Opcode
-from transfer.rdma.config import ATTEMPTS, STALL_S
+from transfer.rdma import lanes as lanes_module
+from transfer.rdma.config import ATTEMPTS, GIVES_UP_S, STALL_S
 from transfer.verbs.fake import DEPTH, Fabric
 
 BOTH = {"cpu:0": (["mlx0", "mlx1"], [])}
@@ -74,6 +75,15 @@ def test_the_configured_depth_bounds_what_is_in_flight():
     assert max(in_flight) == 2
 
 
+def test_the_bytes_in_flight_are_bounded_too(monkeypatch):
+    monkeypatch.setattr(lanes_module, "WINDOW_BYTES", 3 * PIECE)
+    a, _b, peer, mine, theirs = pair(8 * PIECE, devices=["mlx0"])
+    in_flight = []
+    a.nics["mlx0"].on_post = lambda pair: in_flight.append(len(pair._posted))
+    a.move(peer, Opcode.READ, mine, theirs)
+    assert max(in_flight) == 3
+
+
 # ---------------------------------------------------------------- choice of NICs
 
 
@@ -106,6 +116,15 @@ def test_a_busy_nic_gets_less():
     failures = a.run(peer, Opcode.READ, [part(mine, b.describe(theirs), 0, PIECE)])  # one piece: on mlx0
     assert failures == []
     assert posted_on_idle == [1]
+
+
+def test_pieces_of_different_locations_share_the_nics_evenly():
+    places = {"cpu:0": (["mlx0", "mlx1"], []), "cpu:1": (["mlx0", "mlx1"], [])}
+    a, b, peer, mine, theirs = pair(places=places)
+    other = a.buffer(PIECE, "cpu:1")
+    info = b.describe(theirs)
+    assert a.run(peer, Opcode.READ, [part(mine, info, 0, PIECE), part(other, info, 0, PIECE, 1)]) == []
+    assert a.nics["mlx0"].bytes_moved == a.nics["mlx1"].bytes_moved == PIECE
 
 
 def test_two_ports_of_a_device_are_two_rails():
@@ -174,14 +193,14 @@ def test_an_owner_that_died_is_gone_not_refusing():
 
 @pytest.mark.parametrize("op", list(Opcode))
 def test_a_queue_pair_that_dies_in_the_middle_is_replaced_and_the_rest_is_moved(op):
-    a, _b, peer, mine, theirs = pair(devices=["mlx0"])
+    a, _b, peer, mine, theirs = pair(64 * PIECE, devices=["mlx0"])  # more than one burst
     nic = a.nics["mlx0"]
     nic.kill_next, nic.on_post = 5, lambda _: setattr(nic, "kill_next", None)
     a.move(peer, op, mine, theirs)
     assert nic.pairs_made == 2
     assert peer.disconnected() == [1]
-    assert a.bytes["moved"] == 16 * PIECE
-    assert a.bytes["retried"] == 11 * PIECE
+    assert a.bytes["moved"] == 64 * PIECE
+    assert a.bytes["retried"] == 59 * PIECE
 
 
 def test_a_path_that_breaks_every_time_is_given_up_after_a_few_attempts():
@@ -189,6 +208,15 @@ def test_a_path_that_breaks_every_time_is_given_up_after_a_few_attempts():
     a.nics["mlx0"].kill_next = 1
     assert errors(a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))])) == {0: PeerGone}
     assert a.nics["mlx0"].pairs_made == ATTEMPTS
+
+
+def test_many_bad_paths_cost_no_more_attempts_than_one():
+    devices = [f"mlx{i}" for i in range(4)]
+    a, b, peer, mine, theirs = pair(devices=devices, places={"cpu:0": (devices, [])})
+    for nic in a.nics.values():
+        nic.kill_next = 0
+    assert errors(a.run(peer, Opcode.READ, [part(mine, b.describe(theirs), 0, PIECE)])) == {0: PeerGone}
+    assert sum(nic.pairs_made for nic in a.nics.values()) == ATTEMPTS
 
 
 @pytest.mark.parametrize("side", ["ours", "theirs"])
@@ -204,6 +232,7 @@ def test_without_a_preferred_nic_a_secondary_one_is_used():
     a, _b, peer, mine, theirs = pair(places=FIRST)
     a.nics["mlx0"].up = False
     a.move(peer, Opcode.READ, mine, theirs)
+    assert a.nics["mlx0"].pairs_made == 0
     assert a.nics["mlx1"].bytes_moved == 16 * PIECE
 
 
@@ -230,6 +259,23 @@ def test_a_dead_path_is_quarantined_and_tried_again_after_a_while():
     a.move(peer, Opcode.READ, mine, theirs)
     assert mlx0.pairs_made == made + 1
     assert mlx0.bytes_moved > 0
+    a.move(peer, Opcode.READ, mine, theirs)
+    a.move(peer, Opcode.READ, mine, theirs)
+    assert a.transport.states() == {"rdma/mlx0-mlx0@b:1": PathState.USABLE}
+
+
+def test_a_path_on_trial_is_tried_by_one_run_at_a_time():
+    a, b, peer, mine, theirs = pair(devices=["mlx0"])
+    slices = [whole(mine, b.describe(theirs))]
+    nic = a.nics["mlx0"]
+    nic.kill_next = 0
+    assert errors(a.run(peer, Opcode.READ, slices)) == {0: PeerGone}
+    a.clock.nap(10.0)
+    nic.kill_next = None
+    outcomes = []
+    nic.on_post = lambda _: outcomes.append(errors(a.run(peer, Opcode.READ, slices)))
+    assert a.run(peer, Opcode.READ, slices) == []
+    assert outcomes == [{0: PeerGone}]
 
 
 def test_with_every_path_dead_the_slices_come_back_and_nothing_is_reached():
@@ -306,7 +352,7 @@ def test_without_the_owners_answer_a_write_may_land_and_the_failure_says_so():
 
 
 def test_a_write_that_is_not_fenced_is_not_repeated_but_a_read_is():
-    for op, expected in ((Opcode.WRITE, {0: PeerTimeout}), (Opcode.READ, {})):
+    for op, expected in ((Opcode.WRITE, {0: PeerGone}), (Opcode.READ, {})):
         a, b, peer, mine, theirs = pair(places=BOTH)
         peer.unanswered[RdmaDisconnect] = PeerGone("control connection lost")
         for nic in a.nics.values():
@@ -331,6 +377,37 @@ def test_a_deadline_that_passes_under_way_ends_the_run():
     assert errors(a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))], call)) == {0: PeerTimeout}
     assert a.transport.states() == {}, "a short deadline is not the path's fault"
     assert peer.disconnected() == [1]
+
+
+@pytest.mark.parametrize("ending", ["deadline", "cancelled"])
+def test_calls_that_pass_without_any_completion_count_against_the_path_unless_cancelled(ending):
+    a, b, peer, mine, theirs = pair(devices=["mlx0"])
+    a.nics["mlx0"].hold = True
+    for _ in range(3):
+        call, began_s = Call(60.0), a.clock.now_s()
+
+        def pass_away(call=call, began_s=began_s):
+            if a.clock.now_s() > began_s + 2 * GIVES_UP_S:
+                call.cancel() if ending == "cancelled" else setattr(call, "end_s", 0.0)
+
+        a.clock.on_nap = pass_away
+        a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))], call)
+    quarantined = {"rdma/mlx0-mlx0@b:1": PathState.QUARANTINED}
+    assert a.transport.states() == (quarantined if ending == "deadline" else {})
+
+
+def test_a_deadline_that_passes_while_connecting_is_not_the_paths_fault():
+    a, b, _, mine, theirs = pair()
+    call = Call(60.0)
+
+    class LatePeer(FakePeer):
+        def ask(self, message, kind, deadline_s):
+            call.end_s = 0.0
+            raise PeerTimeout("too late")
+
+    peer = LatePeer(a, b)
+    assert errors(a.run(peer, Opcode.READ, [whole(mine, b.describe(theirs))], call)) == {0: PeerTimeout}
+    assert a.transport.states() == {}
 
 
 def test_what_was_done_before_a_cancellation_is_not_reported_as_failed():
