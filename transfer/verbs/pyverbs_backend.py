@@ -1,6 +1,6 @@
 """Verbs by rdma-core's own pyverbs, as Debian 12 packages it (44): the second backend (docs/adr/0003).
 
-Its traps, measured (benchmarks/LOG.md, "verbs"), and what is done about each:
+Its traps (measured, see docs/adr/0003), and what is done about each:
 
 - It never lets go of the interpreter lock, so its blocking wait deadlocks a process: only polling.
 - SGE and SendWR leak 64 bytes each when they are dropped, and their `close` is a bare free: a queue pair
