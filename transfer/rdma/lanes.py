@@ -51,7 +51,6 @@ class Lane:
         """Has carried something. One that has and then fails may merely have been evicted by the owner."""
         self.doomed = False
         """Set by others: whoever uses it must drop it."""
-        self.leased = True
         self.queue: deque[Piece] = deque()
         self.flying: dict[int, Piece] = {}
         self.torn: list[Piece] = []
@@ -195,7 +194,6 @@ class Lanes:
         assert not lane.queue
         assert not lane.flying
         with self._changed:
-            lane.leased = False
             if not lane.doomed:
                 self._idle.setdefault((lane.epoch, lane.route), []).append(lane)
                 self._changed.notify_all()
@@ -258,7 +256,6 @@ class Lanes:
         lane = lanes.pop()
         if not lanes:
             del self._idle[key]
-        lane.leased = True
         self._sieve.touch(lane.link)
         return lane
 

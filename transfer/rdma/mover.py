@@ -81,6 +81,7 @@ class Mover:
         self._errors: dict[int, MooncakeError] = {}
         self._refused: set[int] = set()  # numbers of remote buffers
         self._avoid: dict[Route, bool] = {}  # failed in this run -> a fresh lane may still do
+        self._active: list[Lane] = []  # leased, and being driven
         self._broken: list[Lane] = []  # our end is destroyed, the owner's not yet
         self._why: MooncakeError = PeerGone(f"{peer.info.name}: no usable rdma path")
         self._groups = self._grouped()
@@ -92,21 +93,35 @@ class Mover:
 
     def run(self) -> list[Failure]:
         """Move all; see Transport.run."""
+        try:
+            self._rounds()
+        except BaseException:  # a bug or an interrupt: still nothing may stay in flight
+            self._end(list(self._active))
+            raise
+        for piece in self._todo:
+            self._errors.setdefault(piece.at, self._reason())
+        return [Failure(self._slices[at], error) for at, error in sorted(self._errors.items())]
+
+    def _rounds(self) -> None:
         attempts = 0
         while self._todo and attempts < ATTEMPTS and self._call.left_s():
             plan = self._plan()
             if not plan:
-                break
+                return
             if attempts:
                 for route, pieces in plan.items():
                     size_bytes = sum(piece.size_bytes for piece in pieces)
                     self._meter(route.path(self._peer.info.name), "retried", size_bytes, 0.0)
-            lanes = self._lease(plan)
-            self._drive(lanes)
-            attempts += self._end_round() or not lanes
-        for piece in self._todo:
-            self._errors.setdefault(piece.at, self._reason())
-        return [Failure(self._slices[at], error) for at, error in sorted(self._errors.items())]
+            if self._lease(plan):
+                self._drive()
+                attempts += self._end_round()
+            else:
+                attempts += 1
+
+    def _end(self, lanes: list[Lane]) -> None:
+        for lane in lanes:
+            lane.tear()
+        self._lanes.drop([*lanes, *self._broken])
 
     def _reason(self) -> MooncakeError:
         try:
@@ -157,14 +172,17 @@ class Mover:
     def _may_take_again(self, route: Route) -> bool:
         return self._avoid.get(route, False) and self._paths.admits(route.path(self._peer.info.name))
 
-    def _lease(self, plan: dict[Route, list[Piece]]) -> list[Lane]:
-        """Get a lane for each planned route and load it; what gets none stays to do for the next round."""
-        lanes: list[Lane] = []
+    def _lease(self, plan: dict[Route, list[Piece]]) -> bool:
+        """Get a lane for each planned route and load it; what gets none stays to do for the next round.
+
+        Returns:
+            Whether there is any.
+        """
         for route, pieces in plan.items():
             path = route.path(self._peer.info.name)
             lane = None
             try:
-                lane = self._lanes.lease(self._peer, route, self._call, wait=not lanes)
+                lane = self._lanes.lease(self._peer, route, self._call, wait=not self._active)
             except PeerError as failure:
                 self._why = failure
                 self._avoid[route] = False
@@ -178,24 +196,22 @@ class Mover:
                 self._todo += pieces
                 continue
             lane.load(pieces, self._clock.now_s())
-            lanes.append(lane)
-        return lanes
+            self._active.append(lane)
+        return bool(self._active)
 
     # ------------------------------------------------------------ moving
 
-    def _drive(self, lanes: Sequence[Lane]) -> None:
+    def _drive(self) -> None:
         """Post and poll until every lane is empty, broken, or out of time."""
-        active = list(lanes)
         quiet = 0
-        while active:
-            if not self._call.left_s():
-                for lane in active:
-                    self._stop(lane)
-                return
+        while self._active:
             news = False
-            for lane in active:
-                news |= self._step(lane)
-            active = [lane for lane in active if lane.leased]
+            in_time = self._call.left_s()
+            for lane in list(self._active):
+                if in_time:
+                    news |= self._step(lane)
+                else:
+                    self._stop(lane)
             quiet = 0 if news else quiet + 1
             if quiet > SPINS:
                 self._clock.nap(min(NAP_S_MAX, NAP_S * (quiet - SPINS)))
@@ -238,10 +254,10 @@ class Mover:
             case WorkStatus.REFUSED:
                 self._refused.add(self._slices[piece.at].theirs.buffer_id)
                 self._todo.append(piece)
-            case WorkStatus.FLUSHED:
-                self._todo.append(piece)  # never sent: no fence needed
             case _:
-                lane.torn.append(piece)
+                lane.torn.append(
+                    piece
+                )  # also if flushed: it may have been sent before, and only the answer lost
         return False
 
     def _work(self, route: Route, number: int, piece: Piece) -> Work:
@@ -251,6 +267,7 @@ class Mover:
         return Work(number, self._op, piece.local, lkey, piece.remote, rkey, piece.size_bytes)
 
     def _finish(self, lane: Lane) -> None:
+        self._active.remove(lane)
         self._paths.succeeded(lane.path)
         self._count(lane)
         self._lanes.give_back(lane)
@@ -262,6 +279,7 @@ class Mover:
             hung = late and self._clock.now_s() - lane.began_s > GIVES_UP_S
             self._break(lane, PeerTimeout(f"{lane.path}: deadline passed"), blame=hung)
         else:
+            self._active.remove(lane)
             self._todo += lane.unload()
             self._count(lane)
             self._lanes.give_back(lane)
@@ -269,7 +287,7 @@ class Mover:
     def _break(self, lane: Lane, error: MooncakeError, *, blame: bool = True) -> None:
         """Destroy our end of `lane`; with `blame` its path is at fault, and other idle lanes on it go too."""
         lane.tear()
-        lane.leased = False
+        self._active.remove(lane)
         self._todo += lane.unload()
         self._broken.append(lane)
         self._count(lane)
