@@ -25,6 +25,15 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 import structlog
 
 from mooncake.core.errors import MooncakeError, PeerError, PeerTimeout, RequestError
+from mooncake.engine_rpc import (
+    CoroRPCInterface,
+    ReceivedData,
+    ReceivedTensor,
+    RpcInterface,
+    create_rpc_client,
+    create_rpc_server,
+)
+from mooncake.engine_segment import SharedSegment
 from mooncake.engine_start import TRANSPORTS, Started, log_to_stderr
 from transfer import engine as transfer_engine
 from transfer.batch import Batch
@@ -32,6 +41,28 @@ from transfer.memory import check_mapped
 from transfer.model import Call, Opcode
 from transfer.naming import P2P
 from transfer.topology import Topology, parse_names
+
+__all__ = [
+    "SUPPORT_CUDA",
+    "SUPPORT_EFA",
+    "SUPPORT_HIP",
+    "SUPPORT_INTRA_NVLINK",
+    "SUPPORT_MNNVL",
+    "SUPPORT_MUSA",
+    "CoroRPCInterface",
+    "InnerTransferEngine",
+    "Read",
+    "ReceivedData",
+    "ReceivedTensor",
+    "RpcInterface",
+    "SharedSegment",
+    "TransferEngine",
+    "TransferNotify",
+    "TransferOpcode",
+    "Write",
+    "create_rpc_client",
+    "create_rpc_server",
+]
 
 SUPPORT_CUDA = False
 SUPPORT_EFA = False

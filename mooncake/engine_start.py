@@ -54,7 +54,7 @@ class Started:
         Raises:
             ConfigError: a setting is wrong; PeerError: the metadata server cannot be reached.
         """
-        env = read_env(os.environ)
+        env = environment()
         self.env = env
         self.naming: Naming = naming_of(metadata, env.secret)
         place = host if metadata == P2P or _resolves(_host_of(host)) else _own_address()
@@ -147,7 +147,8 @@ def _start(host: str, protocol: str, devices: str, env: EngineEnv) -> TransferEn
         if protocol == "rdma" or nics:
             reason = f"{', '.join(nics) or 'any device'} is missing in {INFINIBAND}"
             log.warning("mooncake.engine: no RDMA here", reason=reason, using=transports)
-    name, bind = _hosts(host, env)
+    name = _host_of(host)
+    bind = bind_host(name, env)
     given = {
         "nic_port": env.nic_port, "gid_index": env.gid_index, "topology": env.topology or None,
         "slice_bytes": env.slice_bytes, "endpoints_max": env.endpoints_max,
@@ -189,18 +190,22 @@ def _own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def _hosts(host: str, env: EngineEnv) -> tuple[str, str]:
-    """Return (how peers call this host, the address to listen at)."""
-    name = _host_of(host)
-    bind = env.bind_host or name
-    if is_loopback(bind) or env.secret:
-        return name, bind
+def environment() -> EngineEnv:
+    """Return the settings of this process; raises as read_env."""
+    return read_env(os.environ)
+
+
+def bind_host(host: str, env: EngineEnv) -> str:
+    """Return the address to listen at, for peers that call this host `host`: loopback without a secret."""
+    wanted = env.bind_host or host
+    if is_loopback(wanted) or env.secret:
+        return wanted
     log.warning(
-        "mooncake.engine: only peers on this host can reach this engine: set MOONCAKE_SECRET or "
-        "MOONCAKE_SECRET_FILE on all hosts",
-        host=bind,
+        "mooncake.engine: only peers on this host can connect: set MOONCAKE_SECRET or MOONCAKE_SECRET_FILE "
+        "on all hosts",
+        host=wanted,
     )
-    return name, "127.0.0.1"
+    return "127.0.0.1"
 
 
 def _listen(config: EngineConfig, env: EngineEnv) -> TransferEngine:
