@@ -561,6 +561,20 @@ def test_forced_tcp_moves_bytes_without_shared_memory(monkeypatch: pytest.Monkey
     there.engine.close()
 
 
+def test_a_peer_that_does_not_answer_costs_the_handshake_s_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MC_HANDSHAKE_CONNECT_TIMEOUT", "0.05")  # upstream's probe was measured to take 61.8 s
+    here = Node()
+    with socket.socket() as listening:
+        listening.bind((HOST, 0))
+        listening.listen()
+        silent = f"{HOST}:{listening.getsockname()[1]}"
+        assert here.engine.send_probe(silent) == -102
+        assert here.engine.transfer_sync_write(silent, here.address, 4096, 1) == -1
+        assert here.engine.batch_transfer_async_write(silent, [here.address], [4096], [1]) == 0
+        assert here.engine.get_first_buffer_address(silent) == 0
+    here.engine.close()
+
+
 # ---------------------------------------------------------------- names and who may come in
 
 
