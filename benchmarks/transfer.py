@@ -128,7 +128,8 @@ def report(samples: list[Sample], names: list[str], skipped: dict[str, str]) -> 
         for figure, title in FIGURES.items() if here else ():
             harness.show(f"{medium}: {title.format(here[0])}", table(samples, here, cells, figure))
     bars = [judge(samples, bar) for bar in BARS]
-    harness.show("Bars: medians of ratios over rounds, the worst cell decides", bars)
+    rounds = len({s.round for s in samples})
+    harness.show(f"Bars: medians of ratios over {rounds} rounds, the worst cell decides", bars)
     if skipped:
         harness.show("Skipped", [{"contender": n, "why": why} for n, why in skipped.items()])
     return bars
