@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from mooncake.core.errors import PeerError, PeerGone
+from mooncake.core.errors import MooncakeError, PeerError, PeerGone
 from transfer.batch import Batch
 from transfer.health import Health, PathState, rank
 from transfer.metrics import TransferMetrics
@@ -74,6 +74,9 @@ class Dispatcher:
         """Move one part of a batch to its end; never raises."""
         try:
             self._move(batch, peer, slices, (), chosen)
+        except Exception as error:
+            log.exception("transfer.bug", peer=peer.name)
+            batch.fail([Failure(piece, MooncakeError(f"internal error: {error!r}")) for piece in slices])
         finally:
             batch.part_ended()
 
@@ -92,7 +95,7 @@ class Dispatcher:
         failures = self._attempt(batch, peer, chosen, slices)
         if not failures:
             return
-        again = [f for f in failures if isinstance(f.error, PeerError) and f.error.retryable]
+        again = [f for f in failures if f.error.retryable]
         batch.fail([f for f in failures if f not in again])
         tried = (*tried, chosen)
         if not again or batch.call.left_s() == 0 or len(tried) >= ATTEMPTS_MAX:
@@ -124,7 +127,7 @@ class Dispatcher:
         self._metrics.moved(name, peer.name, batch.op, size_bytes - failed_bytes, now_s - start_s)
         if failures:
             self._metrics.failed(name, peer.name, batch.op, failed_bytes, failures[0].error.code)
-        if failures or (peer.doubted and counts):
+        if (failures or (peer.doubted and counts)) and not self._transports[name].judges_itself:
             self._judge(batch, peer, name, failures, start_s)
         return failures
 

@@ -160,6 +160,8 @@ class Transport(Protocol):
     """One way to move bytes. Methods are called from several threads at once."""
 
     name: str
+    judges_itself: bool
+    """It leaves broken paths alone by itself, which `reaches` shows; nobody else has to."""
 
     def register(self, buffer: Buffer) -> None:
         """Prepare `buffer` for this transport (pin it, make keys). Not able to: then not reachable."""

@@ -95,8 +95,11 @@ class Owner:
 
         Raises:
             ConfigError: an address in use, a bad device or certificate.
+            RequestError: it was started before.
         """
         as_library()
+        if self.name or self._closed:
+            raise RequestError("an engine starts once")
         config = self.config
         tls = config.tls
         data, memory = DataServer(self._registry, self._devices), MemoryServer(self._registry)

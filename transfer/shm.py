@@ -28,6 +28,7 @@ class ShmTransport:
     """model.Transport between processes of one user on one host."""
 
     name = "shm"
+    judges_itself = False
 
     def __init__(
         self, epoch: str, host: str, registry: Registry, dialer: Dialer, server: MemoryServer

@@ -67,6 +67,7 @@ class StagedTransport:
     def __init__(self, inner: Transport, devices: Devices) -> None:
         """`inner` moves host memory."""
         self.name = inner.name
+        self.judges_itself = inner.judges_itself
         self._inner = inner
         self._devices = devices
 

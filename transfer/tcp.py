@@ -216,6 +216,7 @@ class TcpTransport:
     """model.Transport over data connections."""
 
     name = "tcp"
+    judges_itself = False
 
     def __init__(self, dialer: Dialer, connections: int = 4) -> None:
         """`connections` per peer."""

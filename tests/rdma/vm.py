@@ -119,22 +119,34 @@ def run_guest(
     script: str, *, vcpus: int = 2, memory_mib: int = 1024, timeout_s: float = 300.0
 ) -> GuestResult:
     """Run `script` in one guest, whose network leads nowhere."""
-    with _Guest(script, ADDRESSES[0], "hubport,id=net0,hubid=0", (), vcpus, memory_mib) as guest:
+    with _Guest(script, ADDRESSES[0], ["hubport,id=net0,hubid=0"], (), vcpus, memory_mib) as guest:
         _wait([guest], timeout_s)
         return guest.result()
 
 
 def run_two_guests(
-    script_a: str, script_b: str, *, vcpus: int = 1, memory_mib: int = 1024, timeout_s: float = 300.0
+    script_a: str,
+    script_b: str,
+    *,
+    cables: int = 1,
+    vcpus: int = 1,
+    memory_mib: int = 1024,
+    timeout_s: float = 300.0,
 ) -> tuple[GuestResult, GuestResult]:
-    """Run two guests at the two ends of one cable: 10.0.0.1 runs `script_a`, 10.0.0.2 `script_b`."""
-    ends = socket.socketpair()
+    """Run two guests at the two ends of a cable: 10.0.0.1 runs `script_a`, 10.0.0.2 `script_b`.
+
+    Further cables are eth1, ... without an address.
+    """
+    pairs = [socket.socketpair() for _ in range(cables)]
     with contextlib.ExitStack() as stack:
         guests = []
-        for script, address, end in zip((script_a, script_b), ADDRESSES, ends, strict=True):
-            with end:
-                net = f"socket,id=net0,fd={end.fileno()}"
-                guest = _Guest(script, address, net, (end.fileno(),), vcpus, memory_mib)
+        for script, address, ends in zip(
+            (script_a, script_b), ADDRESSES, zip(*pairs, strict=True), strict=True
+        ):
+            with contextlib.ExitStack() as held:
+                fds = tuple(held.enter_context(end).fileno() for end in ends)
+                nets = [f"socket,id=net{i},fd={fd}" for i, fd in enumerate(fds)]
+                guest = _Guest(script, address, nets, fds, vcpus, memory_mib)
             guests.append(stack.enter_context(guest))
         _wait(guests, timeout_s)
         return guests[0].result(), guests[1].result()
@@ -144,7 +156,7 @@ class _Guest:
     """One qemu process and its folder of files. Leaving the context kills and removes both."""
 
     def __init__(
-        self, script: str, address: str, net: str, fds: tuple[int, ...], vcpus: int, memory_mib: int
+        self, script: str, address: str, nets: list[str], fds: tuple[int, ...], vcpus: int, memory_mib: int
     ) -> None:
         assert 1 <= vcpus <= 2
         assert memory_mib <= MEMORY_MIB_MAX
@@ -155,7 +167,7 @@ class _Guest:
         self.started_s = time.monotonic()
         self.ended_s: float | None = None
         self.process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *self._command(address, net, vcpus, memory_mib)],
+            ["setpriv", "--pdeathsig", "KILL", *self._command(address, nets, vcpus, memory_mib)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(self.folder / "qemu").open("w"),
@@ -163,7 +175,7 @@ class _Guest:
             start_new_session=True,
         )
 
-    def _command(self, address: str, net: str, vcpus: int, memory_mib: int) -> list[str]:
+    def _command(self, address: str, nets: list[str], vcpus: int, memory_mib: int) -> list[str]:
         words = "quiet loglevel=4 panic=-1 no_timer_check tsc=reliable mitigations=off"
         return [
             *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(vcpus)),
@@ -173,8 +185,7 @@ class _Guest:
             *("-serial", f"file:{self.folder / 'console'}", "-serial", f"file:{self.folder / 'output'}"),
             "-virtfs",
             "local,path=/,mount_tag=hostroot,security_model=none,readonly=on,multidevs=remap",
-            *("-netdev", net, "-device"),
-            f"virtio-net-pci,netdev=net0,mac=52:54:00:00:00:0{address[-1]},host_mtu=9000,romfile=",
+            *(word for i, net in enumerate(nets) for word in _nic(i, net, address)),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"),
         ]
 
@@ -211,6 +222,13 @@ class _Guest:
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _nic(number: int, net: str, address: str) -> tuple[str, ...]:
+    """Return the options of the guest's network card eth`number`."""
+    mac = f"52:54:00:00:0{number}:0{address[-1]}"
+    card = f"virtio-net-pci,netdev=net{number},mac={mac},host_mtu=9000,romfile="
+    return "-netdev", net, "-device", card
 
 
 def _wait(guests: list[_Guest], timeout_s: float) -> None:

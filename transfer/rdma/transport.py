@@ -81,6 +81,7 @@ class RdmaTransport:
     """See model.Transport. Made by `open_rdma`."""
 
     name = "rdma"
+    judges_itself = True
 
     def __init__(
         self,

@@ -419,6 +419,8 @@ def test_misuse_is_an_error_never_a_crash(make_engine, tmp_path):
             call()
     engine.close()
     closed = make_engine()
+    with pytest.raises(RequestError, match="starts once"):
+        closed.start()
     closed.close()
     closed.close()
     with pytest.raises(RequestError, match="closed"):

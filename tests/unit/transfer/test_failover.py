@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from mooncake.core.errors import PeerGone, RequestError
+from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, RequestError
 from transfer.batch import Batch
 from transfer.config import EngineConfig
 from transfer.dispatch import ATTEMPTS_MAX
@@ -122,6 +122,7 @@ class Broken:
     """A transport on which everything fails."""
 
     name = "broken"
+    judges_itself = False
 
     def __init__(self, error) -> None:
         self.error = error
@@ -138,7 +139,17 @@ class Broken:
         return [Failure(piece, self.error) for piece in slices]
 
 
-@pytest.mark.parametrize(("error", "runs"), [(PeerGone("cut"), 2), (RequestError("no"), 1)])
+def test_a_bug_in_a_transport_is_an_error_of_the_batch_never_a_success(pair, monkeypatch):
+    here, there = pair
+    mine, theirs = here.allocate(4096), there.allocate(4096)
+    monkeypatch.setattr(here._transports["shm"], "run", lambda *_: 1 / 0)
+    with pytest.raises(MooncakeError, match="ZeroDivision"):
+        here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 4096)
+
+
+@pytest.mark.parametrize(
+    ("error", "runs"), [(PeerGone("cut"), 2), (CapacityError("full"), 2), (RequestError("no"), 1)]
+)
 def test_attempts_are_bounded(pair, error, runs):
     here, there = pair
     mine, theirs = here.allocate(4096), there.allocate(4096)
