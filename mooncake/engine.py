@@ -39,7 +39,7 @@ from transfer import engine as transfer_engine
 from transfer.batch import Batch
 from transfer.memory import check_mapped
 from transfer.model import Call, Opcode
-from transfer.naming import P2P
+from transfer.naming import P2P, PeerToPeer
 from transfer.topology import Topology, parse_names
 
 __all__ = [
@@ -80,7 +80,9 @@ NOT_REGISTERED = -3
 OVERLAP = -7
 BAD_NAME = -101
 NO_ANSWER = -102
-"""Codes as measured on upstream: unregister, register, probe of a bad name, probe of a dead peer."""
+UNKNOWN_NAME = -200
+"""Codes as measured on upstream: unregister, register, probe of what is no address, of a dead peer, of a
+name that the metadata server does not know."""
 
 log = structlog.get_logger(__name__)
 P = ParamSpec("P")
@@ -532,14 +534,16 @@ class TransferEngine:
 
     @_answers(FAILED)
     def send_probe(self, peer_server_name: str) -> int:
-        """Ask a peer for a sign of life: 0, -101 = no such name, -102 = no answer."""
+        """Ask a peer for a sign of life: 0, -101 = no address, -102 = no answer, -200 = no such name."""
         started = self._need()
         try:
             with started.at(peer_server_name) as address:
                 started.engine.probe(address, started.env.connect_s)
         except MooncakeError as error:
             log.warning("mooncake.engine: probe failed", peer=peer_server_name, reason=str(error))
-            return NO_ANSWER if isinstance(error, PeerError) else BAD_NAME
+            if isinstance(error, PeerError):
+                return NO_ANSWER
+            return BAD_NAME if isinstance(started.naming, PeerToPeer) else UNKNOWN_NAME
         return 0
 
     @_answers("{}")

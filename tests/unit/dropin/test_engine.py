@@ -593,9 +593,11 @@ def test_with_a_metadata_server_a_name_leads_to_its_engine(server: KVBootstrapSe
     assert bytes(there.memory[99:101]) == b"\1\2"
     assert there.engine.get_first_buffer_address(f"{HOST}:17777") == here.address
     assert there.engine.get_first_buffer_address("decode-0") == there.address
-    assert here.engine.send_probe("nobody") == -101
+    assert here.engine.send_probe("decode-0") == 0
+    assert here.engine.send_probe("nobody") == -200  # as measured on upstream
+    assert here.engine.get_first_buffer_address("nobody") == 0
     here.engine.close()
-    assert there.engine.send_probe(f"{HOST}:17777") in (-101, -102)
+    assert there.engine.send_probe(f"{HOST}:17777") in (-102, -200)
     there.engine.close()
 
 
