@@ -1,6 +1,5 @@
 """Settings of a transfer engine, checked before anything is opened."""
 
-import ipaddress
 import os
 import ssl
 import tempfile
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
 
 SECRET_BYTES_MIN = 16
@@ -102,14 +102,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return base / "transfer"
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def split_name(name: str) -> tuple[str, int]:
     """Return host and port of "host:port" or "[v6]:port".
 
@@ -117,6 +109,6 @@ def split_name(name: str) -> tuple[str, int]:
         ConfigError: it is something else.
     """
     host, colon, port = name.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) >= 1 << 16:
+    if not colon or not host or not (port.isascii() and port.isdecimal()) or int(port) >= 1 << 16:
         raise ConfigError(f"peer {name!r}: must be host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)

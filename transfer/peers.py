@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from mooncake.core.config import is_loopback
 from mooncake.core.errors import CapacityError, PeerGone
-from transfer.config import is_loopback, split_name
+from transfer.config import split_name
 from transfer.control import Dialer, Remote
 from transfer.messages import BufferInfo, SegmentInfo
 

@@ -325,7 +325,7 @@ def test_a_peer_that_is_not_there_is_named_at_once(make_engine):
     gone.close()
     with pytest.raises(PeerGone, match=name):
         engine.peer(name)
-    for bad in ("", "x", "host:", "host:99999", "host:-1"):
+    for bad in ("", "x", "host:", "host:99999", "host:-1", "host:²"):
         with pytest.raises(ConfigError, match="host:port"):
             engine.peer(bad)
 
