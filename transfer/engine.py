@@ -68,6 +68,8 @@ class TransferEngine(Owner):
             batch.cancel()
         for batch in under_way:
             batch.wait()
+
+    def _hang_up(self) -> None:
         for peer in self._peers.take_all():
             peer.close()
 

@@ -200,12 +200,16 @@ class Owner:
         self._listener.close()
         for transport in self._transports.values():
             transport.close()
+        self._hang_up()
         self._devices.close()
         if self._unix_path:
             self._unix_path.unlink(missing_ok=True)
 
     def _end_transfers(self) -> None:
         """Stop what this engine itself has begun."""
+
+    def _hang_up(self) -> None:
+        """Close the control connections, which transports need until they are closed."""
 
     # ------------------------------------------------------------ memory
 
@@ -261,6 +265,11 @@ class Owner:
             self._data.hang_up_all()  # a peer stopped in mid-frame; the others just connect anew
             self._registry.retire(buffer, LAST_RESORT_S)
 
+    def grant(self, buffer: Buffer) -> dict[str, Any]:
+        """Return the capability of `buffer`, for RemotePeer.learn at a peer (open_buffers=False)."""
+        rkeys = self._rdma.rkeys(buffer) if self._rdma else {}
+        return {"buffer_id": buffer.buffer_id, "key": buffer.key, "rkeys": rkeys}
+
     def buffer_at(self, address: int) -> Buffer | None:
         """Return the registered buffer that holds `address`."""
         return self._registry.find(address, 1)
@@ -290,7 +299,7 @@ class Owner:
                 buffer.location,
                 buffer.key if self.config.open_buffers else b"",
                 ShmInfo(buffer.handles["shm"][1]) if "shm" in buffer.handles else None,
-                rdma.rkeys(buffer) if rdma else {},
+                rdma.rkeys(buffer) if rdma and self.config.open_buffers else {},
             )
             for buffer in self._registry
         ]

@@ -4,7 +4,9 @@ import bisect
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 
@@ -28,7 +30,7 @@ class RemotePeer(Remote):
         self.stale = False  # to be described anew before it is used
         self.doubted = False  # one of its paths may be worse than usual
         self.threads = ThreadPoolExecutor(THREADS_PER_PEER, thread_name_prefix=f"transfer-{name}")
-        self._keys: dict[int, bytes] = {}
+        self._grants: dict[int, dict[str, Any]] = {}
         self._starts: list[int] = []
         self._buffers: list[BufferInfo] = []
 
@@ -39,16 +41,14 @@ class RemotePeer(Remote):
         self.stale = False
         return info
 
-    def learn(self, buffer_id: int, key: bytes) -> None:
-        """Use `key` for a buffer whose owner hands its keys out by other means."""
-        self._keys[buffer_id] = key
+    def learn(self, buffer_id: int, key: bytes, rkeys: Mapping[str, int] | None = None) -> None:
+        """Use this capability of a buffer whose owner hands them out by other means (Owner.grant)."""
+        self._grants[buffer_id] = {"key": key, "rkeys": dict(rkeys or {})}
         self._index()
 
     def _index(self) -> None:
         buffers = [
-            msgspec.structs.replace(buffer, key=self._keys[buffer.buffer_id])
-            if buffer.buffer_id in self._keys
-            else buffer
+            msgspec.structs.replace(buffer, **self._grants.get(buffer.buffer_id, {}))
             for buffer in self.info.buffers
         ]
         buffers.sort(key=lambda buffer: buffer.address)

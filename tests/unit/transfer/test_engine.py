@@ -252,7 +252,7 @@ def test_without_the_key_nothing_moves_and_with_it_all_does(make_engine, transpo
         here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 4096, transport=transport)
     assert not any(mine.view)
     here.forget(there.name)
-    here.peer(there.name).learn(theirs.buffer_id, theirs.key)
+    here.peer(there.name).learn(**there.grant(theirs))
     here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 4096, transport=transport)
     assert bytes(mine.view) == data
 

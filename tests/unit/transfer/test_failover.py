@@ -98,6 +98,15 @@ def test_rdma_comes_back_after_its_quarantine(world, monkeypatch):
     assert PathState.QUARANTINED not in world.here._dispatcher.states().values()
 
 
+def test_closed_buffers_hide_the_keys_of_nics_too(tmp_path):
+    fabric = Fabric()
+    config = EngineConfig(run_dir=str(tmp_path), transports=("rdma",), open_buffers=False)
+    with TransferEngine(config, FakeVerbs(fabric, ["nic0"])) as engine:
+        buffer = engine.register(np.zeros(4096, np.uint8))
+        assert engine.info.buffers[0].rkeys == {}
+        assert list(engine.grant(buffer)["rkeys"]) == ["nic0"]
+
+
 def test_a_refusal_is_final_and_quarantines_nothing(world):
     peer = world.here.peer(world.there.name)
     peer.learn(world.theirs.buffer_id, bytes(16))
