@@ -15,7 +15,7 @@ from mooncake.core.errors import MooncakeError, PeerError, PeerGone
 from transfer.batch import Batch
 from transfer.health import Health, PathState, rank
 from transfer.metrics import TransferMetrics
-from transfer.model import Failure, Slice, Transport
+from transfer.model import Call, Failure, Opcode, Slice, Transport
 from transfer.peers import RemotePeer
 
 log = structlog.get_logger(__name__)
@@ -69,6 +69,17 @@ class Dispatcher:
         elif hint in reaching:
             return hint
         return reaching[0] if reaching else ""
+
+    def run_one(self, op: Opcode, peer: RemotePeer, name: str, piece: Slice, call: Call) -> bool:
+        """Move one slice by the transport `name`; return whether that worked, else nothing is decided."""
+        token = self._metrics.begin(name, peer.name, piece.size_bytes)
+        start_s = time.monotonic()
+        failures = self._transports[name].run(peer, op, [piece], call)
+        moved_bytes = 0 if failures else piece.size_bytes
+        self._metrics.end(token, op, moved_bytes, time.monotonic() - start_s, "best")
+        if failures:
+            peer.routes = {}
+        return not failures
 
     def run_part(self, batch: Batch, peer: RemotePeer, slices: list[Slice], chosen: str) -> None:
         """Move one part of a batch to its end; never raises."""
@@ -142,6 +153,7 @@ class Dispatcher:
                 if self._health.failed(path, now_s, began_s=start_s):
                     log.warning("transfer.path_quarantined", path=path, reason=str(failures[0].error))
                 peer.doubted = True
+                peer.routes = {}
             elif not broken:
                 if self._health.succeeded(path, now_s, began_s=start_s):
                     log.info("transfer.path_back", path=path)

@@ -53,6 +53,7 @@ class TransferEngine(Owner):
         super().__init__(config, verbs, device)
         self._in_flight: set[Batch] = set()
         self._in_flight_bytes = 0
+        self._calls: set[Call] = set()
 
     def start(self) -> Self:
         """See Owner."""
@@ -64,6 +65,8 @@ class TransferEngine(Owner):
     def _end_transfers(self) -> None:
         with self._lock:
             under_way = list(self._in_flight)
+        for call in list(self._calls):
+            call.cancel()
         for batch in under_way:
             batch.cancel()
         for batch in under_way:
@@ -178,6 +181,12 @@ class TransferEngine(Owner):
         Raises:
             As `submit`; the first transfer's error; PeerTimeout: the deadline passed.
         """
+        if isinstance(local, int) and isinstance(remote, int) and isinstance(lengths, int):
+            start_s = time.monotonic()
+            if self._transfer_one(op, name, local, remote, lengths, deadline_s, transport):
+                return
+            deadline_s -= time.monotonic() - start_s
+            local, remote, lengths = [local], [remote], [lengths]
         here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
         batch, peer, parts = self._prepare(op, name, here, there, sizes, deadline_s, transport)
         for chosen, part in parts[1:]:
@@ -187,6 +196,41 @@ class TransferEngine(Owner):
         if not batch.wait():
             batch.cancel()
         batch.check()
+
+    def _transfer_one(
+        self, op: Opcode, name: str, local: int, remote: int, size_bytes: int, deadline_s: float, hint: str
+    ) -> bool:
+        """Try the usual case, one range to a healthy peer by one lane, in a third of the time.
+
+        Returns:
+            False: anything unusual, or it failed; the whole procedure has to do it (again: both ways of
+            moving bytes are idempotent).
+        """
+        self._check_open()
+        peer = self._peers.get(name)
+        if peer is None or peer.doubted or size_bytes <= 0:
+            return False
+        mine, theirs = self._registry.find(local, size_bytes), peer.find(remote, size_bytes)
+        if mine is None or theirs is None:
+            return False
+        piece = Slice(0, local, remote, size_bytes, mine, theirs)
+        route = peer.routes.get((mine.buffer_id, theirs.buffer_id, hint))
+        if route is None:
+            chosen = self._dispatcher.by_transport(peer, [piece], (), hint)
+            route = next(iter(chosen))
+            if not route:
+                return False
+            peer.routes[mine.buffer_id, theirs.buffer_id, hint] = route
+        if size_bytes >= 2 * PART_BYTES and self._transports[route].lanes(peer) > 1:
+            return False
+        call = Call(deadline_s)
+        self._registry.take(mine)
+        self._calls.add(call)  # so that `close` can end it; how many there are is bounded by threads
+        try:
+            return not self._closed and self._dispatcher.run_one(op, peer, route, piece, call)
+        finally:
+            self._calls.discard(call)
+            self._registry.give(mine)
 
     def view(self, name: str, address: int, size_bytes: int) -> memoryview:
         """Return a same-host peer's bytes read-only, without a copy; its owner may change them.

@@ -4,6 +4,7 @@ Counted once per part (the slices that one `Transport.run` call carries), never 
 bounded: links beyond LINKS_MAX share the name "other", reasons are the callers' fixed words.
 """
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,28 @@ class TransferMetrics:
         self._links_max = links_max
         self._links: set[str] = set()
         self._counts = Counts(*(defaultdict(float) for _ in Counts.__struct_fields__))
+        self._begun: dict[int, tuple[str, str, int]] = {}  # single slices in flight, by token
+        self._tokens = itertools.count()
+        self._singles: dict[tuple[str, str, int, str], list[float]] = {}  # [bytes, seconds, parts]
+
+    def begin(self, transport: str, link: str, size_bytes: int) -> int:
+        """Count a single slice that is about to run; give the token to `end`. Takes no lock."""
+        token = next(self._tokens)
+        self._begun[token] = (transport, link, size_bytes)
+        return token
+
+    def end(self, token: int, op: Opcode, moved_bytes: int, elapsed_s: float, reason: str) -> None:
+        """Count how it ended: whole, or not at all (then somebody else will move it, and count that)."""
+        transport, link, _ = self._begun.pop(token)
+        if not moved_bytes:
+            return
+        with self._lock:
+            cell = self._singles.get((transport, link, op, reason))
+            if cell is None:
+                cell = self._singles[transport, link, op, reason] = [0.0, 0.0, 0.0]
+            cell[0] += moved_bytes
+            cell[1] += elapsed_s
+            cell[2] += 1
 
     def began(self, transport: str, link: str, size_bytes: int) -> None:
         """Count a part that is about to run: in flight until `moved` and `failed` told of all its bytes."""
@@ -119,7 +142,22 @@ class TransferMetrics:
     def counts(self) -> Counts:
         """Return a copy, consistent in itself."""
         with self._lock:
-            return Counts(*(getattr(self._counts, name).copy() for name in Counts.__struct_fields__))
+            self._fold()
+            counts = Counts(*(getattr(self._counts, name).copy() for name in Counts.__struct_fields__))
+            for transport, link, size_bytes in list(self._begun.values()):
+                counts.inflight_bytes[transport, self._label(link)] += size_bytes
+            return counts
+
+    def _fold(self) -> None:
+        """Add the single slices to the rest: labels are made here, not while bytes wait."""
+        singles, self._singles = self._singles, {}
+        for (transport, link, op, reason), (size, seconds, parts) in singles.items():
+            key = (transport, self._label(link), Opcode(op).name.lower())
+            self._counts.bytes[key] += size
+            self._counts.seconds[key] += seconds
+            self._counts.parts[(*key, "moved")] += parts
+            self._counts.choices[transport, reason] += parts
+            self._counts.inflight_bytes[key[:2]] += 0
 
     def _label(self, link: str) -> str:
         if link not in self._links:

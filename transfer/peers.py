@@ -30,6 +30,7 @@ class RemotePeer(Remote):
         self.stale = False  # to be described anew before it is used
         self.doubted = False  # one of its paths may be worse than usual
         self.threads = ThreadPoolExecutor(THREADS_PER_PEER, thread_name_prefix=f"transfer-{name}")
+        self.routes: dict[tuple[int, int, str], str] = {}  # (mine, theirs, hint) -> transport, while healthy
         self._grants: dict[int, dict[str, Any]] = {}
         self._starts: list[int] = []
         self._buffers: list[BufferInfo] = []
@@ -51,6 +52,7 @@ class RemotePeer(Remote):
             msgspec.structs.replace(buffer, **self._grants.get(buffer.buffer_id, {}))
             for buffer in self.info.buffers
         ]
+        self.routes = {}
         buffers.sort(key=lambda buffer: buffer.address)
         self._starts, self._buffers = [buffer.address for buffer in buffers], buffers
 

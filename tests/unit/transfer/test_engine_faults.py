@@ -23,6 +23,7 @@ from transfer.engine import TransferEngine
 from transfer.messages import VERSION, Challenge, Hello, Proof, Welcome
 from transfer.model import Opcode
 from transfer.stream import recv_message, send_message
+from transfer.tcp import FENCE_S
 from transfer.tcp_wire import ANSWER, REQUEST, encode_request
 
 OWNER = """
@@ -120,6 +121,18 @@ def test_a_stopped_peer_costs_the_deadline_and_not_more_than_the_fence(make_engi
                 batch.check()
         with pytest.raises(PeerError):
             engine.probe(owner.name, deadline_s=0.3)
+        start_s = time.monotonic()
+        with pytest.raises(PeerError):
+            engine.transfer(
+                Opcode.READ,
+                owner.name,
+                engine.buffers[0].address,
+                owner.address,
+                4096,
+                deadline_s=1.0,
+                transport="tcp",
+            )
+        assert time.monotonic() - start_s < 1.0 + FENCE_S + 3
     finally:
         owner.process.send_signal(signal.SIGCONT)
     assert engine.probe(owner.name, deadline_s=20.0) < 20
