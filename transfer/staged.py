@@ -95,6 +95,8 @@ class StagedTransport:
 
     def run(self, peer: Any, op: Opcode, slices: Sequence[Slice], call: Call) -> list[Failure]:
         """See model.Transport."""
+        if len(slices) == 1 and slices[0].mine.view is not None:
+            return self._inner.run(peer, op, slices, call)
         if all(piece.mine.view is not None for piece in slices):
             return self._inner.run(peer, op, slices, call)
         host = [piece for piece in slices if piece.mine.view is not None]

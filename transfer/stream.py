@@ -125,6 +125,40 @@ def _after(views: list[Any], done_bytes: int) -> list[Any]:
     return []
 
 
+def send_now(sock: socket.socket, views: Sequence[memoryview | bytes], size_bytes: int, check: Check) -> None:
+    """As send_views, for `size_bytes` that mostly go at once, over a plain socket."""
+    try:
+        sent = sock.sendmsg(views)
+    except BlockingIOError:
+        sent = 0
+    except OSError as error:
+        raise PeerGone(f"connection lost: {error}") from error
+    if sent != size_bytes:
+        send_views(sock, _after(list(views), sent), check)
+
+
+class Stall:
+    """A check that gives a peer `limit_s` without progress; `begin` anew for every frame."""
+
+    def __init__(self, what: str, limit_s: float) -> None:
+        """`what` names the peer."""
+        self._what = what
+        self._limit_s = limit_s
+        self._end_s = 0.0
+
+    def begin(self) -> None:
+        """Start anew."""
+        self._end_s = 0.0
+
+    def __call__(self) -> None:
+        """Raise PeerTimeout once the limit has passed."""
+        now_s = time.monotonic()
+        if not self._end_s:
+            self._end_s = now_s + self._limit_s - TICK_S  # one tick has passed already
+        elif now_s >= self._end_s:
+            raise PeerTimeout(f"{self._what}: no progress for {self._limit_s:g} s")
+
+
 def until(end_s: float, what: str) -> Check:
     """Return a check that raises PeerTimeout after `end_s` (time.monotonic)."""
 

@@ -5,6 +5,7 @@ the owner always has work, and needs no second thread: only small things wait in
 """
 
 import itertools
+import ssl
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from mooncake.core.messages import Ok
 from transfer.control import Dialer, Remote
 from transfer.messages import BufferInfo, Fence
 from transfer.model import Buffer, Call, Failure, Opcode, Slice
-from transfer.stream import hang_up, recv_into, recv_views, send_views
-from transfer.tcp_wire import ANSWER, DONE, ENTRIES_MAX, decode_answer, encode_request
+from transfer.stream import hang_up, recv_into, recv_views, send_now, send_views
+from transfer.tcp_wire import ANSWER, DONE, ENTRIES_MAX, MAGIC, REQUEST, decode_answer, encode_request
 
 FRAME_BYTES = 4 << 20
 """Payload of one frame of ours. 256 KiB pages in 4 MiB frames: as fast as any size measured."""
@@ -43,12 +44,15 @@ class Lane:
         self.link = link
         self.what = what
         self.uncertain = False  # a WRITE is under way: the owner may hold bytes that it has not written yet
+        self._plain = not isinstance(sock, ssl.SSLSocket)
         self._answer = memoryview(bytearray(ANSWER.size))
 
     def run(
         self, op: Opcode, slices: Sequence[Slice], call: Call
     ) -> tuple[list[Failure], MooncakeError | None]:
         """Move `slices`; return the failures, and the error that broke the lane, if one did."""
+        if len(slices) == 1 and slices[0].size_bytes <= FRAME_BYTES and self._plain:
+            return self._run_one(op, slices[0], call)
         failures: list[Failure] = []
         pending: deque[Frame] = deque()
         frames = frames_of(slices)
@@ -56,10 +60,7 @@ class Lane:
         def check() -> None:
             call.check(self.what)
 
-        def wake() -> None:
-            hang_up(self.sock)
-
-        call.add_waker(wake)
+        call.add_waker(self._wake)
         try:
             for frame in frames:
                 pending.append(frame)
@@ -71,16 +72,43 @@ class Lane:
                 failures += self._receive(op, pending[0], check)
                 pending.popleft()
         except MooncakeError as broken:
-            error: MooncakeError = broken
-            if call.cancelled:  # the waker hung up: say so instead of "closed by the peer"
-                error = PeerGone(f"{self.what}: cancelled")
-            self.uncertain = op is Opcode.WRITE
+            error = self._explain(op, call, broken)
             unfinished = itertools.chain.from_iterable(itertools.chain(pending, frames))
             failures += [Failure(piece, error) for piece in unfinished]
             return failures, error
         finally:
-            call.remove_waker(wake)
+            call.remove_waker(self._wake)
         return failures, None
+
+    def _run_one(self, op: Opcode, piece: Slice, call: Call) -> tuple[list[Failure], MooncakeError | None]:
+        """Do the same for one slice that fits a frame, with half the work."""
+
+        def check() -> None:
+            call.check(self.what)
+
+        size = piece.size_bytes
+        head = REQUEST.pack(MAGIC, op, 0, 1, 1, size, piece.theirs.key, piece.remote, size)
+        call.add_waker(self._wake)
+        try:
+            if op is Opcode.READ:
+                send_now(self.sock, (head,), REQUEST.size, check)
+            else:
+                send_now(self.sock, (head, piece.mine.part(piece.local, size)), REQUEST.size + size, check)
+            return self._receive(op, [piece], check), None
+        except MooncakeError as broken:
+            error = self._explain(op, call, broken)
+            return [Failure(piece, error)], error
+        finally:
+            call.remove_waker(self._wake)
+
+    def _explain(self, op: Opcode, call: Call, broken: MooncakeError) -> MooncakeError:
+        """Note what the broken lane leaves behind; return what to tell the caller."""
+        self.uncertain = op is Opcode.WRITE
+        # the waker hung up: say so instead of "closed by the peer"
+        return PeerGone(f"{self.what}: cancelled") if call.cancelled else broken
+
+    def _wake(self) -> None:
+        hang_up(self.sock)
 
     def _send(self, op: Opcode, frame: Frame, check: Any) -> None:
         head = encode_request(op, [(piece.theirs.key, piece.remote, piece.size_bytes) for piece in frame])

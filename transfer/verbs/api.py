@@ -1,7 +1,7 @@
 """What the RDMA transport needs of a verbs library: RC queue pairs, one-sided READ and WRITE.
 
 One completion queue per queue pair and polling only: pyverbs deadlocks in its blocking wait, and a lane
-of the transport is used by one thread at a time (reference: benchmarks/LOG.md, "verbs").
+of the transport is used by one thread at a time (docs/adr/0003).
 """
 
 import enum
@@ -28,7 +28,7 @@ class WorkStatus(enum.Enum):
     DONE = "done"
     REFUSED = "refused"  # remote access error: wrong key or out of range
     UNREACHABLE = "unreachable"  # retries exhausted
-    FLUSHED = "flushed"  # the queue pair is in error: this one was not tried
+    FLUSHED = "flushed"  # the queue pair is in error: this one may have been tried or not
     FAILED = "failed"  # anything else
 
 
