@@ -14,8 +14,9 @@ import structlog
 from mooncake.core.errors import MooncakeError, PeerError, PeerGone
 from transfer.batch import Batch
 from transfer.health import Health, PathState, rank
+from transfer.messages import BufferInfo
 from transfer.metrics import TransferMetrics
-from transfer.model import Call, Failure, Opcode, Slice, Transport
+from transfer.model import Buffer, Call, Failure, Opcode, Slice, Transport
 from transfer.peers import RemotePeer
 
 log = structlog.get_logger(__name__)
@@ -46,12 +47,16 @@ class Dispatcher:
         """Group `slices` by the transport to use now; "" = none reaches."""
         groups: dict[str, list[Slice]] = {}
         chosen: dict[tuple[int, int], list[Slice]] = {}
+        mine: Buffer | None = None
+        theirs: BufferInfo | None = None
+        group: list[Slice] = []
         for piece in slices:
-            pair = (piece.mine.buffer_id, piece.theirs.buffer_id)
-            group = chosen.get(pair)
-            if group is None:
-                name = self._choose(peer, piece, tried, hint)
-                group = chosen[pair] = groups.setdefault(name, [])
+            if piece.mine is not mine or piece.theirs is not theirs:
+                mine, theirs = piece.mine, piece.theirs
+                pair = (mine.buffer_id, theirs.buffer_id)
+                if pair not in chosen:
+                    chosen[pair] = groups.setdefault(self._choose(peer, piece, tried, hint), [])
+                group = chosen[pair]
             group.append(piece)
         return groups
 

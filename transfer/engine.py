@@ -181,13 +181,12 @@ class TransferEngine(Owner):
         Raises:
             As `submit`; the first transfer's error; PeerTimeout: the deadline passed.
         """
-        if isinstance(local, int) and isinstance(remote, int) and isinstance(lengths, int):
+        here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
+        if len(here) == len(there) == len(sizes) == 1:
             start_s = time.monotonic()
-            if self._transfer_one(op, name, local, remote, lengths, deadline_s, transport):
+            if self._transfer_one(op, name, here[0], there[0], sizes[0], deadline_s, transport):
                 return
             deadline_s -= time.monotonic() - start_s
-            local, remote, lengths = [local], [remote], [lengths]
-        here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
         batch, peer, parts = self._prepare(op, name, here, there, sizes, deadline_s, transport)
         for chosen, part in parts[1:]:
             peer.threads.submit(self._dispatcher.run_part, batch, peer, part, chosen)

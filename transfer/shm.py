@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ PIECE_BYTES = 16 << 20
 SMALL_BYTES = 32 << 10
 """Below, a copy that keeps the interpreter lock is cheaper than giving it up and getting it back."""
 DIAL_S = 2.0
+
+memmove = ctypes.memmove
+memmove_locked = ctypes.PyDLL(None).memmove
+memmove_locked.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+memmove_locked.restype = ctypes.c_void_p
+"""The same function, called with the interpreter lock held."""
 
 
 class ShmTransport:
@@ -94,8 +101,7 @@ class ShmTransport:
                 continue
             try:
                 for piece in slices[at:end]:
-                    offset = piece.remote - mapping.start
-                    copy(op, piece, mapping.address + offset, mapping.view, offset, call, mapping.revoked)
+                    copy(op, piece, mapping.address - mapping.start, call, mapping.revoked)
                     at += 1
             except MooncakeError as error:
                 failures += [Failure(piece, error) for piece in slices[at:end]]
@@ -130,7 +136,7 @@ class ShmTransport:
                 Failure(piece, RequestError(f"no buffer of ours at {piece.remote:#x}+{piece.size_bytes}"))
             ]
         try:
-            copy(op, piece, piece.remote, theirs.view, piece.remote - theirs.address, call, None)
+            copy(op, piece, 0, call, None)
         except MooncakeError as error:
             return [Failure(piece, error)]
         return []
@@ -170,36 +176,19 @@ class ShmTransport:
                 link.close()
 
 
-def copy(
-    op: Opcode,
-    piece: Slice,
-    address: int,
-    view: memoryview,
-    offset: int,
-    call: Call,
-    revoked: threading.Event | None,
-) -> None:
-    """Copy `piece`, whose remote bytes are mapped at `address` = `view[offset]`.
+def copy(op: Opcode, piece: Slice, shift: int, call: Call, revoked: threading.Event | None) -> None:
+    """Copy `piece`, whose remote address is mapped here `shift` bytes further on.
 
     Raises:
         PeerTimeout: the deadline passed before a PIECE of it; PeerGone: cancelled, or `revoked` is set.
     """
     size = piece.size_bytes
-    if size <= SMALL_BYTES:
-        _check(call, revoked)
-        theirs, mine = view[offset : offset + size], piece.mine.part(piece.local, size)
-        if op is Opcode.READ:
-            mine[:] = theirs
-        else:
-            theirs[:] = mine
-        return
-    source, target = (address, piece.local) if op is Opcode.READ else (piece.local, address)
+    theirs, mine = piece.remote + shift, piece.local
+    target, source = (mine, theirs) if op is Opcode.READ else (theirs, mine)
     for start in range(0, size, PIECE_BYTES):
-        _check(call, revoked)
-        ctypes.memmove(target + start, source + start, min(PIECE_BYTES, size - start))
-
-
-def _check(call: Call, revoked: threading.Event | None) -> None:
-    call.check("copy")
-    if revoked is not None and revoked.is_set():
-        raise PeerGone("the owner is taking the memory back")
+        if call.cancelled or time.monotonic() >= call.end_s:
+            call.check("copy")
+        if revoked is not None and revoked.is_set():
+            raise PeerGone("the owner is taking the memory back")
+        length = min(PIECE_BYTES, size - start)
+        (memmove if length > SMALL_BYTES else memmove_locked)(target + start, source + start, length)

@@ -17,8 +17,9 @@ from mooncake.core import wire
 from mooncake.core.errors import PeerGone, PeerTimeout, ProtocolError
 
 TICK_S = 0.25
-SOCKET_BUFFER_BYTES = 4 << 20
-"""Asked for; the kernel gives up to net.core.wmem_max. 4 MiB was the best of 0.2 to 16 MiB on loopback."""
+LOOPBACK_BUFFER_BYTES = 256 << 10
+"""Within one host: the bytes in between stay in the cache (a third faster than 4 MiB, twice 128 KiB).
+Between hosts the kernel tunes the buffers to the link."""
 IOVECS_MAX = 1024
 """UIO_MAXIOV."""
 MESSAGE_BYTES_MAX = 8 << 20
@@ -39,9 +40,9 @@ def tune(sock: socket.socket, *, buffers: bool = False) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    if buffers:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+    if buffers and sock.getpeername()[0] == sock.getsockname()[0]:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOOPBACK_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LOOPBACK_BUFFER_BYTES)
     if isinstance(sock, ssl.SSLSocket):
         sock.settimeout(TICK_S)
         return

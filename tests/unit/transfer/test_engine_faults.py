@@ -283,8 +283,8 @@ def test_overlapping_entries_stay_inside(make_engine):
         b"GET / HTTP/1.1\r\n\r\n" * 10,
         bytes(REQUEST.size),
         b"\xff" * 200,
-        struct.pack("<IBBHIQ", 0x314B434D, 1, 0, 1, 1, 1 << 60) + bytes(28),
-        struct.pack("<IBBHIQ", 0x314B434D, 0, 0, 9, 5, 10) + bytes(28),
+        struct.pack("<IBBHIQ", 0x314B434D, 1, 0, 1, 1, 1 << 60).ljust(REQUEST.size, b"\0"),
+        struct.pack("<IBBHIQ", 0x314B434D, 0, 0, 9, 5, 10).ljust(REQUEST.size, b"\0"),
     ],
     ids=["http", "zeros", "ones", "huge", "more keys than entries"],
 )
