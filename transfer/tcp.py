@@ -21,11 +21,13 @@ from mooncake.core.messages import Ok
 from transfer.control import Dialer, Remote
 from transfer.messages import BufferInfo, Fence
 from transfer.model import Buffer, Call, Failure, Opcode, Slice
-from transfer.stream import hang_up, recv_into, recv_views, send_now, send_views
+from transfer.stream import hang_up, recv_into, recv_soon, recv_views, send_now, send_views
 from transfer.tcp_wire import ANSWER, DONE, ENTRIES_MAX, MAGIC, REQUEST, decode_answer, encode_request
 
 FRAME_BYTES = 4 << 20
 """Payload of one frame of ours. 256 KiB pages in 4 MiB frames: as fast as any size measured."""
+SOON_BYTES = 64 << 10
+"""Answers to requests of that size are worth looking for before sleeping."""
 WINDOW = 2
 """Frames under way on a lane: one is being answered while the next arrives."""
 FENCE_S = 2.0
@@ -94,7 +96,7 @@ class Lane:
                 send_now(self.sock, (head,), REQUEST.size, check)
             else:
                 send_now(self.sock, (head, piece.mine.part(piece.local, size)), REQUEST.size + size, check)
-            return self._receive(op, [piece], check), None
+            return self._receive(op, [piece], check, soon=size <= SOON_BYTES), None
         except MooncakeError as broken:
             error = self._explain(op, call, broken)
             return [Failure(piece, error)], error
@@ -119,8 +121,8 @@ class Lane:
                 self.sock, [head, *(piece.mine.part(piece.local, piece.size_bytes) for piece in frame)], check
             )
 
-    def _receive(self, op: Opcode, frame: Frame, check: Any) -> list[Failure]:
-        recv_into(self.sock, self._answer, check)
+    def _receive(self, op: Opcode, frame: Frame, check: Any, *, soon: bool = False) -> list[Failure]:
+        (recv_soon if soon else recv_into)(self.sock, self._answer, check)
         all_done, payload = decode_answer(bytes(self._answer), len(frame))
         done, failures = frame, []
         if not all_done:

@@ -3,6 +3,7 @@
 import socket
 import ssl
 import threading
+import time
 
 from mooncake.core.errors import PeerTimeout, RequestError
 from mooncake.core.messages import Ok
@@ -11,7 +12,18 @@ from transfer.messages import Fence
 from transfer.model import Buffer, Call, Opcode
 from transfer.registry import Registry
 from transfer.staged import Devices
-from transfer.stream import Check, Stall, hang_up, recv_into, recv_views, send_now, send_views, tune
+from transfer.stream import (
+    SPIN_S,
+    Check,
+    Stall,
+    hang_up,
+    recv_into,
+    recv_soon,
+    recv_views,
+    send_now,
+    send_views,
+    tune,
+)
 from transfer.tcp_wire import (
     ALL_DONE,
     ANSWER,
@@ -62,8 +74,13 @@ class DataServer:
         head = memoryview(bytearray(REQUEST.size))
         stall = Stall(f"{session.name}: half a request", STALL_S)
         plain = not isinstance(session.sock, ssl.SSLSocket)
+        receive = recv_into
         while True:
-            recv_into(session.sock, head, _idle)
+            answered_s = time.perf_counter()
+            receive(session.sock, head, _idle)
+            # small requests in quick succession: the next one is worth looking for before sleeping
+            soon = plain and time.perf_counter() - answered_s < SPIN_S
+            receive = recv_soon if soon else recv_into
             stall.begin()
             if not (plain and self._serve_one(session.sock, head, stall)):
                 self._serve_frame(session, head, stall)
