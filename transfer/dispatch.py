@@ -81,9 +81,7 @@ class Dispatcher:
         start_s = time.monotonic()
         failures = self._transports[name].run(peer, op, [piece], call)
         moved_bytes = 0 if failures else piece.size_bytes
-        self._metrics.end(token, op, moved_bytes, time.monotonic() - start_s, "best")
-        if failures:
-            peer.routes = {}
+        self._metrics.end(token, op, moved_bytes, time.monotonic() - start_s)
         return not failures
 
     def run_part(self, batch: Batch, peer: RemotePeer, slices: list[Slice], chosen: str) -> None:
@@ -158,7 +156,7 @@ class Dispatcher:
                 if self._health.failed(path, now_s, began_s=start_s):
                     log.warning("transfer.path_quarantined", path=path, reason=str(failures[0].error))
                 peer.doubted = True
-                peer.routes = {}
+                peer.route = None
             elif not broken:
                 if self._health.succeeded(path, now_s, began_s=start_s):
                     log.info("transfer.path_back", path=path)

@@ -28,7 +28,8 @@ from transfer.messages import (
 from transfer.metrics import TransferCollector
 from transfer.model import Buffer, Call, Opcode, Slice
 from transfer.owner import Owner
-from transfer.peers import PeerTable, RemotePeer
+from transfer.peers import PeerTable, RemotePeer, Route
+from transfer.shm import PIECE_BYTES, copy_one
 from transfer.verbs.api import Verbs
 
 NOTE_BYTES_MAX = 1 << 20
@@ -181,7 +182,7 @@ class TransferEngine(Owner):
         Raises:
             As `submit`; the first transfer's error; PeerTimeout: the deadline passed.
         """
-        here, there, sizes = ([c] if isinstance(c, int) else c for c in (local, remote, lengths))
+        here, there, sizes = _column(local), _column(remote), _column(lengths)
         if len(here) == len(there) == len(sizes) == 1:
             start_s = time.monotonic()
             if self._transfer_one(op, name, here[0], there[0], sizes[0], deadline_s, transport):
@@ -209,27 +210,71 @@ class TransferEngine(Owner):
         peer = self._peers.get(name)
         if peer is None or peer.doubted or size_bytes <= 0:
             return False
+        route = peer.route
+        if route is None or not route.fits(local, remote, size_bytes, hint):
+            route = peer.route = self._find_route(peer, local, remote, size_bytes, hint)
+            if route is None:
+                return False
+        mine = route.mine
+        registry = self._registry
+        with registry.lock:
+            if mine.retired:
+                peer.route = None
+                return False
+            mine.uses += 1
+        try:
+            if route.mapping is not None and size_bytes <= PIECE_BYTES:
+                start_s = time.monotonic()
+                done = copy_one(op, route.link, route.mapping, local, remote, size_bytes)
+                if done:
+                    self.metrics.single("shm", name, op, size_bytes, time.monotonic() - start_s)
+            else:
+                done = self._run_alone(op, peer, route, local, remote, size_bytes, deadline_s)
+        finally:
+            registry.give(mine)
+        if not done:
+            peer.route = None
+        return done
+
+    def _find_route(
+        self, peer: RemotePeer, local: int, remote: int, size_bytes: int, hint: str
+    ) -> Route | None:
+        """Return the way of one range, None if anything about it needs the whole procedure."""
         mine, theirs = self._registry.find(local, size_bytes), peer.find(remote, size_bytes)
         if mine is None or theirs is None:
-            return False
+            return None
         piece = Slice(0, local, remote, size_bytes, mine, theirs)
-        route = peer.routes.get((mine.buffer_id, theirs.buffer_id, hint))
-        if route is None:
-            chosen = self._dispatcher.by_transport(peer, [piece], (), hint)
-            route = next(iter(chosen))
-            if not route:
-                return False
-            peer.routes[mine.buffer_id, theirs.buffer_id, hint] = route
-        if size_bytes >= 2 * PART_BYTES and self._transports[route].lanes(peer) > 1:
+        name = next(iter(self._dispatcher.by_transport(peer, [piece], (), hint)))
+        if not name:
+            return None
+        route = Route(mine, theirs, theirs.address + theirs.size_bytes, hint, name)
+        if name == "shm" and mine.view is not None and peer.info.epoch != self.epoch:
+            try:
+                route.link, route.mapping = self._shm.attach(peer, theirs)
+            except MooncakeError:
+                return None
+        return route
+
+    def _run_alone(
+        self,
+        op: Opcode,
+        peer: RemotePeer,
+        route: Route,
+        local: int,
+        remote: int,
+        size_bytes: int,
+        deadline_s: float,
+    ) -> bool:
+        """Move one range by one run of its transport; False: several lanes would be better, or it failed."""
+        if size_bytes >= 2 * PART_BYTES and self._transports[route.name].lanes(peer) > 1:
             return False
         call = Call(deadline_s)
-        self._registry.take(mine)
         self._calls.add(call)  # so that `close` can end it; how many there are is bounded by threads
         try:
-            return not self._closed and self._dispatcher.run_one(op, peer, route, piece, call)
+            piece = Slice(0, local, remote, size_bytes, route.mine, route.theirs)
+            return not self._closed and self._dispatcher.run_one(op, peer, route.name, piece, call)
         finally:
             self._calls.discard(call)
-            self._registry.give(mine)
 
     def view(self, name: str, address: int, size_bytes: int) -> memoryview:
         """Return a same-host peer's bytes read-only, without a copy; its owner may change them.
@@ -288,19 +333,20 @@ class TransferEngine(Owner):
         slices: list[Slice] = []
         mine: Buffer | None = None
         theirs: BufferInfo | None = None
-        end = 0
+        low = high = first = last = 0  # bounds of `mine` and of `theirs`
         for index, (here, there, size) in enumerate(zip(local, remote, lengths, strict=True)):
-            if size <= 0 or here <= 0 or there <= 0:
+            if size <= 0:
                 if size == 0:
                     continue
-                raise RequestError(f"transfer {index}: {size} bytes from {here:#x} to {there:#x}")
-            if mine is None or here < mine.address or here + size > mine.end:
+                raise RequestError(f"transfer {index}: {size} bytes")
+            if mine is None or here < low or here + size > high:
                 mine = self._registry.find(here, size)
                 if mine is None:
                     raise RequestError(f"transfer {index}: {here:#x}+{size} is not registered here")
-            if theirs is None or there < theirs.address or there + size > end:
+                low, high = mine.address, mine.end
+            if theirs is None or there < first or there + size > last:
                 theirs = self._find(peer, there, size)
-                end = theirs.address + theirs.size_bytes
+                first, last = theirs.address, theirs.address + theirs.size_bytes
             slices.append(Slice(index, here, there, size, mine, theirs))
         return slices
 
@@ -335,3 +381,7 @@ class TransferEngine(Owner):
 
     def _shm_reaches(self, peer: RemotePeer, theirs: BufferInfo) -> bool:
         return bool(theirs.key) and peer.info.host == self._host
+
+
+def _column(numbers: int | Sequence[int]) -> Sequence[int]:
+    return [numbers] if isinstance(numbers, int) else numbers

@@ -64,7 +64,7 @@ class TransferMetrics:
         self._counts = Counts(*(defaultdict(float) for _ in Counts.__struct_fields__))
         self._begun: dict[int, tuple[str, str, int]] = {}  # single slices in flight, by token
         self._tokens = itertools.count()
-        self._singles: dict[tuple[str, str, int, str], list[float]] = {}  # [bytes, seconds, parts]
+        self._singles: dict[tuple[str, str, int], list[float]] = {}  # [bytes, seconds, parts]
 
     def begin(self, transport: str, link: str, size_bytes: int) -> int:
         """Count a single slice that is about to run; give the token to `end`. Takes no lock."""
@@ -72,15 +72,18 @@ class TransferMetrics:
         self._begun[token] = (transport, link, size_bytes)
         return token
 
-    def end(self, token: int, op: Opcode, moved_bytes: int, elapsed_s: float, reason: str) -> None:
+    def end(self, token: int, op: Opcode, moved_bytes: int, elapsed_s: float) -> None:
         """Count how it ended: whole, or not at all (then somebody else will move it, and count that)."""
         transport, link, _ = self._begun.pop(token)
-        if not moved_bytes:
-            return
+        if moved_bytes:
+            self.single(transport, link, op, moved_bytes, elapsed_s)
+
+    def single(self, transport: str, link: str, op: Opcode, moved_bytes: int, elapsed_s: float) -> None:
+        """Count a single slice that went by its best way."""
         with self._lock:
-            cell = self._singles.get((transport, link, op, reason))
+            cell = self._singles.get((transport, link, op))
             if cell is None:
-                cell = self._singles[transport, link, op, reason] = [0.0, 0.0, 0.0]
+                cell = self._singles[transport, link, op] = [0.0, 0.0, 0.0]
             cell[0] += moved_bytes
             cell[1] += elapsed_s
             cell[2] += 1
@@ -151,12 +154,12 @@ class TransferMetrics:
     def _fold(self) -> None:
         """Add the single slices to the rest: labels are made here, not while bytes wait."""
         singles, self._singles = self._singles, {}
-        for (transport, link, op, reason), (size, seconds, parts) in singles.items():
+        for (transport, link, op), (size, seconds, parts) in singles.items():
             key = (transport, self._label(link), Opcode(op).name.lower())
             self._counts.bytes[key] += size
             self._counts.seconds[key] += seconds
             self._counts.parts[(*key, "moved")] += parts
-            self._counts.choices[transport, reason] += parts
+            self._counts.choices[transport, "best"] += parts
             self._counts.inflight_bytes[key[:2]] += 0
 
     def _label(self, link: str) -> str:

@@ -15,10 +15,34 @@ from mooncake.core.errors import CapacityError, PeerGone
 from transfer.config import split_name
 from transfer.control import Dialer, Remote
 from transfer.messages import BufferInfo, SegmentInfo
+from transfer.model import Buffer
 
 PEERS_MAX = 4096
 THREADS_PER_PEER = 8
 """4 TCP lanes and some of RDMA; started when they are needed."""
+
+
+class Route(msgspec.Struct):
+    """The way of one range; the next one between the same buffers takes it too."""
+
+    mine: Buffer
+    theirs: BufferInfo
+    end: int  # of the peer's buffer
+    hint: str
+    name: str  # of the transport
+    link: Any = None  # with a mapping: of shared memory
+    mapping: Any = None
+
+    def fits(self, local: int, remote: int, size_bytes: int, hint: str) -> bool:
+        """Return whether that range takes this way."""
+        mine = self.mine
+        return (
+            local >= mine.address
+            and local + size_bytes <= mine.end
+            and remote >= self.theirs.address
+            and remote + size_bytes <= self.end
+            and hint == self.hint
+        )
 
 
 class RemotePeer(Remote):
@@ -30,7 +54,7 @@ class RemotePeer(Remote):
         self.stale = False  # to be described anew before it is used
         self.doubted = False  # one of its paths may be worse than usual
         self.threads = ThreadPoolExecutor(THREADS_PER_PEER, thread_name_prefix=f"transfer-{name}")
-        self.routes: dict[tuple[int, int, str], str] = {}  # (mine, theirs, hint) -> transport, while healthy
+        self.route: Route | None = None  # the last way of a single range, while all is well
         self._grants: dict[int, dict[str, Any]] = {}
         self._starts: list[int] = []
         self._buffers: list[BufferInfo] = []
@@ -52,7 +76,7 @@ class RemotePeer(Remote):
             msgspec.structs.replace(buffer, **self._grants.get(buffer.buffer_id, {}))
             for buffer in self.info.buffers
         ]
-        self.routes = {}
+        self.route = None
         buffers.sort(key=lambda buffer: buffer.address)
         self._starts, self._buffers = [buffer.address for buffer in buffers], buffers
 

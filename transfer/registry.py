@@ -36,7 +36,8 @@ class Registry:
 
     def __init__(self) -> None:
         """Empty."""
-        self._lock = threading.Condition()
+        self.lock = threading.Lock()  # of Buffer.uses and Buffer.retired too
+        self._lock = threading.Condition(self.lock)
         self._table: tuple[list[int], list[Buffer]] = ([], [])
         self._by_key: dict[bytes, Buffer] = {}
         self._ids = itertools.count(1)

@@ -2,7 +2,6 @@
 
 import ctypes
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,13 @@ from transfer.messages import BufferInfo
 from transfer.model import Buffer, Call, Failure, Opcode, Slice
 from transfer.registry import Registry
 from transfer.segment import Segment
-from transfer.shm_link import MemoryLink, MemoryServer
+from transfer.shm_link import Mapping, MemoryLink, MemoryServer
+from transfer.slicing import cut
 
 log = structlog.get_logger(__name__)
 
 PIECE_BYTES = 16 << 20
-"""Copied between two looks at the deadline: about a millisecond."""
+"""Copied between two looks at the deadline, about 2 ms."""
 SMALL_BYTES = 32 << 10
 """Below, a copy that keeps the interpreter lock is cheaper than giving it up and getting it back."""
 DIAL_S = 2.0
@@ -81,11 +81,12 @@ class ShmTransport:
     def run(self, peer: Any, op: Opcode, slices: Sequence[Slice], call: Call) -> list[Failure]:
         """See model.Transport."""
         if peer.info.epoch == self._epoch:
-            return [failure for piece in slices for failure in self._copy_own(op, piece, call)]
+            return [failure for piece in slices for failure in self._copy_own(op, piece)]
         try:
             link = self._link(peer)
         except MooncakeError as error:
             return [Failure(piece, error) for piece in slices]
+        slices = short(slices)
         failures: list[Failure] = []
         at = 0
         while at < len(slices):  # one use of the mapping for a run of slices of one buffer
@@ -94,15 +95,16 @@ class ShmTransport:
             while end < len(slices) and slices[end].theirs is theirs:
                 end += 1
             try:
-                mapping = link.take(theirs)
+                mapping = link.mapping(theirs)
+                _take(link, mapping, peer.name)
             except MooncakeError as error:
                 failures += [Failure(piece, error) for piece in slices[at:end]]
                 at = end
                 continue
             try:
-                for piece in slices[at:end]:
-                    copy(op, piece, mapping.address - mapping.start, call, mapping.revoked)
-                    at += 1
+                while at < end:
+                    check(call, mapping.revoked)
+                    at = copy(op, slices, at, end, mapping.address - mapping.start)
             except MooncakeError as error:
                 failures += [Failure(piece, error) for piece in slices[at:end]]
                 at = end
@@ -110,21 +112,26 @@ class ShmTransport:
                 link.give(mapping)
         return failures
 
+    def attach(self, peer: Any, theirs: BufferInfo) -> tuple[MemoryLink, Mapping]:
+        """Return what `copy_one` needs; raises as MemoryLink.mapping, and if there is no link."""
+        link = self._link(peer)
+        return link, link.mapping(theirs)
+
     def view(self, peer: Any, theirs: BufferInfo, address: int, size_bytes: int) -> memoryview:
         """Return the peer's bytes read-only, without a copy, as long as the owner lets them be.
 
         Raises:
             PeerGone, RequestError: not reachable here; see MemoryLink.use.
         """
-        link = self._link(peer)
-        mapping = link.take(theirs)
+        link, mapping = self.attach(peer, theirs)
+        _take(link, mapping, peer.name)
         try:
             start = address - mapping.start
             return mapping.view[start : start + size_bytes].toreadonly()
         finally:
             link.give(mapping)
 
-    def _copy_own(self, op: Opcode, piece: Slice, call: Call) -> list[Failure]:
+    def _copy_own(self, op: Opcode, piece: Slice) -> list[Failure]:
         """Both ends are ours: the key is checked here, as an owner would."""
         theirs = self._registry.by_key(piece.theirs.key)
         if (
@@ -135,10 +142,7 @@ class ShmTransport:
             return [
                 Failure(piece, RequestError(f"no buffer of ours at {piece.remote:#x}+{piece.size_bytes}"))
             ]
-        try:
-            copy(op, piece, 0, call, None)
-        except MooncakeError as error:
-            return [Failure(piece, error)]
+        copy(op, [piece], 0, 1, 0)
         return []
 
     def _link(self, peer: Any) -> MemoryLink:
@@ -176,19 +180,74 @@ class ShmTransport:
                 link.close()
 
 
-def copy(op: Opcode, piece: Slice, shift: int, call: Call, revoked: threading.Event | None) -> None:
-    """Copy `piece`, whose remote address is mapped here `shift` bytes further on.
+def copy_one(
+    op: Opcode, link: MemoryLink, mapping: Mapping, local: int, remote: int, size_bytes: int
+) -> bool:
+    """Copy one range of at most PIECE_BYTES; False: the memory is not to be had any more."""
+    if not link.take(mapping):
+        return False
+    theirs = remote - mapping.start + mapping.address
+    move = memmove if size_bytes > SMALL_BYTES else memmove_locked
+    try:
+        if op is Opcode.READ:
+            move(local, theirs, size_bytes)
+        else:
+            move(theirs, local, size_bytes)
+    finally:
+        link.give(mapping)
+    return True
+
+
+def _take(link: MemoryLink, mapping: Mapping, what: str) -> None:
+    if not link.take(mapping):
+        raise PeerGone(f"{what} has taken the memory back, or is gone")
+
+
+def check(call: Call, revoked: threading.Event) -> None:
+    """Raise if the copying has to stop.
 
     Raises:
-        PeerTimeout: the deadline passed before a PIECE of it; PeerGone: cancelled, or `revoked` is set.
+        PeerTimeout: the deadline has passed; PeerGone: cancelled, or `revoked` is set.
     """
-    size = piece.size_bytes
-    theirs, mine = piece.remote + shift, piece.local
-    target, source = (mine, theirs) if op is Opcode.READ else (theirs, mine)
-    for start in range(0, size, PIECE_BYTES):
-        if call.cancelled or time.monotonic() >= call.end_s:
-            call.check("copy")
-        if revoked is not None and revoked.is_set():
-            raise PeerGone("the owner is taking the memory back")
-        length = min(PIECE_BYTES, size - start)
-        (memmove if length > SMALL_BYTES else memmove_locked)(target + start, source + start, length)
+    call.check("copy")
+    if revoked.is_set():
+        raise PeerGone("the owner is taking the memory back")
+
+
+def short(slices: Sequence[Slice]) -> Sequence[Slice]:
+    """Return `slices` with those of over PIECE_BYTES cut."""
+    if all(piece.size_bytes <= PIECE_BYTES for piece in slices):
+        return slices
+    return [
+        Slice(piece.index, piece.local + at, piece.remote + at, size, piece.mine, piece.theirs)
+        for piece in slices
+        for at, size in cut(piece.size_bytes, PIECE_BYTES)
+    ]
+
+
+def copy(op: Opcode, slices: Sequence[Slice], at: int, end: int, shift: int) -> int:
+    """Copy `slices[at:end]`, or at least one and then about PIECE_BYTES of them.
+
+    Args:
+        op: direction.
+        slices: those between at and end lie in one remote buffer.
+        at: first.
+        end: behind the last.
+        shift: remote addresses are mapped here so many bytes further on.
+
+    Returns:
+        The first that is left.
+    """
+    read = op is Opcode.READ
+    room = PIECE_BYTES
+    while at < end and room > 0:
+        piece = slices[at]
+        size, theirs = piece.size_bytes, piece.remote + shift
+        move = memmove if size > SMALL_BYTES else memmove_locked
+        if read:
+            move(piece.local, theirs, size)
+        else:
+            move(theirs, piece.local, size)
+        room -= size
+        at += 1
+    return at

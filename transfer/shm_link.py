@@ -63,7 +63,8 @@ class MemoryLink:
         """Greeted unix socket; `what` names the peer."""
         self._sock = sock
         self._what = what
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._asking = threading.Lock()
         self._wanted: BufferInfo | None = None
         self._mappings: dict[int, Mapping] = {}
@@ -72,23 +73,26 @@ class MemoryLink:
         wait_for_ever(sock)
         threading.Thread(target=self._listen, name="transfer-memory", daemon=True).start()
 
-    def take(self, info: BufferInfo) -> Mapping:
-        """Return the mapping of `info` for a copy; `give` it back after it.
+    def mapping(self, info: BufferInfo) -> Mapping:
+        """Return the mapping of `info`, made at the first call.
 
         Raises:
             PeerGone: the owner is gone or has taken the buffer back; RequestError: it refuses;
             PeerTimeout: no descriptor in time; CapacityError: too many mappings.
         """
-        mapping = self._mappings.get(info.buffer_id) or self._attach(info)
-        with self._changed:
+        return self._mappings.get(info.buffer_id) or self._attach(info)
+
+    def take(self, mapping: Mapping) -> bool:
+        """Begin a use, which `give` ends; False: the owner has taken the memory back, or is gone."""
+        with self._lock:
             if mapping.revoked.is_set() or self.gone:
-                raise PeerGone(f"{self._what} has taken the memory back, or is gone")
+                return False
             mapping.copies += 1
-        return mapping
+        return True
 
     def give(self, mapping: Mapping) -> None:
         """End a use."""
-        with self._changed:
+        with self._lock:
             mapping.copies -= 1
             if mapping.revoked.is_set():
                 self._changed.notify_all()

@@ -296,11 +296,13 @@ def test_taking_memory_back_waits_for_copies_that_are_under_way(pair):
     peer = here.peer(there.name)
     link = here._shm._link(peer)
     info = peer.find(theirs.address, 1)
-    mapping = link.take(info)  # a copy that does not end
+    mapping = link.mapping(info)
+    assert link.take(mapping)  # a copy that does not end
     with pytest.raises(PeerTimeout, match="has not let go"):
         there.unregister(theirs, 0.2)
+    assert not link.take(mapping)
     with pytest.raises(PeerGone, match="taken the memory back"):
-        link.take(info)
+        link.mapping(info)
     link.give(mapping)
     there.unregister(theirs, 10.0)
 
