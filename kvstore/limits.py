@@ -34,6 +34,10 @@ CHECKS_WAITING_MAX = 16
 """ReportBad requests that may queue for the one hashing thread."""
 CHECK_LEASE_S = 60.0
 """A block stays in place while it is re-hashed."""
+SERVICE = "store"
+"""What a store is called among the applications of its transfer engine."""
+ANSWER_S = 2.0
+"""A store that needs longer for a request of another host is in trouble; its loop turns in milliseconds."""
 EVENT_KEYS_MAX = 65_536
 """Keys of one event message: 2 MB."""
 SNAPSHOT_PAGE_KEYS = 65_536

@@ -21,10 +21,12 @@ from prometheus_client import CollectorRegistry
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.events import EventPublisher, Snapshots
 from kvstore.limits import (
+    ANSWER_S,
     BAD_KEYS_MAX,
     CHECK_LEASE_S,
     CHECKS_WAITING_MAX,
     HEARTBEAT_S,
+    SERVICE,
     TICK_S,
     WAIT_S_MAX,
     NodeLimits,
@@ -32,7 +34,7 @@ from kvstore.limits import (
 from kvstore.metrics import StoreCollector
 from kvstore.node import Node, id_base
 from mooncake.core import wire
-from mooncake.core.errors import CapacityError, ConfigError, RequestError
+from mooncake.core.errors import CapacityError, ConfigError, PeerTimeout, RequestError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (
     Abandon,
@@ -55,6 +57,8 @@ from mooncake.core.messages import (
 )
 from mooncake.core.rpc import RpcServer
 from mooncake.core.scrape import MetricsServer, metrics_url
+from transfer.config import EngineConfig
+from transfer.engine import TransferEngine
 from transfer.fdpass import FdServer, private_dir
 from transfer.segment import Progress, Segment
 
@@ -73,6 +77,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
         events: where events are published; as `endpoint`.
         metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+        transfer: settings of the transfer engine through which engines of other hosts read and write;
+            None = this host only.
     """
 
     node: str
@@ -81,6 +87,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str = "tcp://127.0.0.1:0"
     events: str = "tcp://127.0.0.1:0"
     metrics_port: int | None = None
+    transfer: EngineConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -117,6 +124,7 @@ class StoreService:
         self._events: EventPublisher | None = None
         self._rpc: RpcServer | None = None
         self._metrics: MetricsServer | None = None
+        self._engine: TransferEngine | None = None
         self._beat: asyncio.Task[None] | None = None
         self._snapshots = Snapshots(self.epoch)
         self._flush_due = False
@@ -161,6 +169,10 @@ class StoreService:
         self._segment = await asyncio.to_thread(Segment.create, self.epoch, self._capacity_bytes, progress)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
+        transfer, address = "", 0
+        if config.transfer is not None:
+            transfer, address = await asyncio.to_thread(self._start_engine, config.transfer)
+            self._serve_engine(asyncio.get_running_loop())
         if config.metrics_port is not None:
             self._metrics = self._serve_metrics(config.metrics_port)
         record = StoreRecord(
@@ -172,6 +184,8 @@ class StoreService:
             capacity_bytes=self._capacity_bytes,
             pid=os.getpid(),
             metrics_url=metrics_url(self.metrics_port or 0),
+            transfer=transfer,
+            segment_address=address,
         )
         # the record travels with the memory: an engine finds a restarted store without metadata
         self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
@@ -181,8 +195,31 @@ class StoreService:
         log.info("store.started", **msgspec.structs.asdict(record))
         return record
 
+    def _start_engine(self, config: EngineConfig) -> tuple[str, int]:
+        """Open the segment to other hosts; return the engine's name and the segment's address there."""
+        assert self._segment is not None
+        self._engine = TransferEngine(config).start()
+        return self._engine.name, self._engine.register(self._segment, location="cpu:0").address
+
+    def _serve_engine(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer the same requests as the rpc server, for peers that the transfer engine has let in."""
+
+        def answer(body: bytes) -> bytes:  # in the peer's own thread
+            request: Any = wire.decode(body, StoreRequest)  # type: ignore[arg-type]
+            handled = asyncio.run_coroutine_threadsafe(self._handle(request), loop)
+            try:
+                return wire.encode(handled.result(ANSWER_S))
+            except TimeoutError:
+                handled.cancel()
+                raise PeerTimeout(f"store {self.config.node}: too busy to answer") from None
+
+        assert self._engine is not None
+        self._engine.serve(SERVICE, answer)
+
     def _serve_metrics(self, port: int) -> MetricsServer:
         registry = CollectorRegistry()
+        if self._engine:
+            registry.register(self._engine.collector())
         registry.register(
             StoreCollector(self.config.node, self.node.stats, lambda: self.node.quarantined_bytes)
         )
@@ -210,6 +247,8 @@ class StoreService:
             await asyncio.gather(self._beat, return_exceptions=True)
         if self._rpc:
             await self._rpc.close()
+        if self._engine:
+            await asyncio.to_thread(self._engine.close)
         if self._fd_server:
             await self._fd_server.close()
         if self._events:
@@ -221,6 +260,7 @@ class StoreService:
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
+        self._engine = None
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""

@@ -29,6 +29,7 @@ from mooncake.core.rpc import failure_of, raise_failure
 from transfer.fdpass import peer_uid
 from transfer.greeting import greet, receive, welcome
 from transfer.messages import (
+    Ask,
     Describe,
     Fence,
     Hello,
@@ -38,6 +39,7 @@ from transfer.messages import (
     RdmaConnected,
     RdmaDisconnect,
     SegmentInfo,
+    Told,
     Welcome,
 )
 from transfer.stream import connect, hang_up, recv_message, send_message, tune, until
@@ -52,8 +54,8 @@ GREETING_S = 5.0
 ACCEPT_PAUSE_S = 0.05
 """Between attempts while this process is out of file descriptors."""
 
-Request = Describe | Ping | Notify | Fence | RdmaConnect | RdmaDisconnect
-Answer = Ok | SegmentInfo | RdmaConnected | Failure
+Request = Describe | Ping | Notify | Ask | Fence | RdmaConnect | RdmaDisconnect
+Answer = Ok | SegmentInfo | Told | RdmaConnected | Failure
 
 
 class Session:

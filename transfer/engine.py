@@ -20,11 +20,7 @@ from transfer.config import EngineConfig
 from transfer.device import DeviceMemory
 from transfer.dispatch import Dispatcher
 from transfer.health import PathState
-from transfer.messages import (
-    BufferInfo,
-    Notify,
-    Ping,
-)
+from transfer.messages import Ask, BufferInfo, Notify, Ping, Told
 from transfer.metrics import TransferCollector
 from transfer.model import Buffer, Call, Opcode, Slice
 from transfer.owner import Owner
@@ -132,6 +128,15 @@ class TransferEngine(Owner):
         if len(title) + len(text) > NOTE_BYTES_MAX:
             raise RequestError(f"a notification of over {NOTE_BYTES_MAX} characters")
         self.peer(name, deadline_s).ask(Notify(title, text), Ok, deadline_s)
+
+    def ask(self, name: str, service: str, body: bytes, deadline_s: float = CONNECT_S) -> bytes:
+        """Return what the application behind `service` at `name` answers to `body`.
+
+        Raises:
+            RequestError: nobody serves it there; whatever the application raises; as `peer`.
+        """
+        told: Told = self.peer(name, deadline_s).ask(Ask(service, body), Told, deadline_s)
+        return told.body
 
     # ------------------------------------------------------------ transfers
 

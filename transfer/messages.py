@@ -105,6 +105,19 @@ class Notify(msgspec.Struct, frozen=True, array_like=True, tag="note"):
     text: str
 
 
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
+    """A question to an application that serves `service` there. Answer: Told, or its Failure."""
+
+    service: str
+    body: bytes
+
+
+class Told(msgspec.Struct, frozen=True, array_like=True, tag="told"):
+    """The application's answer."""
+
+    body: bytes
+
+
 class Fence(msgspec.Struct, frozen=True, array_like=True, tag="fence"):
     """End the initiator's data connection `link`. Answer: Ok, once it can write no byte any more."""
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from transfer.device import DeviceMemory
 from transfer.fdpass import private_dir
 from transfer.memory import check_mapped, locate
 from transfer.messages import (
+    Ask,
     BufferInfo,
     Describe,
     Fence,
@@ -33,6 +35,7 @@ from transfer.messages import (
     RdmaDisconnect,
     SegmentInfo,
     ShmInfo,
+    Told,
 )
 from transfer.metrics import TransferMetrics
 from transfer.model import Buffer, Transport
@@ -84,6 +87,7 @@ class Owner:
         self._notes: deque[tuple[str, str]] = deque()
         self._closed = False
         self._transports: dict[str, Transport] = {}
+        self._services: dict[str, Callable[[bytes], bytes]] = {}
         self._rdma: RdmaTransport | None = None
         self._topology: Topology | None = None
         self._unix_path: Path | None = None
@@ -108,6 +112,7 @@ class Owner:
             Describe: lambda _session, _message: self.info,
             Ping: lambda _session, _message: Ok(),
             Notify: self._take_note,
+            Ask: self._answer,
             Fence: data.fence,
         }
         listener = Listener(
@@ -314,6 +319,22 @@ class Owner:
             topology=self._topology.to_json() if self._topology else "",
             **fields,
         )
+
+    # ------------------------------------------------------------ applications
+
+    def serve(self, service: str, answer: Callable[[bytes], bytes]) -> None:
+        """Have `answer` called with what peers ask of `service`; in their connections' threads, at once.
+
+        It may raise MooncakeErrors, which the peer then raises. Whoever asks has been greeted: with a
+        secret, it knows it.
+        """
+        self._services[service] = answer
+
+    def _answer(self, _session: Session, message: Ask) -> Told:
+        answer = self._services.get(message.service)
+        if answer is None:
+            raise RequestError(f"{self.name} serves no {message.service!r}")
+        return Told(answer(message.body))
 
     # ------------------------------------------------------------ notifications
 

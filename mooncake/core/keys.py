@@ -73,4 +73,9 @@ def block_checksum(key: bytes, data: memoryview | bytes) -> bytes:
     The seed makes the checksum commit to the name: right bytes under a wrong key (two index
     entries swapped, a stale slot) fail like corrupted ones. xxhash releases the interpreter lock.
     """
-    return xxh3_128_digest(data, seed=int.from_bytes(key[:8], "little"))
+    return xxh3_128_digest(data, seed=checksum_seed(key))
+
+
+def checksum_seed(key: bytes) -> int:
+    """Return the seed of the checksum of a block that is called `key`."""
+    return int.from_bytes(key[:8], "little")

@@ -373,3 +373,5 @@ class StoreRecord(msgspec.Struct, frozen=True):
     capacity_bytes: int
     pid: int
     metrics_url: str = ""  # as in InstanceRecord
+    transfer: str = ""  # "host:port" of its transfer engine, for engines of other hosts; "" = none
+    segment_address: int = 0  # of the segment's first byte, as that transfer engine names it
