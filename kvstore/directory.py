@@ -169,13 +169,18 @@ class Directory:
 
     # ------------------------------------------------------------ look-ups
 
-    def replicas(self, keys: Sequence[bytes]) -> list[tuple[str, ...]]:
+    def replicas(self, keys: Sequence[bytes], *, exact_only: bool = False) -> list[tuple[str, ...]]:
         """Return the nodes that hold each key, EXACT ones first.
+
+        Args:
+            keys: whole keys.
+            exact_only: leave hints out.
 
         Raises:
             RequestError: malformed keys.
         """
-        get, live, names = self._holders.get, self._live, self._names
+        get, names = self._holders.get, self._names
+        live = sum(m.bit for m in self._members.values() if m.mode is Mode.EXACT or not exact_only)
         found = []
         for key in keys:
             mask = get(key_number(key), 0) & live

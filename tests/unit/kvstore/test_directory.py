@@ -101,6 +101,7 @@ def test_a_node_out_of_step_is_a_hint_behind_the_exact_ones():
     made = directory(a=(1,), b=(1,))
     made.on_stale(4.0, "a", "gap")
     assert made.replicas(keys(1)) == [("b", "a")]
+    assert made.replicas(keys(1), exact_only=True) == [("b",)]
     (status, _) = made.status(6.5)
     assert (status.node, status.mode, status.lag_s, status.reason) == ("a", Mode.DEGRADED, 2.5, "gap")
     made.on_stale(6.0, "a", "silent")  # said again: the lag counts from the first time
