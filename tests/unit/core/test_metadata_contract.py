@@ -1,8 +1,10 @@
-"""What every metadata backend does. A new backend joins by one more branch in `backend`."""
+"""What every metadata backend does. A new backend runs these tests with a `backend` fixture of its own,
+as tests/integration/test_metadata_etcd.py does."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import pytest
 
@@ -16,19 +18,39 @@ HISTORY = 8
 POLL_S = 0.1
 
 
+@dataclass
+class Backend:
+    """A store that nobody else writes to, and what a test may do behind its back."""
+
+    store: MetadataStore
+    forget: Callable[[int], Awaitable[None]]
+    """Drop history up to a revision, HISTORY changes ago."""
+    lease_s: float
+    """A short lease that it can give."""
+
+
+async def forgets_by_itself(_revision: int) -> None:
+    """The memory store keeps HISTORY changes."""
+
+
 @pytest.fixture(params=["memory", "memory over rpc"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[MetadataStore]:
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     memory = MemoryMetadata(history_max=HISTORY, poll_s=POLL_S, tick_s=0.02)
     if request.param == "memory":
-        yield memory
+        yield Backend(memory, forgets_by_itself, 0.4)
         await memory.close()
         return
     server = MetadataServer("tcp://127.0.0.1:*", memory)
     server.start()
     client = RemoteMetadata(server.endpoint, poll_s=POLL_S)
-    yield client
+    yield Backend(client, forgets_by_itself, 0.4)
     await client.close()
     await server.close()
+
+
+@pytest.fixture
+def store(backend: Backend) -> MetadataStore:
+    return backend.store
 
 
 async def values(store: MetadataStore, prefix: str = "/") -> dict[str, bytes]:
@@ -47,16 +69,22 @@ async def collect(store: MetadataStore, prefix: str, from_revision: int, count: 
 
 
 async def first_batch(store: MetadataStore, revision: int, epoch: str = "") -> MetaChanges:
-    async with asyncio.timeout(5):
-        return await anext(store.watch("/", revision, epoch))
+    watching = store.watch("/", revision, epoch)
+    async with asyncio.timeout(5), contextlib.aclosing(watching):  # type: ignore[type-var]
+        return await anext(watching)
+
+
+async def revision_of(store: MetadataStore) -> int:
+    return (await store.get("/")).revision
 
 
 async def test_a_listing_holds_exactly_the_keys_under_its_prefix_sorted(store):
-    for key in ("/b/2", "/a/1", "/b/1"):
-        await store.put(key, key.encode())
+    for key in ("/b/2", "/a/1", "/b/1", "/b", "/b0"):
+        last = await store.put(key, key.encode())
     listing = await store.get("/b/")
     assert [(entry.key, entry.value) for entry in listing.entries] == [("/b/1", b"/b/1"), ("/b/2", b"/b/2")]
-    assert listing.revision == 3
+    assert listing.revision >= last.revision
+    assert (await store.get("/")).revision == listing.revision
     assert listing.epoch
 
 
@@ -92,8 +120,8 @@ async def test_delete_is_idempotent_and_a_deleted_key_is_absent_again(store):
     assert (await store.put("/a", b"2", if_revision=0)).done
 
 
-async def test_keys_vanish_with_their_lease_and_others_stay(store):
-    lease = await store.grant(0.2)
+async def test_keys_vanish_with_their_lease_and_others_stay(store, backend):
+    lease = await store.grant(backend.lease_s)
     await store.put("/mine", b"1", lease)
     await store.put("/permanent", b"2")
     changes = await collect(store, "/mine", (await store.get("/")).revision, 1)
@@ -102,11 +130,11 @@ async def test_keys_vanish_with_their_lease_and_others_stay(store):
     assert not await store.keep_alive(lease)
 
 
-async def test_a_lease_kept_alive_keeps_its_keys(store):
-    lease = await store.grant(0.4)
+async def test_a_lease_kept_alive_keeps_its_keys(store, backend):
+    lease = await store.grant(backend.lease_s)
     await store.put("/mine", b"1", lease)
     for _ in range(6):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(backend.lease_s / 4)
         assert await store.keep_alive(lease)
     assert await values(store) == {"/mine": b"1"}
 
@@ -175,25 +203,60 @@ async def test_an_idle_watch_yields_empty_batches_so_that_its_owner_can_act_on_t
     assert (batch.changes, batch.compacted) == ([], False)
 
 
-async def test_a_watch_from_before_the_kept_history_is_told_to_list_again(store):
-    for i in range(HISTORY + 2):
-        await store.put("/a", b"%d" % i)
-    assert (await first_batch(store, 0)).compacted
-    assert not (await first_batch(store, 2)).compacted
+async def test_a_watch_from_before_the_kept_history_is_told_to_list_again(store, backend):
+    start = await revision_of(store)
+    written = [(await store.put("/a", b"%d" % i)).revision for i in range(HISTORY + 2)]
+    await backend.forget(written[1])
+    assert (await first_batch(store, start)).compacted
+    kept = await first_batch(store, written[1])
+    assert not kept.compacted
+    assert kept.changes[0].revision == written[2]
+
+
+async def test_a_deletion_that_history_no_longer_holds_is_never_missed(store, backend):
+    """A watcher that saw all up to just before it must not believe that nothing happened."""
+    await store.put("/a", b"1")
+    start = await revision_of(store)
+    await store.delete("/a")
+    gone = await revision_of(store)
+    for i in range(HISTORY):
+        await store.put("/b", b"%d" % i)
+    await backend.forget(gone)
+    assert (await first_batch(store, start)).compacted
 
 
 async def test_a_watch_that_knows_another_life_of_the_store_is_told_to_list_again(store):
+    start = await revision_of(store)
     await store.put("/a", b"1")
-    assert (await first_batch(store, 0, epoch="another")).compacted
-    assert (await first_batch(store, 99)).compacted  # revisions of the future
+    assert (await first_batch(store, start, epoch="another")).compacted
+    assert (await first_batch(store, start + 99)).compacted  # revisions of the future
     epoch = (await store.get("/")).epoch
-    assert not (await first_batch(store, 0, epoch)).compacted
+    assert not (await first_batch(store, start, epoch)).compacted
 
 
 async def test_many_watchers_see_the_same_changes(store):
-    watching = [asyncio.create_task(collect(store, "/", 0, 3)) for _ in range(5)]
+    start = await revision_of(store)
+    watching = [asyncio.create_task(collect(store, "/", start, 3)) for _ in range(5)]
     await asyncio.sleep(0.05)
     for i in range(3):
         await store.put(f"/{i}", b"")
     results = await asyncio.gather(*watching)
+    assert [change.key for change in results[0]] == ["/0", "/1", "/2"]
     assert all(result == results[0] for result in results)
+
+
+async def test_a_put_under_a_lease_that_loses_its_compare_leaves_the_key_to_its_owner(store):
+    mine, other = await store.grant(60), await store.grant(60)
+    await store.put("/leader", b"mine", mine, if_revision=0)
+    assert not (await store.put("/leader", b"other", other, if_revision=0)).done
+    await store.revoke(other)
+    assert await values(store) == {"/leader": b"mine"}
+
+
+async def test_keys_and_values_are_any_text_and_bytes(store):
+    key, value = '/\u00e4 \u4e2d\U0001f319"\\/', bytes(range(256))
+    await store.put(key, value)
+    await store.put("/empty", b"")
+    assert await values(store) == {key: value, "/empty": b""}
+    await store.put("/big", bytes(65536))
+    assert len((await values(store))["/big"]) == 65536

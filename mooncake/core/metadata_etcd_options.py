@@ -1,0 +1,131 @@
+"""Where an etcd cluster is and how to reach it: one text on the command line, one checked struct.
+
+    etcd://host:port[,host:port...][/namespace][?insecure=true]
+    etcds://host:port[,host:port...][/namespace]?ca=FILE[&cert=FILE&key=FILE]
+
+`etcds` is TLS; `ca` is the authority of the servers (absent = the system's), `cert` and `key` show
+who we are (mutual TLS). Names are looked up at every new connection, so that a server may move.
+"""
+
+import re
+import ssl
+import urllib.parse
+from collections.abc import Callable
+
+import msgspec
+
+from mooncake.core.errors import ConfigError
+
+PORT = 2379
+ENDPOINTS_MAX = 9
+"""Of one etcd cluster; more than 7 members only slow it down."""
+NAMESPACE = "/mooncake"
+"""Several clusters may share one etcd: each needs a namespace of its own."""
+
+_SCHEMES = {"etcd": False, "etcds": True}
+_FILES = ("ca", "cert", "key")
+_ENDPOINT = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9][A-Za-z0-9._-]{0,252}))(?::([0-9]{1,5}))?", re.A)
+_NAMESPACE = re.compile(r"(/[A-Za-z0-9._-]{1,64}){1,4}", re.A)
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One etcd server: a name or an address, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module; "" = no such file."""
+
+    endpoints: tuple[Endpoint, ...]
+    namespace: str = NAMESPACE
+    secure: bool = False
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Return what a new connection needs; None = plain text.
+
+        Files are read anew each time (about a millisecond, connections are few): certificates
+        that were rotated need no restart.
+
+        Raises:
+            ConfigError: a file is missing or is not what it should be.
+        """
+        if not self.secure:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca or None)
+        except OSError as error:
+            raise ConfigError(f"etcd: ca = {self.ca!r}: {error}; name the authority's PEM file") from error
+        if self.cert:
+            try:
+                context.load_cert_chain(self.cert, self.key or None)
+            except OSError as error:
+                raise ConfigError(
+                    f"etcd: cert = {self.cert!r}, key = {self.key!r}: {error}; name PEM files of one pair"
+                ) from error
+        return context
+
+
+def is_etcd(text: str) -> bool:
+    """Return whether a metadata address means etcd."""
+    return text.partition("://")[0] in _SCHEMES
+
+
+def parse_etcd(text: str) -> EtcdOptions:
+    """Return what an address like those in the module's text says.
+
+    Raises:
+        ConfigError: it is none; or it is plain text across a network that was not asked for.
+    """
+    # the configuration checks its metadata option with this module
+    from mooncake.core.config import is_loopback
+
+    def fail(advice: str) -> ConfigError:
+        return ConfigError(f"metadata = {text!r}: {advice}")
+
+    try:
+        url = urllib.parse.urlsplit(text)
+        settings = dict(
+            urllib.parse.parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
+        )
+    except ValueError as error:
+        raise fail(f"{error}; write etcd://host:port,host:port") from error
+    if url.scheme not in _SCHEMES or url.fragment:
+        raise fail("write etcd://host:port or etcds://host:port?ca=FILE")
+    secure = _SCHEMES[url.scheme]
+    _check_settings(secure, settings, fail)
+    endpoints = tuple(_endpoint(part, fail) for part in url.netloc.split(","))
+    if len(endpoints) > ENDPOINTS_MAX:
+        raise fail(f"at most {ENDPOINTS_MAX} endpoints")
+    if not secure and "insecure" not in settings and not all(is_loopback(e.host) for e in endpoints):
+        raise fail("others can read and change it on the way: use etcds://, or add ?insecure=true")
+    namespace = url.path.rstrip("/") or NAMESPACE
+    if not _NAMESPACE.fullmatch(namespace):
+        raise fail("a namespace is up to four parts of letters, digits, dots, dashes and underscores")
+    files = {name: settings.get(name, "") for name in _FILES}
+    return EtcdOptions(endpoints=endpoints, namespace=namespace, secure=secure, **files)
+
+
+def _check_settings(secure: bool, settings: dict[str, str], fail: Callable[[str], ConfigError]) -> None:
+    allowed = _FILES if secure else ("insecure",)
+    for name, value in settings.items():
+        if name not in allowed or not value:
+            raise fail(f"{name}={value} means nothing here; there are {', '.join(allowed)}")
+    if settings.get("insecure", "true") != "true":
+        raise fail("insecure is true or left away")
+    if ("cert" in settings) != ("key" in settings):
+        raise fail("cert and key belong together")
+
+
+def _endpoint(part: str, fail: Callable[[str], ConfigError]) -> Endpoint:
+    match = _ENDPOINT.fullmatch(part.strip())
+    if match is None or not 0 < int(match[3] or PORT) < 65536:
+        raise fail(f"{part!r} is no host:port")
+    return Endpoint(match[1] or match[2], int(match[3] or PORT))
