@@ -1,0 +1,408 @@
+"""The SSD tier of a store node: the clock, the threads' locks, the order of writes; SsdIndex decides.
+
+    io = FileIO()                                  # one for each disk
+    tier = SsdTier.open(SsdConfig(node="n1", path="/ssd/kv", capacity_bytes=1 << 40), io)
+    tier.put(key, view, checksum)                  # on demotion
+    got = tier.get(key, view)                      # got.hit: verified; got.promote: keep it in DRAM
+
+All calls block and may come from any thread; a service makes them in threads of its own.
+
+**Nothing wrong is served.** Every read is checked against the checksum the object was put with, which is
+seeded by its key; what differs is dropped, counted, and no hit.
+
+**Sync policy.** `put` does not sync: KV is a cache, to lose the last second of it in a power cut costs a
+recomputation. fdatasync is called once a second by the owner (`sync`, SYNC_S), by the tier whenever a
+segment is begun (so that only the two newest can be torn: recovery verifies those), before a cleared
+segment is reused, and at `close`. A killed process loses nothing that `put` has returned: the kernel has
+it. A removal is durable after the next sync.
+
+**A sick disk** (DESIGN 6). Full, which a preallocated file meets on thin volumes only: CapacityError for
+this put and those of the next FULL_PAUSE_S, the tier goes on. Read-only, or too many failed writes in a
+row: `write_error` says why, puts are refused, reads go on. Hanging: reads miss and puts are refused until
+what is inside the disk has ended; `unsettled` names its memory.
+"""
+
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from kvstore.header import HEADER_BYTES, NO_LAYOUT, ObjectHeader, Record, encode_record
+from kvstore.node import NodeEvents
+from kvstore.ssd_disk import Disk, Errors
+from kvstore.ssd_file import lock_directory, open_file, scan
+from kvstore.ssd_index import Clear, Geometry, Read, Refusal, SsdIndex
+from kvstore.ssd_model import Got, Put, Recovered, SsdConfig, SsdStats
+from mooncake.core.errors import CapacityError, IntegrityError, MooncakeError, RequestError
+from mooncake.core.keys import block_checksum
+from transfer.file import FileBatch, FileIO, Request
+
+__all__ = ["SYNC_S", "Got", "Put", "Recovered", "SsdConfig", "SsdStats", "SsdTier"]
+
+log = structlog.get_logger(__name__)
+
+SYNC_S = 1.0
+"""How much work a power cut may cost; fdatasync takes milliseconds."""
+READ_WINDOW_BYTES = 64 << 20
+"""In flight of one get_many: many times what the disk's threads can hold; the rest waits its turn."""
+VERIFIED_GENERATIONS = 2
+"""Segments that a power cut may have torn, see the sync policy; reading them takes a third of a second."""
+VERIFIED_AT_ONCE = 16
+"""As many as the disk's threads."""
+
+MISS = Got()
+
+
+class _Flight(msgspec.Struct, frozen=True):
+    place: int
+    read: Read
+    view: memoryview
+    batch: FileBatch
+
+
+class SsdTier:
+    """One open tier. Made by `open`."""
+
+    def __init__(
+        self, config: SsdConfig, disk: Disk, index: SsdIndex, lock_fd: int, clock: Callable[[], float]
+    ) -> None:
+        """Use `open`."""
+        self.config = config
+        self.recovered = Recovered()
+        self._disk = disk
+        self._index = index
+        self._lock_fd = lock_fd
+        self._clock = clock
+        self._lock = threading.Lock()  # of the index and the counters; never held during IO
+        self._placing = threading.Lock()  # of writers: segments are cleared and begun one at a time
+        self._zeros = memoryview(mmap.mmap(-1, index.geometry.slots * HEADER_BYTES))
+        self._generation = 0
+        self._closed = False
+        self._puts = self._put_bytes = self._read_bytes = self._corrupt = 0
+
+    @classmethod
+    def open(
+        cls,
+        config: SsdConfig,
+        io: FileIO,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> "SsdTier":
+        """Open the tier at `config.path` and index what it holds, or make it.
+
+        Args:
+            config: see SsdConfig.
+            io: of this disk; stays the caller's.
+            clock: for the order of use.
+            wall_clock: keeps generations rising even if the newest headers were lost.
+
+        Raises:
+            ConfigError: bad settings, a read-only disk, another process has the tier, or its file is of
+                another node, version or size, or damaged: the text says what to do.
+            CapacityError: no room on the disk for `capacity_bytes`.
+            PeerTimeout: the disk hangs.
+        """
+        geometry = Geometry.of(config.capacity_bytes, config.segment_bytes, config.object_bytes)
+        lock_fd = lock_directory(config.path)
+        disk: Disk | None = None
+        try:
+            file, tier_id = open_file(config.path, config.node, geometry, io)
+            disk = Disk(file, io, config.deadline_s, clock)
+            index = SsdIndex(
+                geometry,
+                tier_id,
+                first_generation=max(1, int(wall_clock() * 1e6)),
+                free_segments=config.free_segments,
+                promote_hits=config.promote_hits,
+                promote_window_s=config.promote_window_s,
+            )
+            tier = cls(config, disk, index, lock_fd, clock)
+            tier.recovered = scan(file, index, io, clock())
+            tier._verify_newest()
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            os.close(lock_fd)
+            raise
+        log.info("ssd.opened", path=config.path, direct=file.direct, **msgspec.structs.asdict(tier.recovered))
+        return tier
+
+    def _verify_newest(self) -> None:
+        records = self._index.newest(VERIFIED_GENERATIONS)
+        for start in range(0, len(records), VERIFIED_AT_ONCE):
+            views = [
+                memoryview(mmap.mmap(-1, r.object.stored_bytes)) for r in records[start:][:VERIFIED_AT_ONCE]
+            ]
+            some = list(zip(records[start:], views, strict=False))
+            batches = [self._disk.read(record.offset, view) for record, view in some]
+            for (record, view), batch in zip(some, batches, strict=True):
+                if self._disk.land(batch, lambda: None) is not None or not _is_sound(record, view):
+                    self._index.drop(record)
+                    self.recovered.corrupt += 1
+        self.recovered.objects, self.recovered.bytes = len(self._index), self._index.live_bytes
+
+    # ------------------------------------------------------------ reads
+
+    def __contains__(self, key: bytes) -> bool:
+        with self._lock:
+            return key in self._index
+
+    def find(self, key: bytes) -> ObjectHeader | None:
+        """Return size, checksum and layout of an object; None = not here. Counts neither hit nor miss."""
+        with self._lock:
+            return self._index.find(key)
+
+    def keys(self) -> list[bytes]:
+        """Return every readable key."""
+        with self._lock:
+            return self._index.keys()
+
+    def get(self, key: bytes, view: memoryview) -> Got:
+        """Read one object into `view`, which has its size."""
+        return self.get_many([(key, view)])[0]
+
+    def get_many(self, wanted: Sequence[tuple[bytes, memoryview]]) -> list[Got]:
+        """Read objects into memory; what has come is verified while the disk reads on.
+
+        A view whose Got is no hit holds anything. Page-aligned memory is fastest.
+        """
+        results = [MISS] * len(wanted)
+        if self._disk.is_stalled():
+            return results
+        flying: deque[_Flight] = deque()
+        flying_bytes = 0
+        try:
+            for place, (key, view) in enumerate(wanted):
+                while flying and flying_bytes + view.nbytes > READ_WINDOW_BYTES:
+                    flying_bytes -= flying[0].view.nbytes
+                    self._land(flying.popleft(), results)
+                flight = self._take_off(place, key, view)
+                if isinstance(flight, _Flight):
+                    flying.append(flight)
+                    flying_bytes += view.nbytes
+                else:
+                    results[place] = flight
+            while flying:
+                self._land(flying.popleft(), results)
+        finally:
+            for flight in flying:  # after an interrupt only
+                flight.batch.cancel()
+                self._disk.park(flight.batch, self._releaser([flight.read.record]))
+        return results
+
+    def _take_off(self, place: int, key: bytes, view: memoryview) -> _Flight | Got:
+        with self._lock:
+            read = None if self._closed else self._index.begin_read(self._clock(), key)
+        if read is None:
+            return MISS
+        size = read.record.object.stored_bytes
+        try:
+            if view.nbytes != size:
+                raise RequestError(f"object {key.hex()[:16]} has {size} bytes, not {view.nbytes}")
+            batch = self._disk.read(read.record.offset, view)
+        except MooncakeError as error:
+            self._releaser([read.record])()
+            return Got(error=error)
+        return _Flight(place, read, view, batch)
+
+    def _land(self, flight: _Flight, results: list[Got]) -> None:
+        record = flight.read.record
+        error = self._disk.land(flight.batch, self._releaser([record]))
+        if error is None and not _is_sound(record, flight.view):
+            error = IntegrityError("bytes are not those that were put")
+        if error is None:
+            with self._lock:
+                self._read_bytes += record.object.stored_bytes
+        elif isinstance(error, IntegrityError | RequestError):  # RequestError: the file was cut
+            error = IntegrityError(f"ssd tier: object {record.object.key.hex()[:16]}: {error}")
+            with self._lock:
+                self._corrupt += self._index.drop(record)
+        if error is not None:
+            log.warning("ssd.read_failed", path=self.config.path, offset=record.offset, error=str(error))
+        results[flight.place] = Got(error is None, error is None and flight.read.promote, error)
+
+    # ------------------------------------------------------------ writes
+
+    def put(self, key: bytes, view: memoryview, checksum: bytes, layout: int = NO_LAYOUT) -> None:
+        """Store one object; what is there already stays as it is.
+
+        Raises:
+            MooncakeError: see put_many.
+        """
+        error = self.put_many([Put(key, view, checksum, layout)])[0]
+        if error is not None:
+            raise error
+
+    def put_many(self, items: Sequence[Put]) -> list[MooncakeError | None]:
+        """Store objects; returns for each the reason why it is not stored, or None.
+
+        RequestError: larger than a segment, or the tier is closed. CapacityError: no segment or no disk
+        space is free now, or the disk hangs. PeerTimeout: as before, and views in `unsettled` are still
+        being read. ConfigError, IntegrityError, MooncakeError: this write has failed, or `write_error`.
+        """
+        refusal = self._refusal()
+        if refusal is not None:
+            return [refusal] * len(items)
+        results: list[MooncakeError | None] = [None] * len(items)
+        placed: list[tuple[int, Record]] = []
+        with self._placing:
+            for place, item in enumerate(items):
+                found = self._place(item)
+                if isinstance(found, Record):
+                    placed.append((place, found))
+                else:
+                    results[place] = found
+        placed = self._write(placed, [(r.offset, items[place].view) for place, r in placed], results)
+        # only now the headers, see kvstore.ssd_index: a header tells of bytes that are there
+        placed = self._write(placed, [self._header(record) for _, record in placed], results)
+        with self._lock:
+            for _, record in placed:
+                self._index.commit(record)
+                self._put_bytes += record.object.stored_bytes
+            self._puts += len(placed)
+        return results
+
+    def _place(self, item: Put) -> Record | MooncakeError | None:
+        """Return where to write `item`; None = it is there."""
+        header = ObjectHeader(item.key, item.view.nbytes, item.checksum, item.layout)
+        self._make_room()
+        with self._lock:
+            found = self._index.reserve(self._clock(), header)
+        if isinstance(found, Record):
+            if found.generation != self._generation:  # a segment was begun
+                self._generation = found.generation
+                self._disk.sync()
+            return found
+        if found is Refusal.PRESENT:
+            return None
+        if found is Refusal.TOO_LARGE:
+            return RequestError(f"ssd tier {self.config.path}: {item.view.nbytes} bytes: {found.value}")
+        return CapacityError(f"ssd tier {self.config.path}: {found.value}")
+
+    def _header(self, record: Record) -> Request:
+        offset = self._index.geometry.header_offset(record.segment, record.slot)
+        return offset, memoryview(encode_record(record))
+
+    def _write(
+        self, placed: list[tuple[int, Record]], requests: list[Request], results: list[MooncakeError | None]
+    ) -> list[tuple[int, Record]]:
+        """Write one request for each of `placed`; returns those that are written, gives the others up."""
+
+        def settle(errors: Errors) -> None:
+            with self._lock:
+                for number in errors:
+                    self._index.abandon(placed[number][1])
+
+        errors = self._disk.write(requests, settle) if placed else {}
+        for number, error in errors.items():
+            results[placed[number][0]] = error
+        return [pair for number, pair in enumerate(placed) if number not in errors]
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget objects, also for the next start; returns how many there were."""
+        with self._lock:
+            records = [] if self._closed else self._index.remove(keys)
+        release = self._releaser(records)
+        blank = self._zeros[:HEADER_BYTES]
+        if records:
+            offsets = [self._index.geometry.header_offset(r.segment, r.slot) for r in records]
+            self._disk.write([(offset, blank) for offset in offsets], lambda _: release())
+        return len(records)
+
+    def maintain(self) -> None:
+        """Clear segments ahead of need. Call it after a round of demotions: the next will not wait."""
+        if self._refusal() is None:
+            with self._placing:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        while True:
+            with self._lock:
+                clear = self._index.next_clear()
+            if clear is None or not self._clear(clear):
+                return
+
+    def _clear(self, clear: Clear) -> bool:
+        def settle(errors: Errors) -> None:
+            done = not errors and self._disk.sync()
+            with self._lock:
+                self._index.cleared(clear, done=done)
+            outcome.append(done)
+
+        outcome: list[bool] = []
+        offset = self._index.geometry.header_offset(clear.segment, 0)
+        self._disk.write([(offset, self._zeros[: clear.slots * HEADER_BYTES])], settle)
+        return outcome == [True]
+
+    def _releaser(self, records: list[Record]) -> Callable[[], None]:
+        def release() -> None:
+            with self._lock:
+                for record in records:
+                    self._index.release(record)
+
+        return release
+
+    def _refusal(self) -> MooncakeError | None:
+        if self._closed:
+            return RequestError(f"ssd tier {self.config.path} is closed")
+        return self._disk.refusal()
+
+    # ------------------------------------------------------------ life
+
+    def sync(self) -> bool:
+        """Make everything put so far durable; returns False (and counts it) if the disk refuses."""
+        return self._closed or self._disk.sync()
+
+    def close(self) -> None:
+        """Sync and close (idempotent). If the disk hangs, the tier stays locked until the process ends."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._disk.close()
+        if not self._disk.is_stalled():
+            os.close(self._lock_fd)
+
+    @property
+    def write_error(self) -> MooncakeError | None:
+        """Why nothing is written any more; None = all is well."""
+        return self._disk.write_error
+
+    @property
+    def unsettled(self) -> list[memoryview]:
+        """Memory that a hanging disk may still read or write."""
+        return self._disk.unsettled
+
+    def drain_events(self) -> NodeEvents:
+        """Return which keys became readable or were lost since the last drain; first, all recovered ones."""
+        with self._lock:
+            return self._index.drain_events()
+
+    def stats(self) -> SsdStats:
+        """Return counters since start and gauges now."""
+        with self._lock:
+            index = self._index
+            return SsdStats(
+                capacity_bytes=index.geometry.segments * index.geometry.object_bytes_max,
+                live_bytes=index.live_bytes,
+                objects=len(index),
+                free_segments=index.free_segments,
+                hits=index.hits,
+                misses=index.misses,
+                evictions=index.evictions,
+                puts=self._puts,
+                put_bytes=self._put_bytes,
+                read_bytes=self._read_bytes,
+                corrupt=self._corrupt,
+                write_errors=self._disk.write_errors,
+                recovered=self.recovered,
+            )
+
+
+def _is_sound(record: Record, view: memoryview) -> bool:
+    return block_checksum(record.object.key, view) == record.object.checksum
