@@ -218,6 +218,11 @@ class Directory:
 
     # ------------------------------------------------------------ trust
 
+    def is_exact(self, node: str) -> bool:
+        """Return whether what is known of `node` is all there is: it is in step, or no member."""
+        member = self._members.get(node)
+        return self.members_known if member is None else member.mode is Mode.EXACT
+
     def mode(self) -> Mode:
         """Return EXACT if the members are known and every one is in step."""
         exact = self.members_known and all(m.mode is Mode.EXACT for m in self._members.values())

@@ -15,8 +15,10 @@ from enum import Enum
 
 import msgspec
 
-from kvstore.limits import HEARTBEAT_S
-from mooncake.core.messages import StoreEvents
+from kvstore.limits import HEARTBEAT_S, SNAPSHOT_KEYS_MAX
+from mooncake.core.errors import ProtocolError
+from mooncake.core.keys import KEY_BYTES
+from mooncake.core.messages import SnapshotPage, StoreEvents
 
 SILENCE_S = 4 * HEARTBEAT_S
 """As follower.STALE_S: three lost heartbeats and a half."""
@@ -132,3 +134,29 @@ class EventStream:
     def _lose(self, reason: str) -> Distrust:
         self._state = _State.WAITING
         return Distrust(reason)
+
+
+class SnapshotPages:
+    """Collects the pages of one snapshot; refuses those of two moments (the node restarted between)."""
+
+    def __init__(self, keys_max: int = SNAPSHOT_KEYS_MAX) -> None:
+        """Expect the first page; `keys_max` bounds what a broken peer can make us hold."""
+        self.pages: list[bytes] = []
+        self._left_bytes = keys_max * KEY_BYTES
+        self.epoch = ""
+        self.seq = 0
+
+    def add(self, page: SnapshotPage) -> int:
+        """Take the next page; return the cursor to ask for, 0 when the snapshot is complete.
+
+        Raises:
+            ProtocolError: not whole keys, without end, or of another moment than the first page.
+        """
+        if self.pages and (page.epoch, page.seq) != (self.epoch, self.seq):
+            raise ProtocolError(f"a page of {page.epoch}/{page.seq} after one of {self.epoch}/{self.seq}")
+        self.epoch, self.seq = page.epoch, page.seq
+        self._left_bytes -= len(page.keys)
+        if len(page.keys) % KEY_BYTES or self._left_bytes < 0 or (page.cursor and not page.keys):
+            raise ProtocolError("a snapshot page that is no whole number of keys, or one too many")
+        self.pages.append(page.keys)
+        return page.cursor

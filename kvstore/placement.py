@@ -53,10 +53,9 @@ class Placer:
         self._given_bytes[room.node] = 0
 
     def leave(self, node: str) -> None:
-        """Forget a node (idempotent)."""
+        """Forget a node's room (idempotent); if it was draining, it will be when it comes back."""
         self._rooms.pop(node, None)
         self._given_bytes.pop(node, None)
-        self._draining.pop(node, None)
 
     def drain(self, node: str, on: bool = True) -> None:
         """Place nothing on `node` any more; or again."""

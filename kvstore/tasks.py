@@ -25,6 +25,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvstore.event_stream import SILENCE_S
 from kvstore.placement import COPIES_MAX, Placer
 from mooncake.core.errors import CapacityError, RequestError
 
@@ -54,8 +55,8 @@ HOT_REST_S = 10.0
 """A hot key whose copy failed for good is left alone for this long."""
 ROUNDS_MAX = 8
 """A drained node is listed again for blocks that came meanwhile, at most this often."""
-ROUND_S = 1.0
-"""Before each such listing: the directory has heard of the last drops by then."""
+ROUND_S = SILENCE_S + 1.0
+"""Before each such listing the directory was in step for this long: whatever was lost has shown by then."""
 LOOKS_MAX = 4_096
 """Steps looked at in one call: 20 ms, when none of them has anything left to do."""
 
@@ -119,6 +120,10 @@ class Locations(Protocol):
 
     def keys_of(self, node: str) -> list[bytes]:
         """Return the keys of a node."""
+        ...
+
+    def is_exact(self, node: str) -> bool:
+        """Return whether `keys_of` is all that the node holds."""
         ...
 
 
@@ -214,7 +219,8 @@ class Tasks:
         """Place nothing on `node` any more and have all its blocks elsewhere.
 
         Args:
-            node: it is empty, and can be stopped, when the task is DONE.
+            node: it is empty, as far as an index in step knows, or gone, when the task is DONE. A
+                writer that had reserved before may still commit: look again after WRITE_S_MAX.
             size_bytes: of a block, to choose nodes that can take it.
 
         Raises:
@@ -460,7 +466,7 @@ class Tasks:
             task.relist_s = math.inf
         elif task.failed:
             self._finish(task, State.FAILED)
-        elif task.relist_s == math.inf:
+        elif task.relist_s == math.inf or not self._locations.is_exact(task.source):
             task.relist_s = now_s + ROUND_S
         elif now_s >= task.relist_s:
             task.rounds += 1

@@ -93,6 +93,7 @@ def test_it_is_exact_only_when_members_are_known_and_all_in_step():
     made.join(3.0, "a", "e1")
     assert made.mode() is Mode.DEGRADED
     assert made.lag_s(5.0) == 2.0
+    assert [made.is_exact(node) for node in "ab"] == [False, True]
     made.on_snapshot(5.0, "a", "e1", [])
     assert (made.mode(), made.lag_s(9.0)) == (Mode.EXACT, 0.0)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 
 from kvstore import event_stream, follower
-from kvstore.event_stream import Apply, Distrust, EventStream, Reset, TakeSnapshot
+from kvstore.event_stream import Apply, Distrust, EventStream, Reset, SnapshotPages, TakeSnapshot
 from mooncake.core import rpc, wire
-from mooncake.core.errors import PeerTimeout
+from mooncake.core.errors import PeerTimeout, ProtocolError
 from mooncake.core.messages import SnapshotPage, StoreEvents, StoreRecord
 
 RECORD = StoreRecord("n1", "e", "tcp://127.0.0.1:1", "tcp://127.0.0.1:1", "/none", 4096, 1)
@@ -78,6 +78,30 @@ def test_messages_beyond_the_bound_are_lost_and_seen_as_a_gap(monkeypatch):
     actions = stream.on_snapshot(0.0, "e1", 1, [])
     assert [type(action) for action in actions] == [Reset, Apply, Apply]
     assert isinstance(stream.on_message(0.0, event(5, stored=5))[0], Distrust)
+
+
+def test_pages_of_one_moment_make_a_snapshot():
+    pages = SnapshotPages()
+    assert pages.add(SnapshotPage("e1", 5, b"a" * 64, 77)) == 77
+    assert pages.add(SnapshotPage("e1", 5, b"b" * 32, 0)) == 0
+    assert (pages.epoch, pages.seq, pages.pages) == ("e1", 5, [b"a" * 64, b"b" * 32])
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        SnapshotPage("e2", 5, b"b" * 32, 0),  # restarted, and has a snapshot of the same number
+        SnapshotPage("e1", 6, b"b" * 32, 0),
+        SnapshotPage("e1", 5, b"b" * 31, 0),
+        SnapshotPage("e1", 5, b"", 9),
+        SnapshotPage("e1", 5, b"b" * 32 * 4, 0),
+    ],
+)
+def test_a_page_that_does_not_belong_there_is_refused(page):
+    pages = SnapshotPages(keys_max=4)
+    pages.add(SnapshotPage("e1", 5, b"a" * 32, 8))
+    with pytest.raises(ProtocolError):
+        pages.add(page)
 
 
 # ---------------------------------------------------------------- equal to the follower

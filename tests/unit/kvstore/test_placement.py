@@ -95,6 +95,14 @@ def test_a_node_that_left_is_not_chosen():
     assert made.choose(key(1), SIZE, 2).nodes == ("b",)
 
 
+def test_draining_survives_that_a_node_is_lost_and_found():
+    made = placer(a=1, b=1)
+    made.drain("a")
+    made.leave("a")
+    made.update(Room("a", 100 * MB, 100 * MB))
+    assert made.choose(key(1), SIZE, 2).nodes == ("b",)
+
+
 names = st.sampled_from(list("abcdef"))
 
 

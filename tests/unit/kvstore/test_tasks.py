@@ -54,6 +54,9 @@ class Cluster:
     def keys_of(self, node):
         return sorted(self.seen.get(node, ()))
 
+    def is_exact(self, node):
+        return node not in self.hints
+
     def lag(self):
         """From now on the index hears nothing."""
         self.seen = {node: set(held) for node, held in self.held.items()}
@@ -175,6 +178,19 @@ def test_a_drain_takes_along_what_came_meanwhile():
     cluster.run()
     assert cluster.state(task) is State.DONE
     assert cluster.where(2) == {"b"}
+
+
+def test_a_drain_is_not_over_while_the_index_is_out_of_step():
+    cluster = Cluster(a=(), b=())
+    cluster.hints.add("a")
+    task = cluster.tasks.drain("a", SIZE)
+    cluster.run(for_s=20.0)
+    assert cluster.state(task) is State.RUNNING
+    cluster.held["a"].add(key(1))
+    cluster.hints.clear()
+    cluster.run()
+    assert cluster.state(task) is State.DONE
+    assert cluster.where(1) == {"b"}
 
 
 def test_a_drain_without_another_node_fails_and_drops_nothing():
