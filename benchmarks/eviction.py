@@ -195,7 +195,7 @@ def main() -> int:
     if args.quick:
         capacities: tuple[int, ...] = QUICK_CAPACITIES
     else:
-        capacities = CAPACITIES + (CURVE if args.plot else ())
+        capacities = tuple(sorted(CAPACITIES + (CURVE if args.plot else ()), reverse=True))
     console = Console(stderr=True)
     replays: list[Replay] = []
     files = [args.traces / f"{trace}_trace.jsonl" for trace in ("conversation", "synthetic")]
