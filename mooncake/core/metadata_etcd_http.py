@@ -54,7 +54,8 @@ class HttpConnection:
                 "does it speak TLS, and does it want `cert` and `key`?"
             ) from error
         except OSError as error:
-            raise PeerGone(f"etcd server {endpoint} cannot be reached: {error}") from error
+            hint = " (does it speak TLS?)" if context and isinstance(error, ConnectionResetError) else ""
+            raise PeerGone(f"etcd server {endpoint} cannot be reached: {error!r}{hint}") from error
         return cls(endpoint, reader, writer)
 
     @property

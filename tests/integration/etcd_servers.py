@@ -149,7 +149,9 @@ class EtcdServers:
             f"--heartbeat-interval={HEARTBEAT_MS}", f"--election-timeout={ELECTION_MS}",
             "--logger=zap", "--log-outputs=stderr",
         ]  # fmt: skip
-        if self._tls:
+        if self._tls:  # also at an address that its certificate does not name
+            others = f"{self._scheme}://127.0.0.2:{self.ports[index]}"
+            command[command.index(f"--listen-client-urls={client}")] += f",{others}"
             command += [
                 f"--cert-file={self._tls.server_cert}", f"--key-file={self._tls.server_key}",
                 f"--trusted-ca-file={self._tls.ca}", "--client-cert-auth",
