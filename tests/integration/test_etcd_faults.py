@@ -13,6 +13,7 @@ import pytest
 
 from kvstore.client import PoolClient
 from kvstore.service import StoreConfig, StoreService
+from mooncake.core import metadata_etcd, metadata_etcd_http
 from mooncake.core.election import Election
 from mooncake.core.errors import ConfigError, PeerError, PeerGone, PeerTimeout
 from mooncake.core.keys import block_checksum
@@ -223,6 +224,23 @@ async def test_a_follower_lists_again_when_history_was_compacted_while_it_was_aw
         await writer.put("/new", b"")
         store._order = order
         await until(lambda: follower.entries == {"/stays": b"2", "/new": b""})
+
+
+async def test_a_watcher_far_behind_gets_everything_in_pieces_or_is_told_to_list_again(servers, monkeypatch):
+    """etcd would send a backlog as one message of any size."""
+    monkeypatch.setattr(metadata_etcd_http, "BODY_BYTES_MAX", 4 << 20)
+    async with client(servers.options()) as store:
+        listing = await store.get("/")
+        keys = [f"/{i:03}" for i in range(100)]
+        for key in keys:
+            await store.put(key, bytes(64 << 10))
+        seen = await changes_until(store, listing.revision, keys[-1])
+        assert [change.key for change in seen] == keys
+        monkeypatch.setattr(metadata_etcd, "BATCH_BYTES_MAX", 4 << 20)
+        async with asyncio.timeout(WAIT_S):
+            batches = [batch async for batch in store.watch("/", listing.revision, listing.epoch)]
+        assert not any(batch.changes for batch in batches)
+        assert batches[-1].compacted
 
 
 async def test_a_silent_server_is_lost_after_the_named_bounds_and_found_again(servers):
