@@ -8,10 +8,12 @@ shutdown    SIGTERM or SIGINT: refuse new work, finish what is in flight within 
 
 import argparse
 import asyncio
+import contextlib
 import hmac
 import os
 import secrets
 import signal
+from collections.abc import AsyncIterator
 from typing import Any
 
 import structlog
@@ -29,6 +31,8 @@ from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from mooncake.core.config import GatewayOptions, check_host
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
+from mooncake.core.metadata_etcd_options import is_etcd
+from mooncake.core.metadata_open import open_metadata
 
 log = structlog.get_logger(__name__)
 
@@ -172,6 +176,29 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
     app.router.routes.insert(0, Route("/mooncake/instances", instances, methods=["GET"]))
 
 
+@contextlib.asynccontextmanager
+async def open_cluster_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
+    """Give the cluster's metadata store: etcd, or our own, which is served at `endpoint`.
+
+    Raises:
+        ConfigError: it cannot be bound, or names no store.
+    """
+    if is_etcd(endpoint):
+        store = open_metadata(endpoint)
+        try:
+            yield store
+        finally:
+            await store.close()
+        return
+    server = MetadataServer(endpoint)
+    server.start()
+    log.info("gateway.metadata", endpoint=server.endpoint)
+    try:
+        yield server.store
+    finally:
+        await server.close()
+
+
 async def run(options: GatewayOptions) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -182,12 +209,9 @@ async def run(options: GatewayOptions) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = MetadataServer(options.metadata_endpoint)
-    server.start()
-    log.info("gateway.metadata", endpoint=server.endpoint)
-    try:
+    async with open_cluster_metadata(options.metadata_endpoint) as metadata:
         args, config = await asyncio.to_thread(configure, options)
-        cluster = Cluster(options, server.store)
+        cluster = Cluster(options, metadata)
         llm = vllm_seam.build_llm(args, config, cluster.client)
         try:
             app = await vllm_seam.build_app(llm, args)
@@ -197,8 +221,6 @@ async def run(options: GatewayOptions) -> None:
         finally:
             await cluster.members.close()
             llm.shutdown()
-    finally:
-        await server.close()
 
 
 def main(options: GatewayOptions) -> int:

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="Folder, hub name, or nothing for SmolLM2-135M-Instruct.")]
-Metadata = Annotated[str, typer.Option(help="Address of the cluster's metadata, e.g. tcp://127.0.0.1:7700.")]
+Metadata = Annotated[str, typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,...")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
 Dtype = Annotated[
     str, typer.Option(help="auto (not bfloat16 where it is emulated), bfloat16, float16, float32.")
@@ -245,7 +245,7 @@ def conductor(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     metadata_endpoint: Annotated[
-        str, typer.Option(help="Where it serves metadata.")
+        str, typer.Option(help="Where it serves metadata, or etcd://HOST:PORT,... that has it.")
     ] = "tcp://127.0.0.1:7700",
     aggregated: Annotated[bool, typer.Option(help="Instances do both.")] = False,
     first_token: Annotated[bool, typer.Option(help="Stream prefill's own first token.")] = False,

@@ -136,7 +136,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
         _choice("load_mode", self.load_mode, LOAD_MODES)
         _choice("dtype", self.dtype, DTYPES)
         _name("instance_id", self.instance_id)
-        check_endpoint(self.metadata)
+        _metadata(self.metadata)
         _engine_sizes(self.block_size, self.max_model_len, self.kv_memory_bytes)
         _between("metrics_port", self.metrics_port, 0, 65535)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
@@ -152,7 +152,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     run_dir: str
     host: str = "127.0.0.1"
     port: int = 8000
-    metadata_endpoint: str = "tcp://127.0.0.1:*"  # bound: the Conductor hosts the metadata server
+    metadata_endpoint: str = "tcp://127.0.0.1:*"  # bound: the Conductor serves metadata there; or etcd://...
     served_name: str = ""  # "" = model
     aggregated: bool = False
     first_token: bool = False
@@ -178,7 +178,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
             if not 0.0 <= getattr(self, key) <= SLO_S_MAX:  # also refuses NaN
                 raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = no objective")
         _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
-        check_endpoint(self.metadata_endpoint)
+        _metadata(self.metadata_endpoint)
         check_host(self.host, self.api_key)
         if not self.model:
             raise fail("model", self.model, "name the model that the instances serve")
@@ -199,7 +199,8 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
     def _check(self) -> None:
         _name("node", self.node)
         _between("metrics_port", self.metrics_port, 0, 65535)
-        for endpoint in (self.metadata, self.endpoint, self.events):
+        _metadata(self.metadata)
+        for endpoint in (self.endpoint, self.events):
             check_endpoint(endpoint)
         if self.capacity_bytes < POOL_BYTES_MIN:
             raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
@@ -217,6 +218,12 @@ def check_host(host: str, api_key: str) -> None:
         raise fail("host", host, f"others can reach it: set --api-key or {API_KEY_ENV}, or bind 127.0.0.1")
     if len(api_key) < API_KEY_CHARS_MIN:
         raise ConfigError(f"api key: at least {API_KEY_CHARS_MIN} characters on a reachable address")
+
+
+def _metadata(text: str) -> None:
+    from mooncake.core.metadata_open import check_metadata  # its clients need no options
+
+    check_metadata(text)
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from mooncake.core import log as logs
 from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
 from mooncake.core.messages import STORES_PREFIX
-from mooncake.core.metadata_client import RemoteMetadata
+from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
 
 log = structlog.get_logger(__name__)
@@ -57,7 +57,7 @@ async def _store(options: StoreOptions) -> int:
         metrics_port=options.metrics_port or None,
     )
     service = StoreService(config)
-    metadata = RemoteMetadata(options.metadata)
+    metadata = open_metadata(options.metadata)
     record = await service.start()
     registration = Registration(metadata, STORES_PREFIX + record.node, lambda: msgspec.json.encode(record))
     registration.start()

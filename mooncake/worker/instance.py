@@ -26,7 +26,8 @@ from prometheus_client.registry import Collector
 from mooncake.core.config import WorkerOptions
 from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, StoreRecord
-from mooncake.core.metadata_client import RemoteMetadata
+from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
 from mooncake.core.scrape import MetricsServer, metrics_url
 from mooncake.worker.engine import refuse_insecure_serialization
@@ -91,7 +92,7 @@ class PulseCollector(Collector):
         yield age
 
 
-async def find_store(metadata: RemoteMetadata, node: str, wait_s: float) -> StoreRecord:
+async def find_store(metadata: MetadataStore, node: str, wait_s: float) -> StoreRecord:
     """Return the record of this node's store, waiting for it to register.
 
     Raises:
@@ -196,7 +197,7 @@ class Instance:
         return 1
 
     async def _find_store(self) -> StoreRecord:
-        metadata = RemoteMetadata(self._options.metadata)
+        metadata = open_metadata(self._options.metadata)
         try:
             return await find_store(metadata, self._options.node, STORE_WAIT_S)
         finally:
@@ -242,7 +243,7 @@ class Instance:
         metrics = self._metrics(spec, pulse)
         if metrics:
             metrics.start()
-        metadata = RemoteMetadata(self._options.metadata)
+        metadata = open_metadata(self._options.metadata)
         registration: Registration | None = None
         try:
             while not self._leave.is_set():
@@ -269,7 +270,7 @@ class Instance:
         registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
         return MetricsServer(registry, self._options.metrics_port)
 
-    async def _refresh_store(self, metadata: RemoteMetadata, spec: EngineSpec) -> None:
+    async def _refresh_store(self, metadata: MetadataStore, spec: EngineSpec) -> None:
         """Keep the store's current address where the engine's pool client looks for it."""
         with contextlib.suppress(MooncakeError):  # metadata away: the last address stays
             record = await find_store(metadata, self._options.node, 0.2)
