@@ -50,19 +50,19 @@ class Disk:
         self._dirty = False
         self._errors_in_row = 0
 
-    def read(self, offset: int, view: memoryview) -> FileBatch:
+    def read(self, requests: Sequence[Request]) -> FileBatch:
         """Begin to read; raises as FileIO.submit. `land` it."""
-        return self._io.submit(Opcode.READ, self.file, [(offset, view)], self._deadline_s)
+        return self._io.submit(Opcode.READ, self.file, requests, self._deadline_s)
 
-    def land(self, batch: FileBatch, settle: Callable[[], None]) -> MooncakeError | None:
-        """Wait for a batch of one request and return its error. After PeerTimeout see `unsettled`."""
+    def land(self, batch: FileBatch, settle: Callable[[], None]) -> Errors:
+        """Wait for a batch and return its errors. After PeerTimeout see `unsettled`."""
         try:
             errors = batch.wait()
         except PeerTimeout as error:
             self.park(batch, settle)
-            return error
+            return dict.fromkeys(range(len(batch.requests)), error)
         settle()
-        return errors.get(0)
+        return errors
 
     def write(self, requests: Sequence[Request], settle: Callable[[Errors], None]) -> Errors:
         """Write and wait. What hangs has failed, even if it reaches the disk later."""

@@ -30,6 +30,7 @@ from kvstore.header import (
 from kvstore.ssd_index import Geometry, SsdIndex
 from kvstore.ssd_model import Recovered
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, RequestError
+from mooncake.core.keys import block_checksum
 from transfer.file import FileIO
 from transfer.file_disk import DirectFile, disk_error
 from transfer.model import Opcode
@@ -41,6 +42,12 @@ CHUNK_SLOTS = 64
 """Header pages read at once: 256 KiB, where the disk nearly reaches its bandwidth."""
 WAVE_CHUNKS = 64
 """Chunks in flight during recovery: 16 MiB of memory."""
+VERIFIED_GENERATIONS = 2
+"""Segments that a power cut may have torn, see the sync policy of kvstore.ssd."""
+VERIFY_BYTES = 32 << 20
+"""Read and hashed at once."""
+PIECE_BYTES = 1 << 20
+"""One access of this size is as fast as any larger one."""
 _ADVICE = "give another directory or capacity, or start without the ssd tier"
 START_S_MAX = 60.0
 """For one wave, or for the file's own header. A disk that is slower than this is broken."""
@@ -177,7 +184,7 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-class _Scan(msgspec.Struct):
+class _Headers(msgspec.Struct):
     """The headers of one segment, as far as they were read."""
 
     found: list[tuple[int, Record]] = msgspec.field(default_factory=list)
@@ -185,17 +192,55 @@ class _Scan(msgspec.Struct):
     next_slot: int = 0
 
 
-def scan(file: DirectFile, index: SsdIndex, io: FileIO, now_s: float) -> Recovered:
-    """Fill an empty `index` from the header pages of `file`.
-
-    Headers are written from the first slot on, so a segment is read until a chunk of blank pages.
+def recover(file: DirectFile, index: SsdIndex, io: FileIO, now_s: float) -> Recovered:
+    """Fill an empty `index` from the header pages of `file`, and verify the newest objects.
 
     Raises:
         PeerTimeout: the disk hangs.
     """
+    counts = _scan(file, index, io, now_s)
+    records = index.newest(VERIFIED_GENERATIONS)
+    for record in _unsound(file, io, sorted(records, key=lambda r: r.offset)):
+        index.drop(record)
+        counts.corrupt += 1
+    counts.objects, counts.bytes = len(index), index.live_bytes
+    return counts
+
+
+def _unsound(file: DirectFile, io: FileIO, records: list[Record]) -> list[Record]:
+    """Return those of `records`, in order of offset, whose bytes are not what was put. Reads in long runs."""
+    bad: list[Record] = []
+    while records:
+        start, count = records[0].offset, 1
+        while count < len(records) and _end(records[count]) - start <= VERIFY_BYTES:
+            count += 1
+        some, records = records[:count], records[count:]
+        span = memoryview(mmap.mmap(-1, _end(some[-1]) - start))
+        errors = io.submit(Opcode.READ, file, _pieces(start, span), START_S_MAX).wait()
+        if errors and count > 1:  # a lost sector: find out whose
+            bad += [record for each in some for record in _unsound(file, io, [each])]
+            continue
+        for record in some:
+            view = span[record.offset - start :][: record.object.stored_bytes]
+            if errors or block_checksum(record.object.key, view) != record.object.checksum:
+                bad.append(record)
+    return bad
+
+
+def _end(record: Record) -> int:
+    return record.offset + record.object.stored_bytes
+
+
+def _pieces(start: int, span: memoryview) -> list[tuple[int, memoryview]]:
+    """Return the reads of one span: as many at once as the disk likes."""
+    return [(start + at, span[at : at + PIECE_BYTES]) for at in range(0, span.nbytes, PIECE_BYTES)]
+
+
+def _scan(file: DirectFile, index: SsdIndex, io: FileIO, now_s: float) -> Recovered:
+    """Read headers. They are written from the first slot on: a segment is read until a blank chunk."""
     counts = Recovered()
     geometry = index.geometry
-    scans = [_Scan() for _ in range(geometry.segments)]
+    scans = [_Headers() for _ in range(geometry.segments)]
     memory = memoryview(mmap.mmap(-1, WAVE_CHUNKS * CHUNK_SLOTS * HEADER_BYTES))
     todo = list(range(geometry.segments))
     while todo:
@@ -217,7 +262,7 @@ def scan(file: DirectFile, index: SsdIndex, io: FileIO, now_s: float) -> Recover
 
 
 def _chunks(
-    wave: list[int], scans: list[_Scan], geometry: Geometry, memory: memoryview
+    wave: list[int], scans: list[_Headers], geometry: Geometry, memory: memoryview
 ) -> Iterator[tuple[int, memoryview]]:
     chunk_bytes = CHUNK_SLOTS * HEADER_BYTES
     for place, number in enumerate(wave):
@@ -225,7 +270,7 @@ def _chunks(
         yield number, memory[place * chunk_bytes : place * chunk_bytes + slots * HEADER_BYTES]
 
 
-def _take_chunk(done: _Scan, view: memoryview, counts: Recovered, *, lost: bool) -> bool:
+def _take_chunk(done: _Headers, view: memoryview, counts: Recovered, *, lost: bool) -> bool:
     """Decode one chunk; returns whether there may be more behind it."""
     first, slots = done.next_slot, view.nbytes // HEADER_BYTES
     done.next_slot += slots

@@ -23,7 +23,7 @@ Between `begin_read`, `reserve`, `remove` and their ends an object *holds* its s
 is not cleared. At least `free_segments` are kept free, so that a demotion need not wait for clearing.
 
 What survives a crash (the shell does it, see kvstore.ssd): an object's bytes are written before its
-header, the headers of a segment are cleared and synced before its bytes are overwritten. Within one
+header, the headers of a segment are cleared, and synced before its bytes are overwritten. Within one
 boot nothing torn is then ever seen. After a power cut any subset of the writes since the last sync may be
 on the disk, pages torn: a torn header fails its own checksum, a torn object the checksum in its header,
 when it is read at the latest. A header older than the newest in its segment is stale.
@@ -129,7 +129,7 @@ class Read(msgspec.Struct, frozen=True, gc=False):
 
 
 class Clear(msgspec.Struct, frozen=True):
-    """Overwrite the first `slots` header pages of `segment` with zeros, sync, then call `cleared`."""
+    """Overwrite the first `slots` header pages of `segment` with zeros, then call `cleared`."""
 
     segment: int
     slots: int
@@ -330,7 +330,7 @@ class SsdIndex:
         return Clear(segment.number, segment.slots_used)
 
     def cleared(self, clear: Clear, *, done: bool = True) -> None:
-        """The headers are cleared and synced; with `done` False the disk would not: try again later."""
+        """The headers are cleared; with `done` False the disk would not: try again later."""
         segment = self._segments[clear.segment]
         assert segment.state is _State.CLEARING
         if not done:

@@ -751,7 +751,7 @@ def test_a_segment_that_could_not_be_cleared_is_not_reused(open_tier, monkeypatc
     for n in range(13):
         put(tier, n)
     with capture_logs(), monkeypatch.context() as patch:
-        failing(patch, "fdatasync", errno.EIO)
+        failing(patch, "pwritev", errno.EIO)
         tier.maintain()
     assert tier.stats().free_segments == 0
     tier.maintain()
