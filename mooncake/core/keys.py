@@ -27,6 +27,17 @@ def context_root(context: Mapping[str, str]) -> bytes:
     return sha256(msgspec.msgpack.encode(["mooncake-kv-1", sorted(context.items())])).digest()
 
 
+def variant_root(root: bytes, variant: Mapping[str, str]) -> bytes:
+    """Return the root of the same context's blocks in another form; an empty `variant` is `root` itself.
+
+    For what a context does not say because one engine may read or write several: a codec, a layout
+    in the pool, a rank. Apply before request_root. Who does not ask for a form never meets its blocks.
+    """
+    if not variant:
+        return root
+    return sha256(b"mooncake-variant-1" + root + msgspec.msgpack.encode(sorted(variant.items()))).digest()
+
+
 def request_root(root: bytes, cache_salt: str | None, lora: str | None) -> bytes:
     """Return the chain root of one request: tenants and adapters never share blocks."""
     if cache_salt is None and lora is None:
