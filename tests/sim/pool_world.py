@@ -21,7 +21,8 @@ from kvstore.events import Snapshots
 from kvstore.limits import HEARTBEAT_S, NodeLimits
 from kvstore.node import Node, id_base
 from kvstore.placement import Placer, Room
-from kvstore.tasks import Command, Drop, State, Tasks
+from kvstore.task_types import Command, Drop, State
+from kvstore.tasks import Tasks
 from mooncake.core.errors import MooncakeError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Acquired, Block, SnapshotPage, StoreEvents
@@ -419,16 +420,13 @@ class World:
             told.append("ok" if found else "full, or being written")
             return
         if self.random.random() < self.slow:
-            # it hangs; what it had sent lands late, and somebody else may abandon its ticket
+            # it hangs; what it had sent lands late, and it may have given its ticket up by then
             late_s = self.random.uniform(0.0, LATE_S_MAX)
-            gone = self.random.random() < 0.5
-            yield (
-                Call(who, target, lambda life: life.node.abandon(self.now_s, who, [ticket]) or "ok")
-                if gone
-                else 0.0
-            )
+            lands_s = self.now_s + late_s
             self.at(late_s, lambda: self.lives.get(target) is life and self.store(life, offset, value))
-            yield late_s + 0.01
+            if self.random.random() < 0.5:
+                yield Call(who, target, lambda life: life.node.abandon(self.now_s, who, [ticket]) or "ok")
+            yield max(0.0, lands_s - self.now_s) + 0.01
         else:
             half = SIZE // 2
             for start in (0, half):

@@ -12,7 +12,7 @@ from kvstore.directory import Directory, Mode
 from kvstore.event_stream import EventStream
 from kvstore.limits import NodeLimits
 from kvstore.node import Node
-from kvstore.tasks import State
+from kvstore.task_types import State
 from mooncake.core.keys import block_checksum
 from tests.sim.pool_world import HOT, KEYS, LIMITS, SIZE, Violation, World
 

@@ -8,17 +8,8 @@ from hypothesis import given, settings
 
 from kvstore import tasks as tasks_module
 from kvstore.placement import Placer, Room
-from kvstore.tasks import (
-    COMMAND_S,
-    HOT_REST_S,
-    PER_NODE_MAX,
-    RETRIES_MAX,
-    RUNNING_MAX,
-    Copy,
-    Drop,
-    State,
-    Tasks,
-)
+from kvstore.task_types import Copy, Drop, State
+from kvstore.tasks import COMMAND_S, HOT_REST_S, PER_NODE_MAX, RETRIES_MAX, RUNNING_MAX, Tasks
 from mooncake.core.errors import CapacityError, RequestError
 
 SIZE = 4096
