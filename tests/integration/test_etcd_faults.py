@@ -18,7 +18,7 @@ from mooncake.core.election import Election
 from mooncake.core.errors import ConfigError, PeerError, PeerGone, PeerTimeout
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import MetaChange, MetaChanges, StoreRecord
-from mooncake.core.metadata_etcd import CALL_S, EtcdMetadata
+from mooncake.core.metadata_etcd import ANSWER_S, CALL_S, EtcdMetadata
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions, parse_etcd
 from mooncake.core.metadata_follow import Follower, follow
 from mooncake.core.metadata_registration import Registration, RegistrationState
@@ -343,7 +343,7 @@ async def test_a_silent_server_of_three_costs_one_deadline_once(three):
             began_s = time.monotonic()
             for _ in range(5):
                 await late.get("/a")
-            assert time.monotonic() - began_s < 1.0
+            assert time.monotonic() - began_s < 3 * ANSWER_S  # five deadlines, were it asked first again
         three.resume(silent)
 
 
