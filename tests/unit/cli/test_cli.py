@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import msgspec
 import pytest
@@ -24,17 +23,6 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "vllm", "numpy", "zmq", "transformers", "asyncio"} & set(loaded)
-
-
-def test_help_is_instant():
-    best_s = 9.0
-    for _ in range(3):  # the best of three: this measures us, not the machine's load
-        start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "mooncake", "--help"], capture_output=True, check=True)
-        best_s = min(best_s, time.monotonic() - start)
-        if best_s < 1.0:
-            break
-    assert best_s < 1.0  # 0.2 s on an idle machine; CI machines are never idle
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ async def test_a_cluster_gets_ready_shows_how_and_stops_in_order(run_dir, use_zy
     assert {mode for name, mode in modes.items() if name.endswith((".log", ".options"))} == {0o600}
 
 
+@pytest.mark.chaos
 async def test_a_killed_engine_is_reported_and_comes_back(run_dir, monkeypatch):
     monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.05)
     async with running(run_dir) as up:
@@ -132,6 +133,7 @@ async def test_a_killed_engine_is_reported_and_comes_back(run_dir, monkeypatch):
         assert up.cluster._supervised["decode-0"].pid != victim
 
 
+@pytest.mark.chaos
 async def test_an_engine_that_keeps_dying_ends_up_with_its_log_and_last_words(run_dir, monkeypatch):
     monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.01)
     async with running(run_dir, vllm_args=["die=7"]) as up:
@@ -148,6 +150,7 @@ async def test_a_bad_setting_is_not_tried_again(run_dir):
             await up.ready()
 
 
+@pytest.mark.chaos
 async def test_the_end_of_the_warm_process_ends_up_and_says_so(run_dir):
     async with running(run_dir) as up:
         await up.ready()
@@ -169,6 +172,7 @@ async def test_stop_while_loading_ends_quietly(run_dir):
         assert await up.ready() is False
 
 
+@pytest.mark.chaos
 async def test_a_stubborn_engine_is_killed_after_its_grace(run_dir, monkeypatch):
     monkeypatch.setattr("mooncake.up.plan.WORKER_STOP_S", 0.3)
     async with running(run_dir, vllm_args=["stubborn"]) as up:
@@ -190,6 +194,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.chaos
 async def test_sigkill_of_up_leaves_no_process_behind(run_dir):
     root = str(Path(__file__).parents[3])
     script = SCRIPT.format(root=root, run_dir=str(run_dir))

@@ -83,6 +83,7 @@ def start_reads(engine: TransferEngine, owner: Owner, transport: str, deadline_s
     ]
 
 
+@pytest.mark.chaos
 def test_a_killed_peer_is_noticed_long_before_the_deadline(make_engine, owner):
     batches = start_reads(make_engine(), owner, "tcp")
     start_s = time.monotonic()
@@ -92,6 +93,7 @@ def test_a_killed_peer_is_noticed_long_before_the_deadline(make_engine, owner):
     assert any(isinstance(error, PeerError) for batch in batches for error in batch.errors.values())
 
 
+@pytest.mark.chaos
 def test_a_killed_peers_shared_memory_stays_readable_until_it_is_noticed(make_engine, owner):
     engine = make_engine()
     mine = engine.allocate(4096)
@@ -108,6 +110,7 @@ def test_a_killed_peers_shared_memory_stays_readable_until_it_is_noticed(make_en
         pytest.fail("the death was never noticed")
 
 
+@pytest.mark.chaos
 def test_a_stopped_peer_costs_the_deadline_and_not_more_than_the_fence(make_engine, owner):
     engine = make_engine()
     batches = start_reads(engine, owner, "tcp", deadline_s=1.0)
@@ -138,6 +141,7 @@ def test_a_stopped_peer_costs_the_deadline_and_not_more_than_the_fence(make_engi
     assert engine.probe(owner.name, deadline_s=20.0) < 20
 
 
+@pytest.mark.chaos
 def test_a_stopped_peer_does_not_delay_another(make_engine, owner):
     engine, other = make_engine(), make_engine()
     theirs = other.allocate(4096)
@@ -163,6 +167,7 @@ def test_a_stopped_peer_does_not_delay_another(make_engine, owner):
     assert all(batch.wait(20) for batch in batches)
 
 
+@pytest.mark.chaos
 def test_a_cancelled_batch_settles_soon_and_its_memory_is_let_go(make_engine, owner):
     engine = make_engine()
     batches = start_reads(engine, owner, "tcp")
