@@ -112,8 +112,8 @@ def test_a_depth_outlives_a_lease():
     prompt(policy, "abc")
     for key in (b"b", b"c"):
         policy.remove(key)
-    policy.insert(b"c", 1)
     policy.insert(b"b", 1)
+    policy.insert(b"c", 1)
     assert order(policy) == "acb"
 
 
