@@ -104,7 +104,7 @@ class Loop:
 
     def __init__(self, fd: int, threads: int, size: int, file_bytes: int) -> None:
         """Use the open file `fd`."""
-        self.name = f"O_DIRECT x {threads}"
+        self.name = f"x{threads}"
         self.fd, self.threads, self.size, self.file_bytes = fd, threads, size, file_bytes
         self.pool = ThreadPoolExecutor(threads)
         self.views = _views(size, BATCH_BYTES // size)
@@ -175,13 +175,12 @@ def judge(op: str, size: int, gb_s: dict[str, list[float]]) -> dict[str, Any]:
         "op": op,
         "KiB": size // KIB,
         "tier GB/s": medians[Tier.name],
-        "best O_DIRECT GB/s": medians[best],
-        "which": best,
+        "loop GB/s": medians[best],
+        "threads": best,
         "ratio": ratio,
         "least": min(ratios),
         "most": max(ratios),
-        "bar": bar or "-",
-        "met": "-" if bar is None else "yes" if ratio >= bar else "NO",
+        "bar": "-" if bar is None else f"{bar} met" if ratio >= bar else f"{bar} MISSED",
     }
 
 

@@ -38,7 +38,8 @@ from kvstore.header import HEADER_BYTES, NO_LAYOUT, ObjectHeader, Record, encode
 from kvstore.node import NodeEvents
 from kvstore.ssd_disk import Disk, Errors
 from kvstore.ssd_file import lock_directory, open_file, recover
-from kvstore.ssd_index import Clear, Geometry, Read, Refusal, SsdIndex
+from kvstore.ssd_index import Clear, Read, Refusal, SsdIndex
+from kvstore.ssd_layout import Geometry
 from kvstore.ssd_model import Got, Put, Recovered, SsdConfig, SsdStats
 from mooncake.core.errors import CapacityError, IntegrityError, MooncakeError, RequestError
 from mooncake.core.keys import block_checksum

@@ -27,7 +27,8 @@ from kvstore.header import (
     decode_record,
     encode_file,
 )
-from kvstore.ssd_index import Geometry, SsdIndex
+from kvstore.ssd_index import SsdIndex
+from kvstore.ssd_layout import Geometry
 from kvstore.ssd_model import Recovered
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, RequestError
 from mooncake.core.keys import block_checksum
@@ -96,7 +97,9 @@ def _advised(name: Path, error: MooncakeError) -> MooncakeError:
 def _open_direct(name: Path, *, create_bytes: int = 0) -> DirectFile:
     try:
         return DirectFile.open(str(name), write=True, create=bool(create_bytes), size_bytes=create_bytes)
-    except (RequestError, ConfigError, CapacityError) as error:
+    except CapacityError as error:
+        raise _advised(name, CapacityError(f"{create_bytes} bytes wanted: {error}")) from error
+    except (RequestError, ConfigError) as error:
         raise _advised(name, error) from error
 
 

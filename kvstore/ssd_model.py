@@ -3,7 +3,8 @@
 import msgspec
 
 from kvstore.header import NO_LAYOUT
-from kvstore.ssd_index import FREE_SEGMENTS, OBJECT_BYTES, PROMOTE_HITS, PROMOTE_WINDOW_S, SEGMENT_BYTES
+from kvstore.ssd_index import FREE_SEGMENTS, PROMOTE_HITS, PROMOTE_WINDOW_S
+from kvstore.ssd_layout import OBJECT_BYTES, SEGMENT_BYTES
 from mooncake.core.errors import ConfigError, MooncakeError
 
 DEADLINE_S = 10.0
@@ -17,7 +18,7 @@ class SsdConfig(msgspec.Struct, frozen=True, kw_only=True):
         node: name of the host in the cluster; the tier's file belongs to it.
         path: directory of the tier, its own.
         capacity_bytes: of the file; taken at once.
-        segment_bytes: see kvstore.ssd_index; the largest object is a little smaller.
+        segment_bytes: see kvstore.ssd_layout; the largest object is a little smaller.
         object_bytes: typical size of an object.
         free_segments: kept free for the next demotions.
         promote_hits: within promote_window_s.

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.allocator import aligned
 from kvstore.header import HEADER_BYTES, ObjectHeader, Record
-from kvstore.ssd_index import Geometry, Refusal, SsdIndex
+from kvstore.ssd_index import Refusal, SsdIndex
+from kvstore.ssd_layout import Geometry
 from mooncake.core.errors import ConfigError
 
 PAGE = HEADER_BYTES
@@ -206,7 +207,7 @@ class Model(RuleBasedStateMachine):
 
 
 TestIndexAgainstModel = Model.TestCase
-TestIndexAgainstModel.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestIndexAgainstModel.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 
 def test_the_segment_that_nobody_touched_for_longest_goes_first():
