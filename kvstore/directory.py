@@ -25,6 +25,7 @@ DEAD_BITS_MAX = 8
 """Restarts and new snapshots before dead bits are swept: a scan of 1 M blocks takes 0.1 s."""
 SHARED_MAX = 65_536
 """Distinct sets of holders remembered for sharing; beyond this, sharing starts afresh."""
+LOADING = "loading its snapshot"
 FULL = "directory full"
 """Reason of a node whose keys did not all fit; it stays DEGRADED until its next snapshot fits."""
 
@@ -134,16 +135,40 @@ class Directory:
         """
         for page in pages:
             _check_blob(page)
+        self.begin_snapshot(now_s, node, epoch)
+        for page in pages:
+            self.add_page(node, page)
+        self.end_snapshot(node)
+
+    def begin_snapshot(self, now_s: float, node: str, epoch: str) -> None:
+        """As `on_snapshot`, in pieces: 1 M keys at once would stop a loop for a second.
+
+        Until `end_snapshot` the node is DEGRADED; its events have to wait as long.
+        """
         member = self._members.get(node)
         if member is None:
             return
         self._retire(member.bit)
         member.bit, member.epoch = self._new_bit(), epoch
-        member.mode, member.reason = Mode.EXACT, ""
-        self._names.clear()
-        fits = [self._add(member.bit, page) for page in pages]
-        if not all(fits):
-            self.on_stale(now_s, node, FULL)
+        self.on_stale(now_s, node, LOADING)
+
+    def add_page(self, node: str, page: bytes) -> None:
+        """Add the next page of a snapshot that was begun.
+
+        Raises:
+            ProtocolError: it is not whole keys.
+        """
+        _check_blob(page)
+        member = self._members.get(node)
+        if member is not None and not self._add(member.bit, page):
+            member.reason = FULL
+
+    def end_snapshot(self, node: str) -> None:
+        """Trust a node whose snapshot was added, unless it did not fit or was distrusted meanwhile."""
+        member = self._members.get(node)
+        if member is not None and member.reason == LOADING:
+            member.mode, member.reason = Mode.EXACT, ""
+            self._names.clear()
 
     def on_events(self, now_s: float, node: str, stored: bytes, removed: bytes) -> None:
         """Apply the next change of a node that is in step; no key is in both blobs.
@@ -163,8 +188,11 @@ class Directory:
     def on_stale(self, now_s: float, node: str, reason: str) -> None:
         """Distrust what is known of `node`; it stays as a hint."""
         member = self._members.get(node)
-        if member is not None and member.mode is Mode.EXACT:
-            member.mode, member.since_s, member.reason = Mode.DEGRADED, now_s, reason
+        if member is None:
+            return
+        member.reason = reason
+        if member.mode is Mode.EXACT:
+            member.mode, member.since_s = Mode.DEGRADED, now_s
             self._names.clear()
 
     # ------------------------------------------------------------ look-ups

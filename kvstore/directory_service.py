@@ -7,6 +7,7 @@ followers feed the Directory, requests read it. Shutdown in reverse.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -33,30 +34,85 @@ from mooncake.core.rpc import RpcServer
 log = structlog.get_logger(__name__)
 
 OnLeave = Callable[[str], None]
+EVENTS_WAITING_MAX = 10_000
+"""Events of one node that wait for its snapshot; beyond, the loop stands still until it is added."""
+
+
+class _Load:
+    """A snapshot that is being added page by page, and the events that wait for its end."""
+
+    def __init__(self, pages: Sequence[bytes]) -> None:
+        self.pages = deque(pages)
+        self.events: deque[tuple[bytes, bytes]] = deque()
+        self.task: asyncio.Task[None] | None = None
 
 
 class DirectoryListener:
-    """Feeds one Directory from the followers of all nodes, on the clock of the shell."""
+    """Feeds one Directory from the followers of all nodes, on the clock of the shell.
+
+    A snapshot is added one page per turn of the loop: a loop that stands still for seconds answers
+    nobody, and takes the heartbeats it did not read for silence.
+    """
 
     def __init__(self, directory: Directory, clock: Callable[[], float] = time.monotonic) -> None:
         """`directory` is changed on the followers' loop."""
         self._directory = directory
         self._clock = clock
+        self._loads: dict[str, _Load] = {}
+        self._turn = asyncio.Lock()  # one page of one node per turn of the loop
 
     def on_snapshot(self, node: str, epoch: str, pages: Sequence[bytes]) -> None:
         """See StoreListener."""
-        began_s = self._clock()
-        self._directory.on_snapshot(began_s, node, epoch, pages)
-        took_s = self._clock() - began_s
-        log.info("directory.snapshot", node=node, epoch=epoch, blocks=len(self._directory), took_s=took_s)
+        self.stop(node)
+        self._directory.begin_snapshot(self._clock(), node, epoch)
+        load = self._loads[node] = _Load(pages)
+        load.task = asyncio.create_task(self._load(node, load), name=f"load {node}")
 
     def on_events(self, node: str, stored: bytes, removed: bytes) -> None:
         """See StoreListener."""
-        self._directory.on_events(self._clock(), node, stored, removed)
+        load = self._loads.get(node)
+        if load is None:
+            self._directory.on_events(self._clock(), node, stored, removed)
+            return
+        load.events.append((stored, removed))
+        if len(load.events) >= EVENTS_WAITING_MAX:
+            self._end(node, load)
 
     def on_stale(self, node: str, reason: str) -> None:
         """See StoreListener."""
+        self.stop(node)
         self._directory.on_stale(self._clock(), node, reason)
+
+    def stop(self, node: str) -> None:
+        """Add nothing more of a snapshot (idempotent)."""
+        load = self._loads.pop(node, None)
+        if load is not None and load.task is not None:
+            load.task.cancel()
+
+    async def close(self) -> None:
+        """Stop all (idempotent)."""
+        tasks = [load.task for load in self._loads.values() if load.task]
+        for node in list(self._loads):
+            self.stop(node)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _load(self, node: str, load: _Load) -> None:
+        async with self._turn:
+            while load.pages:
+                self._directory.add_page(node, load.pages.popleft())
+                await asyncio.sleep(0)
+        load.task = None
+        self._end(node, load)
+
+    def _end(self, node: str, load: _Load) -> None:
+        """Add what is left, at once, then the events that waited."""
+        self.stop(node)
+        for page in load.pages:
+            self._directory.add_page(node, page)
+        self._directory.end_snapshot(node)
+        for stored, removed in load.events:
+            self._directory.on_events(self._clock(), node, stored, removed)
+        log.info("directory.loaded", node=node, blocks=len(self._directory))
 
 
 class DirectoryService:
@@ -122,6 +178,7 @@ class DirectoryService:
             await asyncio.gather(self._task, return_exceptions=True)
         followers = [follower for follower in self._stores.values() if follower]
         await asyncio.gather(*(follower.close() for follower in followers))
+        await self._listener.close()
         if self._rpc:
             await self._rpc.close()
         self._task = self._rpc = self._members = None
@@ -136,7 +193,10 @@ class DirectoryService:
     async def _on_member(self, event: Event) -> None:
         follower = self._stores.pop(event.key, None)
         if follower:
-            await follower.close()  # it must not speak for the node's next start
+            await follower.close()
+            self._listener.stop(
+                event.key.removeprefix(STORES_PREFIX)
+            )  # it must not speak for the node's next start
         node = event.key.removeprefix(STORES_PREFIX)
         if isinstance(event, Removed):
             if self.directory.leave(node):

@@ -117,6 +117,29 @@ def test_a_snapshot_replaces_everything_known_of_its_node():
     assert made.replicas(keys(1, 2, 3, 4)) == [(), ("b",), ("a",), ("a",)]
 
 
+def test_a_snapshot_in_pieces_is_trusted_at_its_end():
+    made = directory(a=(1,), b=(1,))
+    made.begin_snapshot(1.0, "a", "e1")
+    made.add_page("a", blob(2))
+    assert made.replicas(keys(1, 2)) == [("b",), ("a",)]
+    assert (made.is_exact("a"), made.lag_s(1.5)) == (False, 0.5)
+    with pytest.raises(ProtocolError):
+        made.add_page("a", b"half")
+    made.add_page("a", blob(3))
+    made.end_snapshot("a")
+    assert made.replicas(keys(1, 2, 3)) == [("b",), ("a",), ("a",)]
+    assert made.mode() is Mode.EXACT
+
+
+def test_a_snapshot_that_was_overtaken_by_distrust_is_not_trusted():
+    made = directory(a=(1,))
+    made.begin_snapshot(1.0, "a", "e1")
+    made.add_page("a", blob(1))
+    made.on_stale(1.0, "a", "gap")
+    made.end_snapshot("a")
+    assert (made.mode(), made.status(1.0)[0].reason) == (Mode.DEGRADED, "gap")
+
+
 def test_a_restarted_node_holds_nothing_until_it_says_so():
     made = directory(a=(1,))
     made.join(1.0, "a", "e1")  # its record was written again

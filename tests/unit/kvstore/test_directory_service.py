@@ -5,8 +5,9 @@ import asyncio
 import msgspec
 import pytest
 
+from kvstore import directory_service
 from kvstore import service as service_module
-from kvstore.directory import Mode
+from kvstore.directory import Directory, Mode
 from kvstore.directory_messages import (
     DirectoryReply,
     DirectoryStatus,
@@ -15,7 +16,7 @@ from kvstore.directory_messages import (
     Located,
     LocatePrefix,
 )
-from kvstore.directory_service import DirectoryService
+from kvstore.directory_service import DirectoryListener, DirectoryService
 from kvstore.limits import KEYS_PER_REQUEST_MAX
 from kvstore.service import StoreConfig, StoreService
 from mooncake.core import wire
@@ -185,6 +186,68 @@ async def test_a_killed_directory_is_full_again_and_another_went_on(pool):
     _, again = await pool.directory()
     found = await until(again, Locate(keys(*range(50), 60)), exact)
     assert names(found) == [["a"]] * 51
+
+
+def pages_of(*numbers: int) -> list[bytes]:
+    return keys(*numbers)  # one key each
+
+
+@pytest.fixture
+async def listening():
+    directory = Directory()
+    directory.members_known = True
+    directory.join(0.0, "a", "e1")
+    listener = DirectoryListener(directory)
+    yield directory, listener
+    await listener.close()
+
+
+async def test_the_loop_turns_between_the_pages_of_a_snapshot(listening):
+    directory, listener = listening
+    listener.on_snapshot("a", "e1", pages_of(*range(50)))
+    turns = 0
+    while not directory.is_exact("a") and turns < 200:
+        await asyncio.sleep(0)
+        turns += 1
+    assert 50 <= turns < 200
+    assert len(directory) == 50
+
+
+async def test_events_wait_for_the_end_of_their_nodes_snapshot(listening):
+    directory, listener = listening
+    listener.on_snapshot("a", "e1", pages_of(1, 2))
+    listener.on_events("a", keys(3)[0], keys(2)[0])
+    assert directory.replicas(keys(3)) == [()]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert directory.replicas(keys(1, 2, 3)) == [("a",), (), ("a",)]
+
+
+async def test_too_many_waiting_events_end_the_loading_at_once(listening, monkeypatch):
+    monkeypatch.setattr(directory_service, "EVENTS_WAITING_MAX", 2)
+    directory, listener = listening
+    listener.on_snapshot("a", "e1", pages_of(*range(50)))
+    listener.on_events("a", keys(60)[0], b"")
+    assert not directory.is_exact("a")
+    listener.on_events("a", keys(61)[0], keys(60)[0])
+    assert directory.is_exact("a")
+    await asyncio.sleep(0)
+    assert directory.replicas(keys(49, 60, 61)) == [("a",), (), ("a",)]
+
+
+@pytest.mark.parametrize("overtaken", ["stale", "snapshot"])
+async def test_a_snapshot_that_is_overtaken_is_not_finished(listening, overtaken):
+    directory, listener = listening
+    listener.on_snapshot("a", "e1", pages_of(1, 2, 3))
+    await asyncio.sleep(0)
+    if overtaken == "stale":
+        listener.on_stale("a", "gap")
+    else:
+        listener.on_snapshot("a", "e1", pages_of(7))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert directory.is_exact("a") == (overtaken == "snapshot")
+    assert directory.replicas(keys(3)) == [()]
 
 
 @pytest.mark.parametrize("value", [b"not json", b"{}"])
