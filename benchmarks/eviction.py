@@ -1,8 +1,9 @@
 """Hit rates of the eviction policies over the size of the pool: the shipped classes on recorded prompts.
 
 Per request: the longest held prefix is the hit; then its blocks are used, the last one first. The
-rate is tokens hit by tokens asked for. Beside each rate stands the reference: an independent replay
-of the same traces, by the rules that reproduce the orders of Table 1 in arXiv 2407.00079.
+rate is tokens hit by tokens asked for. One row asks a whole store node instead of a bare policy.
+Beside each rate stands the reference: an independent replay of the same traces, by the rules that
+reproduce the orders of Table 1 in arXiv 2407.00079.
 
 Traces are those published with Mooncake (FAST'25), `conversation_trace.jsonl` and
 `synthetic_trace.jsonl`: {input_length, hash_ids of 512 tokens each}. They are not part of this
@@ -10,6 +11,7 @@ project: --traces DIR, or MOONCAKE_TRACES, or ../shared/traces. Absent ones are 
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +20,11 @@ import msgspec
 from rich.console import Console
 
 from benchmarks import harness
+from kvstore.allocator import ALIGN_BYTES
 from kvstore.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
+from kvstore.limits import LEASE_S_MAX
+from kvstore.node import CHECKSUM_BYTES, Node
+from mooncake.core.keys import KEY_BYTES
 
 BLOCK_TOKENS = 512
 """Of the traces."""
@@ -27,7 +33,7 @@ CAPACITIES = (UNLIMITED, 100_000, 50_000, 30_000, 10_000, 1_000)
 """Blocks, as in Table 1 of arXiv 2407.00079."""
 CURVE = (200, 500, 2_000, 5_000, 20_000, 70_000)
 """More points for the plot."""
-QUICK_CAPACITIES = (30_000, 10_000, 1_000)
+QUICK_CAPACITIES = (30_000, 10_000)
 TOLERANCE = 0.002
 TAIL_BUDGET_BLOCKS = 16
 """8,192 tokens: about a second of prefill for a 70B model on eight A800 (FAST'25, Figure 14)."""
@@ -40,6 +46,8 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "length-aware": LengthAware,
     "tail LRU": lambda: TailLru(TAIL_BUDGET_BLOCKS, TAIL_NEXT_BLOCKS),
 }
+IN_NODE = "LRU in a node"
+NAMES = (*POLICIES, IN_NODE)
 REFERENCE: dict[tuple[str, str], tuple[float, ...]] = {
     ("conversation", "LRU"): (0.374, 0.371, 0.362, 0.332, 0.216, 0.045),
     ("conversation", "LFU"): (0.374, 0.370, 0.351, 0.282, 0.135, 0.049),
@@ -48,6 +56,7 @@ REFERENCE: dict[tuple[str, str], tuple[float, ...]] = {
     ("synthetic", "LFU"): (0.651, 0.651, 0.651, 0.637, 0.368, 0.042),
     ("synthetic", "length-aware"): (0.651, 0.651, 0.651, 0.516, 0.190, 0.019),
 }
+REFERENCE |= {(trace, IN_NODE): REFERENCE[trace, "LRU"] for trace in ("conversation", "synthetic")}
 """At CAPACITIES. Nobody has published the tail-optimised one on these traces."""
 
 
@@ -104,14 +113,32 @@ def use(policy: EvictionPolicy, keys: list[bytes], capacity_blocks: int) -> int:
     return found
 
 
+def use_node(node: Node, keys: list[bytes]) -> int:
+    """As `use`, by the requests of an engine: acquire, reserve and commit the rest, release."""
+    got = node.acquire(0.0, keys, LEASE_S_MAX)
+    found = len(got.blocks)
+    tickets = [ticket for ticket in node.reserve(0.0, "bench", keys[found:], ALIGN_BYTES).tickets if ticket]
+    node.commit(0.0, tickets, [bytes(CHECKSUM_BYTES)] * len(tickets))
+    node.release(0.0, got.lease_id)
+    node.drain_events()
+    return found
+
+
+def user(name: str, capacity_blocks: int) -> Callable[[list[bytes]], int]:
+    """Return what uses the keys of one request in a cache that is empty at first."""
+    if name == IN_NODE:
+        return functools.partial(use_node, Node(capacity_blocks * ALIGN_BYTES))
+    return functools.partial(use, POLICIES[name](), capacity_blocks=capacity_blocks)
+
+
 def replay(trace: str, prompts: Iterable[Prompt], name: str, capacity_blocks: int) -> Replay:
     """Run one trace through one policy that may hold `capacity_blocks`."""
-    policy = POLICIES[name]()
+    found = user(name, capacity_blocks)
     computed: list[int] = []
     asked = 0
     for prompt in prompts:
-        keys = [block.to_bytes(4, "little") for block in prompt.hash_ids]
-        hit = min(use(policy, keys, capacity_blocks) * BLOCK_TOKENS, prompt.input_length)
+        keys = [block.to_bytes(KEY_BYTES, "little") for block in prompt.hash_ids]
+        hit = min(found(keys) * BLOCK_TOKENS, prompt.input_length)
         computed.append(prompt.input_length - hit)
         asked += prompt.input_length
     budget = TAIL_BUDGET_BLOCKS * BLOCK_TOKENS
@@ -160,7 +187,7 @@ def plot(path: str, replays: list[Replay]) -> None:
     traces = list(dict.fromkeys(run.trace for run in replays))
     figure, panels = plt.subplots(1, len(traces), figsize=(6 * len(traces), 4.5), squeeze=False)
     for axes, trace in zip(panels[0], traces, strict=True):
-        for name in POLICIES:
+        for name in POLICIES:  # the node's curve is LRU's
             runs = [r for r in replays if (r.trace, r.policy) == (trace, name)]
             points = sorted((r.capacity_blocks, r.hit_rate) for r in runs if r.capacity_blocks < UNLIMITED)
             (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
@@ -181,7 +208,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="three capacities: within 60 s")
+    parser.add_argument("--quick", action="store_true", help="two capacities: within 60 s")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw hit rate over capacity (.png or .svg)")
     default = os.environ.get("MOONCAKE_TRACES", "../shared/traces")
@@ -200,10 +227,10 @@ def main() -> int:
     replays: list[Replay] = []
     files = [args.traces / f"{trace}_trace.jsonl" for trace in ("conversation", "synthetic")]
     there = [path for path in files if path.is_file()]
-    with harness.progress(len(there) * len(POLICIES) * len(capacities)) as begin:
+    with harness.progress(len(there) * len(NAMES) * len(capacities)) as begin:
         for path in there:
             trace, prompts = path.name.removesuffix("_trace.jsonl"), load(path)
-            for name in POLICIES:
+            for name in NAMES:
                 for capacity in capacities:
                     begin(f"{trace}, {name}, {title(capacity)}")
                     replays.append(replay(trace, prompts, name, capacity))

@@ -13,15 +13,16 @@ AGAIN = Prompt(1_100, [1, 2, 3])
 OTHER = Prompt(600, [1, 9])
 
 
-@pytest.mark.parametrize("name", eviction.POLICIES)
+@pytest.mark.parametrize("name", eviction.NAMES)
 def test_with_room_for_all_every_repeated_token_is_a_hit(name):
     run = replay("made up", [FIRST, AGAIN, OTHER], name, eviction.UNLIMITED)
     assert run.hit_rate == pytest.approx((1_100 + 512) / 2_800)
 
 
-def test_a_block_after_a_gap_is_no_hit():
+@pytest.mark.parametrize("name", ["LRU", eviction.IN_NODE])
+def test_a_block_after_a_gap_is_no_hit(name):
     # room for two: of the first prompt, used from its end, blocks 1 and 2 stay; then 9 pushes out 2
-    run = replay("made up", [FIRST, OTHER, AGAIN], "LRU", 2)
+    run = replay("made up", [FIRST, OTHER, AGAIN], name, 2)
     assert run.hit_rate == pytest.approx((512 + 512) / 2_800)
 
 
