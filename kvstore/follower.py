@@ -15,6 +15,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
+from kvstore.event_stream import SnapshotPages
 from kvstore.limits import HEARTBEAT_S, SNAPSHOT_KEYS_MAX
 from mooncake.core import rpc, wire
 from mooncake.core.errors import MooncakeError, PeerTimeout, ProtocolError
@@ -179,19 +180,14 @@ class StoreFollower:
         raise _OutOfStep
 
     async def _take_snapshot(self, client: rpc.RpcClient) -> tuple[str, int, list[bytes]]:
-        pages: list[bytes] = []
-        keys = cursor = 0
+        taken, cursor = SnapshotPages(SNAPSHOT_KEYS_MAX), 0
         while True:
             page = await client.call(Snapshot(cursor), PAGE_DEADLINE_S)
-            if not isinstance(page, SnapshotPage) or len(page.keys) % KEY_BYTES:
+            if not isinstance(page, SnapshotPage):
                 raise ProtocolError(f"{client.endpoint}: not a snapshot page")
-            pages.append(page.keys)
-            keys += len(page.keys) // KEY_BYTES
-            if keys > SNAPSHOT_KEYS_MAX or (page.cursor and not page.keys):
-                raise ProtocolError(f"{client.endpoint}: a snapshot without end ({keys} keys)")
-            cursor = page.cursor
+            cursor = taken.add(page)
             if cursor == 0:
-                return page.epoch, page.seq, pages
+                return taken.epoch, taken.seq, taken.pages
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # a listener that raises is a bug; say so now, not when the task is collected

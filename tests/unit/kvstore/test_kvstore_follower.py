@@ -275,7 +275,15 @@ async def test_malformed_messages_lead_to_a_snapshot_and_other_nodes_are_ignored
     assert mirror.held == {1}
 
 
-@pytest.mark.parametrize("pages", [[SnapshotPage("e1", 5, b"odd", 0)], [SnapshotPage("e1", 5, b"", 1)] * 2])
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [SnapshotPage("e1", 5, b"odd", 0)],
+        [SnapshotPage("e1", 5, b"", 1)] * 2,
+        [SnapshotPage("e1", 5, blob(1), 1), SnapshotPage("e2", 5, blob(2), 0)],  # it restarted in between
+        [SnapshotPage("e1", 5, blob(1), 1), SnapshotPage("e1", 6, blob(2), 0)],
+    ],
+)
 async def test_a_snapshot_that_makes_no_sense_is_never_live(scripted, follow, pages):
     scripted.pages = pages
     follower = await follow(scripted.record, Mirror(), live=False)
