@@ -280,9 +280,12 @@ class SsdTier:
     def _place(self, item: Put) -> Record | MooncakeError | None:
         """Return where to write `item`; None = it is there."""
         header = ObjectHeader(item.key, item.view.nbytes, item.checksum, item.layout)
-        self._make_room()
         with self._lock:
             found = self._index.reserve(self._clock(), header)
+        if found is Refusal.FULL:
+            self._make_room()
+            with self._lock:
+                found = self._index.reserve(self._clock(), header)
         if isinstance(found, Record):
             if found.generation != self._generation:  # a segment was begun: see the sync policy
                 self._generation = found.generation
