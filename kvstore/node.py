@@ -369,6 +369,7 @@ class Node:
         else:
             self._policy.remove(entry.key)
             self._allocator.free(entry.block.offset)
+        self._policy.forget(entry.key)
 
     def _give_up(self, write: _Write) -> None:
         del self._writes[write.ticket]

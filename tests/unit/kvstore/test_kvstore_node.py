@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvstore.eviction import Lru
 from kvstore.limits import QUARANTINE_S, WRITE_S_MAX, NodeLimits
 from kvstore.node import FULL, ID_BITS, PRESENT, Node, id_base
 from mooncake.core.errors import CapacityError, ConfigError, RequestError
@@ -414,3 +415,21 @@ def test_ids_carry_the_epoch_and_fit_the_wire():
     assert all(0 < base < 2**63 and base % (1 << ID_BITS) == 0 for base in bases)
     node = Node(SIZE, first_id=id_base("e1"))
     assert node.reserve(0, "w", keys(1), SIZE).tickets[0] >> ID_BITS == id_base("e1") >> ID_BITS
+
+
+def test_a_policy_forgets_what_the_node_has_given_up():
+    told = []
+
+    class Watched(Lru):
+        def forget(self, key):
+            told.append(key)
+
+    node = Node(2 * SIZE, policy=Watched())
+    for number in range(3):
+        reserved = node.reserve(0.0, "w", [key(number)], SIZE)
+        node.commit(0.0, reserved.tickets, [bytes(16)])
+    assert told == [key(0)]
+    held = node.acquire(0.0, [key(1)], 10.0)
+    assert node.drop(0.0, [key(1)]) == 1  # leased: hidden now, its bytes go later
+    assert told == [key(0), key(1)]
+    node.release(0.0, held.lease_id)
