@@ -224,6 +224,20 @@ class Node:
         self._check_keys([key])
         return self._lease(self._prefix([key]), lease_s)
 
+    def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
+        """Keep those of `keys` that are complete in place for `lease_s`; counts neither hit nor miss.
+
+        Returns:
+            (lease, 0 if none is complete; the keys it holds, in order)
+
+        Raises:
+            RequestError, CapacityError: as acquire.
+        """
+        self.tick(now_s)
+        self._check_keys(keys)
+        entries = [entry for key in keys if (entry := self._complete.get(key))]
+        return self._lease(entries, lease_s).lease_id, [entry.key for entry in entries]
+
     def drop_bad(self, now_s: float, key: bytes, block: Block) -> None:
         """Drop `key` if it still is that `block`, whose bytes were found to be wrong."""
         self.tick(now_s)
@@ -269,6 +283,11 @@ class Node:
     def has_events(self) -> bool:
         """Whether `drain_events` would return anything."""
         return bool(self._pending)
+
+    def block_of(self, key: bytes) -> Block | None:
+        """Return the visible block under `key`; counts neither hit nor miss."""
+        entry = self._complete.get(key)
+        return entry.block if entry else None
 
     def complete_keys(self) -> list[bytes]:
         """Return every visible key, in commit order."""

@@ -31,8 +31,12 @@ from kvstore.limits import (
     WAIT_S_MAX,
     NodeLimits,
 )
-from kvstore.metrics import StoreCollector
+from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.node import Node, id_base
+from kvstore.ssd import SsdTier
+from kvstore.ssd_model import SsdConfig
+from kvstore.tiering import Tiering
+from kvstore.writebehind import AGE_S, WriteBehindLimits
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, ConfigError, PeerTimeout, RequestError
 from mooncake.core.keys import block_checksum
@@ -60,6 +64,7 @@ from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
 from transfer.fdpass import FdServer, private_dir
+from transfer.file import FileIO
 from transfer.segment import Progress, Segment
 
 log = structlog.get_logger(__name__)
@@ -77,6 +82,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
         events: where events are published; as `endpoint`.
         metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+        ssd: the SSD tier below the memory; None = none.
+        ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
         transfer: settings of the transfer engine through which engines of other hosts read and write;
             None = this host only.
     """
@@ -88,6 +95,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     events: str = "tcp://127.0.0.1:0"
     metrics_port: int | None = None
     transfer: EngineConfig | None = None
+    ssd: SsdConfig | None = None
+    ssd_age_s: float = AGE_S
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -125,6 +134,7 @@ class StoreService:
         self._rpc: RpcServer | None = None
         self._metrics: MetricsServer | None = None
         self._engine: TransferEngine | None = None
+        self.tiering: Tiering | None = None
         self._beat: asyncio.Task[None] | None = None
         self._snapshots = Snapshots(self.epoch)
         self._flush_due = False
@@ -167,6 +177,8 @@ class StoreService:
         config = self.config
         run_dir = await asyncio.to_thread(private_dir, config.run_dir)
         self._segment = await asyncio.to_thread(Segment.create, self.epoch, self._capacity_bytes, progress)
+        if config.ssd is not None:
+            self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
         transfer, address = "", 0
@@ -195,6 +207,18 @@ class StoreService:
         log.info("store.started", **msgspec.structs.asdict(record))
         return record
 
+    def _open_tier(self, config: SsdConfig) -> Tiering:
+        """Open the SSD tier with what it kept from earlier starts."""
+        assert self._segment is not None
+        io = FileIO()
+        try:
+            tier = SsdTier.open(config, io, self._clock)
+        except BaseException:
+            io.close()
+            raise
+        limits = WriteBehindLimits(age_s=self.config.ssd_age_s)
+        return Tiering(self.node, self._segment, tier, io, limits, self._clock)
+
     def _start_engine(self, config: EngineConfig) -> tuple[str, int]:
         """Open the segment to other hosts; return the engine's name and the segment's address there."""
         assert self._segment is not None
@@ -220,6 +244,8 @@ class StoreService:
         registry = CollectorRegistry()
         if self._engine:
             registry.register(self._engine.collector())
+        if self.tiering:
+            registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
         registry.register(
             StoreCollector(self.config.node, self.node.stats, lambda: self.node.quarantined_bytes)
         )
@@ -249,6 +275,8 @@ class StoreService:
             await self._rpc.close()
         if self._engine:
             await asyncio.to_thread(self._engine.close)
+        if self.tiering:
+            await self.tiering.close()
         if self._fd_server:
             await self._fd_server.close()
         if self._events:
@@ -260,13 +288,15 @@ class StoreService:
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
-        self._engine = None
+        self._engine = self.tiering = None
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""
         beat_s = self._clock()
         while True:
             self.node.tick(self._clock())
+            if self.tiering:
+                self.tiering.tick()
             self._after_change()
             if self._clock() >= beat_s:
                 beat_s = self._clock() + HEARTBEAT_S
@@ -296,7 +326,13 @@ class StoreService:
             if key is None:
                 break
             await self._until_written(key, rest_s)
-        return self.node.acquire(self._clock(), request.keys, request.lease_s)
+        if self.tiering is None:
+            return self.node.acquire(self._clock(), request.keys, request.lease_s)
+        held = await self.tiering.fetch(request.keys, min(request.wait_s, WAIT_S_MAX))
+        try:
+            return self.node.acquire(self._clock(), request.keys, request.lease_s)
+        finally:
+            self.node.release(self._clock(), held)
 
     async def _until_written(self, key: bytes, wait_s: float) -> None:
         """Return when `key` is no longer being written, or after `wait_s`."""
@@ -328,7 +364,8 @@ class StoreService:
     def _snapshot(self, request: Snapshot) -> SnapshotPage:
         self._flush()  # so that seq and the complete set are the same moment
         assert self._events
-        return self._snapshots.page(request.cursor, self._events.seq, self.node.complete_keys)
+        keys = self.tiering.keys if self.tiering else self.node.complete_keys
+        return self._snapshots.page(request.cursor, self._events.seq, keys)
 
     async def _report_bad(self, request: ReportBad) -> Ok:
         """Re-hash what a reader says is bad, one block at a time, off the loop."""
@@ -380,5 +417,7 @@ class StoreService:
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._events and self.node.has_events:
+        if self._events and self.tiering:
+            self._events.publish(self.tiering.merge(self.node.drain_events()))
+        elif self._events and self.node.has_events:
             self._events.publish(self.node.drain_events())

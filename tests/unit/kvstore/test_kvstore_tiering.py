@@ -1,0 +1,179 @@
+"""Memory and SSD as one pool: what was evicted or outlived its processes is served again, verified."""
+
+import asyncio
+import os
+import signal
+from hashlib import sha256
+
+import numpy as np
+import pytest
+
+from kvstore.client import PoolClient
+from kvstore.service import StoreConfig, StoreService
+from kvstore.ssd_model import SsdConfig
+from mooncake.core.keys import block_checksum
+from mooncake.core.messages import Acquire, Commit, Reserve
+
+SIZE = 64 << 10
+MEMORY = 8 * SIZE
+
+
+def key(number: int) -> bytes:
+    return sha256(b"%d" % number).digest()
+
+
+def content(number: int) -> bytes:
+    return np.random.default_rng(number).integers(0, 256, SIZE, dtype=np.uint8).tobytes()
+
+
+def config(tmp_path, **settings) -> StoreConfig:
+    ssd = SsdConfig(
+        node="n1",
+        path=str(tmp_path / "ssd"),
+        capacity_bytes=settings.pop("ssd_bytes", 16 << 20),
+        segment_bytes=1 << 20,
+        object_bytes=SIZE,
+    )
+    run_dir = str(tmp_path / "run")
+    return StoreConfig(node="n1", capacity_bytes=MEMORY, run_dir=run_dir, ssd=ssd, ssd_age_s=0.0, **settings)
+
+
+class World:
+    """A store in this process, asked directly."""
+
+    def __init__(self, service: StoreService) -> None:
+        self.service = service
+
+    async def put(self, *numbers: int) -> None:
+        for number in numbers:
+            got = await self.service._handle(Reserve("w", [key(number)], SIZE))
+            assert got.tickets[0], f"no room for {number}"
+            self.service._segment.view(got.offsets[0], SIZE)[:] = content(number)
+            checksum = block_checksum(key(number), content(number))
+            assert (await self.service._handle(Commit(got.tickets, [checksum]))).done == [True]
+
+    async def get(self, *numbers: int) -> int:
+        """Return how many of the prefix are served, all of them right."""
+        got = await self.service._handle(Acquire([key(n) for n in numbers], 5.0, 1.0))
+        for number, block in zip(numbers, got.blocks, strict=False):
+            assert bytes(self.service._segment.view(block.offset, SIZE)) == content(number)
+        self.service.node.release(self.service._clock(), got.lease_id)
+        return len(got.blocks)
+
+    async def copied(self, *numbers: int) -> None:
+        """Wait until the SSD has these."""
+        async with asyncio.timeout(20):
+            while not all(key(number) in self.service.tiering.tier for number in numbers):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def world(tmp_path):
+    service = StoreService(config(tmp_path))
+    await service.start()
+    yield World(service)
+    await service.close()
+
+
+async def test_what_memory_evicted_comes_back_from_the_ssd(world):
+    await world.put(*range(8))
+    await world.copied(*range(8))
+    await world.put(*range(8, 14))
+    await world.copied(*range(8, 14))
+    assert world.service.node.evictions == 6
+    for number in range(14):
+        assert await world.get(number) == 1
+    assert world.service.tiering.tier.stats().hits > 0
+
+
+async def test_a_prefix_that_lies_in_both_is_served_whole_without_evicting_itself(world):
+    await world.put(*range(6))
+    await world.copied(*range(6))
+    await world.put(*range(100, 105))  # pushes some of the first out
+    assert await world.get(*range(6)) == 6
+    assert await world.get(*range(6), 999) == 6
+
+
+async def test_to_the_outside_a_block_is_there_as_long_as_either_tier_has_it(world):
+    published: set[bytes] = set()
+
+    def watch(events) -> None:
+        for one in events.stored:
+            published.add(one)
+        for one in events.removed:
+            published.discard(one)
+
+    world.service._events.publish = watch
+    await world.put(*range(8))
+    await world.copied(*range(8))
+    await world.put(*range(8, 12))
+    world.service._flush()
+    assert published == {key(number) for number in range(12)}
+    assert set(world.service.tiering.keys()) == published
+    await world.copied(*range(8, 12))
+    world.service.tiering.tier.remove([key(number) for number in range(12)])
+    world.service._flush()
+    assert published == set(world.service.node.complete_keys())
+
+
+async def test_wrong_bytes_on_the_ssd_are_no_hit(world, tmp_path):
+    await world.put(*range(8))
+    await world.copied(*range(8))
+    await world.put(*range(8, 16))
+    (file,) = [path for path in (tmp_path / "ssd").iterdir() if path.stat().st_size > 1 << 20]
+    raw = bytearray(file.read_bytes())
+    for number in range(8):
+        at = raw.find(content(number)[:64])
+        assert at >= 0
+        raw[at + 100] ^= 1
+    with file.open("r+b") as out:
+        out.write(raw)
+    os.sync()
+    assert [await world.get(number) for number in range(8)] == [0] * 8
+    assert world.service.tiering.tier.stats().corrupt == 8
+
+
+async def test_kv_is_served_after_a_restart(tmp_path):
+    first = StoreService(config(tmp_path))
+    await first.start()
+    await World(first).put(*range(6))
+    await first.close()  # copies what only memory had
+    again = StoreService(config(tmp_path))
+    await again.start()
+    try:
+        assert set(again.tiering.keys()) == {key(number) for number in range(6)}
+        assert await World(again).get(*range(6)) == 6
+    finally:
+        await again.close()
+
+
+@pytest.mark.chaos
+def test_kv_is_served_after_every_process_of_the_host_was_killed(tmp_path, start_store):
+    """Through the real client: put, kill -9 the store, start another on the same disk, get."""
+    settings = config(tmp_path)
+    fields = {name: getattr(settings, name) for name in ("ssd", "ssd_age_s", "capacity_bytes")}
+    store = start_store(**fields)
+    client = PoolClient(store.record, "w")
+    keys = [key(number) for number in range(4)]
+    slots = client.reserve(keys, SIZE)
+    for number, slot in enumerate(slots):
+        slot.view[:] = content(number)
+    sums = [block_checksum(key(number), content(number)) for number in range(4)]
+    assert client.commit([slot.ticket for slot in slots], sums) == [True] * 4
+    deadline = 200
+    while _file_has(tmp_path / "ssd", content(3)[:64]) is False and deadline:
+        deadline -= 1
+        signal.sigtimedwait([], 0.05)
+    client.close()
+    store.kill()
+    again = start_store(**fields)
+    reader = PoolClient(again.record, "r")
+    lease = reader.acquire(keys, 5.0, wait_s=1.0)
+    assert len(lease) == 4
+    assert all(lease.verify(index) for index in range(4))
+    assert [bytes(view) for view in lease.views] == [content(number) for number in range(4)]
+    reader.close()
+
+
+def _file_has(folder, needle: bytes) -> bool:
+    return any(needle in path.read_bytes() for path in folder.iterdir() if path.stat().st_size > 1 << 20)
