@@ -28,6 +28,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="Folder, hub name, or nothing for SmolLM2-135M-Instruct.")]
 Metadata = Annotated[str, typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,...")]
+Ssd = Annotated[Path | None, typer.Option(help="Folder of the pool's SSD tier; KV there outlives restarts.")]
+SsdSize = Annotated[str, typer.Option(help="Size of the SSD tier's file.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
 Dtype = Annotated[
     str, typer.Option(help="auto (not bfloat16 where it is emulated), bfloat16, float16, float32.")
@@ -140,6 +142,8 @@ def up(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port of the gateway.")] = 8000,
     pool_size: Annotated[str, typer.Option(help="Memory of the shared KV pool.")] = "1GiB",
+    ssd: Ssd = None,
+    ssd_size: SsdSize = "8GiB",
     kv_memory: KvMemory = "512MiB",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
@@ -173,6 +177,8 @@ def up(
         wish: dict[str, Any] = {
             "prefill": prefill, "decode": decode, "aggregated": aggregated, "host": host, "port": port,
             "pool_bytes": parse_size_bytes(pool_size, "pool_size"),
+            "ssd_path": str(ssd.resolve()) if ssd else "",
+            "ssd_bytes": parse_size_bytes(ssd_size, "ssd_size"),
             "kv_memory_bytes": parse_size_bytes(kv_memory, "kv_memory"),
             "dtype": resolve_dtype(dtype), "max_model_len": max_model_len, "block_size": block_size,
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
@@ -378,6 +384,8 @@ def store(
     metadata: Metadata,
     capacity: Annotated[str, typer.Option(help="Memory for KV blocks, e.g. 2GiB.")] = "1GiB",
     node: Node = "local",
+    ssd: Ssd = None,
+    ssd_size: SsdSize = "8GiB",
     run_dir: RunDir = None,
     metrics_port: MetricsPort = 0,
     log_level: LogLevel = "info",
@@ -390,6 +398,7 @@ def store(
         options = StoreOptions(
             node=node, capacity_bytes=parse_size_bytes(capacity, "capacity"), run_dir=_run_dir(run_dir),
             metadata=metadata, metrics_port=metrics_port, log_level=log_level,
+            ssd_path=str(ssd.resolve()) if ssd else "", ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"),
         ).checked()  # fmt: skip
         _run_role("store", log_level, lambda: run_store(options))
 

@@ -27,6 +27,9 @@ STEP_TOKENS = 512
 """Prompt tokens of one engine step, the grain of aborts and saves: 2 s of SmolLM2 on one core."""
 MODEL_LEN_MAX = 1 << 22
 POOL_BYTES_MIN = 1 << 20
+SSD_BYTES = 8 << 30
+SSD_BYTES_MIN = 1 << 30
+"""A handful of segments of the tier's log."""
 KV_BYTES_MIN = 16 << 20
 API_KEY_CHARS_MIN = 16
 """Below this a key can be guessed; `python -c 'import secrets; print(secrets.token_urlsafe())'`."""
@@ -193,6 +196,8 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
     metadata: str
     endpoint: str = "tcp://127.0.0.1:*"
     events: str = "tcp://127.0.0.1:*"
+    ssd_path: str = ""  # folder of the SSD tier; "" = none
+    ssd_bytes: int = SSD_BYTES
     metrics_port: int = 0  # 0 = none
     log_level: str = "info"
 
@@ -204,6 +209,10 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
             check_endpoint(endpoint)
         if self.capacity_bytes < POOL_BYTES_MIN:
             raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
+        if self.ssd_path and self.ssd_bytes < SSD_BYTES_MIN:
+            raise fail(
+                "ssd_size", format_size(self.ssd_bytes), f"must be at least {format_size(SSD_BYTES_MIN)}"
+            )
 
 
 def check_host(host: str, api_key: str) -> None:

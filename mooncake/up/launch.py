@@ -44,6 +44,7 @@ def run_store(options: StoreOptions) -> int:
 
 async def _store(options: StoreOptions) -> int:
     from kvstore.service import StoreConfig, StoreService
+    from kvstore.ssd_model import SsdConfig
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,6 +56,9 @@ async def _store(options: StoreOptions) -> int:
         endpoint=options.endpoint,
         events=options.events,
         metrics_port=options.metrics_port or None,
+        ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)
+        if options.ssd_path
+        else None,
     )
     service = StoreService(config)
     metadata = open_metadata(options.metadata)

@@ -11,6 +11,7 @@ import msgspec
 from mooncake.core.config import (
     API_KEY_ENV,
     POLICIES,
+    SSD_BYTES,
     GatewayOptions,
     StoreOptions,
     WorkerOptions,
@@ -26,8 +27,8 @@ INSTANCES_MAX = 64
 SOCKET_PATH_CHARS_MAX = 107
 """sun_path of a unix socket; the longest name we put below the run directory is about 45."""
 RUN_DIR_CHARS_MAX = SOCKET_PATH_CHARS_MAX - 45
-CONDUCTOR_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 15.0, 5.0
-"""Graces: the Conductor drains for 25 s, an engine stops within 10 s, a store only unmaps."""
+CONDUCTOR_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 15.0, 15.0
+"""Graces: the Conductor drains for 25 s, an engine stops within 10 s, a store copies to its SSD for 5 s."""
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +44,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     pool_bytes: int = 1 << 30
+    ssd_path: str = ""  # "" = no SSD tier
+    ssd_bytes: int = SSD_BYTES
     kv_memory_bytes: int = 512 << 20
     dtype: str = "bfloat16"
     max_model_len: int = 0
@@ -94,6 +97,8 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
     store = StoreOptions(
         node="local",
         capacity_bytes=options.pool_bytes,
+        ssd_path=options.ssd_path,
+        ssd_bytes=options.ssd_bytes,
         run_dir=f"{options.run_dir}/store",
         metadata=metadata,
         metrics_port=options.metrics_ports.get("store", 0),
