@@ -210,9 +210,8 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
         if self.capacity_bytes < POOL_BYTES_MIN:
             raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
         if self.ssd_path and self.ssd_bytes < SSD_BYTES_MIN:
-            raise fail(
-                "ssd_size", format_size(self.ssd_bytes), f"must be at least {format_size(SSD_BYTES_MIN)}"
-            )
+            least = format_size(SSD_BYTES_MIN)
+            raise fail("ssd_size", format_size(self.ssd_bytes), f"must be at least {least}")
 
 
 def check_host(host: str, api_key: str) -> None:
