@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="Folder, hub name, or nothing for SmolLM2-135M-Instruct.")]
-Metadata = Annotated[str, typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,...")]
+Metadata = Annotated[
+    str, typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,...")
+]
 Ssd = Annotated[Path | None, typer.Option(help="Folder of the pool's SSD tier; KV there outlives restarts.")]
 SsdSize = Annotated[str, typer.Option(help="Size of the SSD tier's file.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
