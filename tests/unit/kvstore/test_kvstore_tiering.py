@@ -61,9 +61,10 @@ class World:
         return len(got.blocks)
 
     async def copied(self, *numbers: int) -> None:
-        """Wait until the SSD has these."""
+        """Wait until the SSD has these and no copy holds a block in place."""
+        tier = self.service.tiering.tier
         async with asyncio.timeout(20):
-            while not all(key(number) in self.service.tiering.tier for number in numbers):  # noqa: ASYNC110
+            while not all(key(n) in tier for n in numbers) or self.service.node.stats().leases:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
 
