@@ -17,7 +17,7 @@ from kvstore.node import Node, NodeEvents
 from kvstore.ssd import SYNC_S, SsdTier
 from kvstore.ssd_model import Put
 from kvstore.writebehind import WriteBehind, WriteBehindLimits
-from mooncake.core.errors import MooncakeError
+from mooncake.core.errors import CapacityError, MooncakeError
 from transfer.file import FileIO
 from transfer.segment import Segment
 
@@ -105,7 +105,13 @@ class Tiering:
 
     async def _copy(self, keys: Sequence[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        lease_id, held = self._node.hold(self._clock(), keys, HOLD_S)
+        try:
+            lease_id, held = self._node.hold(self._clock(), keys, HOLD_S)
+        except CapacityError as full:  # too many leases now: tried again behind the others
+            log.warning("ssd.not_copied", blocks=len(keys), reason=str(full))
+            for key in keys:
+                self.behind.ended(self._clock(), key, copied=False)
+            return
         puts = []
         for key in held:
             block = self._node.block_of(key)
@@ -197,9 +203,9 @@ class Tiering:
         """Copy what only DRAM has, within CLOSE_S, and close the tier."""
         end_s = self._clock() + CLOSE_S
         if self._fetching:
-            await asyncio.wait(self._fetching)
+            await asyncio.wait(self._fetching, timeout=CLOSE_S)
         if self._copying is not None:
-            await asyncio.wait((self._copying,))
+            await asyncio.wait((self._copying,), timeout=CLOSE_S)
         while self._clock() < end_s:
             keys = self.behind.due(self._clock() + self.behind.limits.age_s, 1.0)
             if not keys:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvstore.client import PoolClient
+from kvstore.limits import NodeLimits
 from kvstore.service import StoreConfig, StoreService
 from kvstore.ssd_model import SsdConfig
 from mooncake.core.keys import block_checksum
@@ -116,6 +117,24 @@ async def test_to_the_outside_a_block_is_there_as_long_as_either_tier_has_it(wor
     world.service.tiering.tier.remove([key(number) for number in range(12)])
     world.service._flush()
     assert published == set(world.service.node.complete_keys())
+
+
+async def test_a_store_without_a_free_lease_copies_later_and_lives(tmp_path):
+    service = StoreService(config(tmp_path), NodeLimits(leases_max=1))
+    await service.start()
+    world = World(service)
+    try:
+        await world.put(1, 2)
+        held = await service._handle(Acquire([key(1)], 5.0))
+        async with asyncio.timeout(20):
+            while service.tiering.behind.given_up == 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert not service._beat.done()
+        service.node.release(service._clock(), held.lease_id)
+        await world.put(3)
+        await world.copied(3)
+    finally:
+        await service.close()
 
 
 async def test_wrong_bytes_on_the_ssd_are_no_hit(world, tmp_path):
