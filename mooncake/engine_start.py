@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import structlog
 
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError, RequestError
+from mooncake.core.log import as_library
 from mooncake.engine_env import EngineEnv, read_env, read_log_level
 from mooncake.engine_memory import ManagedBuffers
 from transfer.batch import Batch
@@ -252,10 +252,6 @@ def log_to_stderr() -> None:
         level, complaint = read_log_level(os.environ), None
     except ConfigError as error:
         level, complaint = "info", error
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # looked up anew: it may be replaced
-        cache_logger_on_first_use=False,
-    )
+    as_library(level)
     if complaint:
         log.error("mooncake.engine: bad setting, logging at INFO", reason=str(complaint))

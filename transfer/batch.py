@@ -127,17 +127,13 @@ def divide(slices: Sequence[Slice], parts: int) -> list[list[Slice]]:
     out: list[list[Slice]] = [[]]
     room = share
     for piece in slices:
-        local, remote, left = piece.local, piece.remote, piece.size_bytes
-        while left > room:
+        start = 0
+        while piece.size_bytes - start > room:
             if room:
-                out[-1].append(Slice(piece.index, local, remote, room, piece.mine, piece.theirs))
-                local, remote, left = local + room, remote + room, left - room
+                out[-1].append(piece.part(start, room))
+                start += room
             out.append([])
             room = share
-        out[-1].append(
-            piece
-            if left == piece.size_bytes
-            else Slice(piece.index, local, remote, left, piece.mine, piece.theirs)
-        )
-        room -= left
+        out[-1].append(piece if start == 0 else piece.part(start, piece.size_bytes - start))
+        room -= piece.size_bytes - start
     return [part for part in out if part]

@@ -81,6 +81,11 @@ class Slice(msgspec.Struct, frozen=True):
     mine: Buffer
     theirs: BufferInfo
 
+    def part(self, start: int, size_bytes: int) -> "Slice":
+        """Return `size_bytes` of it from byte `start` on."""
+        here, there = self.local + start, self.remote + start
+        return Slice(self.index, here, there, size_bytes, self.mine, self.theirs)
+
 
 class Failure(msgspec.Struct, frozen=True):
     """A slice that a transport did not move, and why.

@@ -4,7 +4,6 @@ A buffer that is in use is never let go: `retire` first stops new uses, then wai
 """
 
 import bisect
-import contextlib
 import ctypes
 import itertools
 import secrets
@@ -86,29 +85,16 @@ class Registry:
         buffer = buffers[at]
         return buffer if address + size_bytes <= buffer.end else None
 
-    def by_id(self, buffer_id: int) -> Buffer | None:
-        """Return the buffer with this number."""
-        return next((buffer for buffer in self._table[1] if buffer.buffer_id == buffer_id), None)
-
     def by_key(self, key: bytes) -> Buffer | None:
         """Return the buffer that this capability opens."""
         return self._by_key.get(key)
 
-    @contextlib.contextmanager
-    def use(self, *buffers: Buffer) -> Iterator[None]:
-        """Keep `buffers` (each once) from being let go.
+    def take(self, *buffers: Buffer) -> None:
+        """Keep `buffers` (each once) from being let go, until `give`.
 
         Raises:
-            RequestError: one of them is being unregistered.
+            RequestError: one of them is being unregistered; none is kept then.
         """
-        self.take(*buffers)
-        try:
-            yield
-        finally:
-            self.give(*buffers)
-
-    def take(self, *buffers: Buffer) -> None:
-        """Begin a use; see `use`."""
         with self._lock:
             for buffer in buffers:
                 if buffer.retired:

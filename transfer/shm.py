@@ -218,11 +218,7 @@ def short(slices: Sequence[Slice]) -> Sequence[Slice]:
     """Return `slices` with those of over PIECE_BYTES cut."""
     if all(piece.size_bytes <= PIECE_BYTES for piece in slices):
         return slices
-    return [
-        Slice(piece.index, piece.local + at, piece.remote + at, size, piece.mine, piece.theirs)
-        for piece in slices
-        for at, size in cut(piece.size_bytes, PIECE_BYTES)
-    ]
+    return [piece.part(at, size) for piece in slices for at, size in cut(piece.size_bytes, PIECE_BYTES)]
 
 
 def copy(op: Opcode, slices: Sequence[Slice], at: int, end: int, shift: int) -> int:

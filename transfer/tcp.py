@@ -151,17 +151,14 @@ def frames_of(slices: Sequence[Slice]) -> Iterator[Frame]:
     frame: Frame = []
     room = FRAME_BYTES
     for piece in slices:
-        local, remote, left = piece.local, piece.remote, piece.size_bytes
-        while left:
+        start = 0
+        while start < piece.size_bytes:
             if room == 0 or len(frame) == ENTRIES_MAX:
                 yield frame
                 frame, room = [], FRAME_BYTES
-            size = min(left, room)
-            whole = size == piece.size_bytes
-            frame.append(
-                piece if whole else Slice(piece.index, local, remote, size, piece.mine, piece.theirs)
-            )
-            local, remote, left, room = local + size, remote + size, left - size, room - size
+            size = min(piece.size_bytes - start, room)
+            frame.append(piece if size == piece.size_bytes else piece.part(start, size))
+            start, room = start + size, room - size
     if frame:
         yield frame
 
