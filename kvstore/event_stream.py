@@ -3,8 +3,7 @@
     WAITING --first message--> ASKED --snapshot--> LIVE --gap, other epoch, silence--> WAITING
                                  '---failed, or silent------------------------------------'
 
-The decisions are those of `kvstore.follower` (a test holds the two equal message by message); this
-form has no sockets, so that the simulation can run it under loss, reordering and repeats. Messages
+`kvstore.follower` runs it on sockets, the simulation under loss, reordering and repeats. Messages
 that arrive while a snapshot is on its way are kept, up to a bound; a message beyond it is lost, which
 the next one shows as a gap.
 """

@@ -8,6 +8,7 @@ turns an overflow into a gap. The index is soft state: nothing here can cost dat
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from kvstore.event_stream import SnapshotPages
+from kvstore.event_stream import Action, Apply, Distrust, EventStream, Reset, SnapshotPages
 from kvstore.limits import HEARTBEAT_S, SNAPSHOT_KEYS_MAX
 from mooncake.core import rpc, wire
 from mooncake.core.errors import MooncakeError, PeerTimeout, ProtocolError
@@ -143,27 +144,30 @@ class StoreFollower:
 
     async def _follow(self, socket: "zmq.asyncio.Socket", client: rpc.RpcClient) -> None:
         """One life: first message, snapshot, events; ends with _OutOfStep."""
-        await self._receive(socket)
+        stream = EventStream(0.0, math.inf)  # silence is noticed by `_receive`
+        stream.on_message(0.0, await self._receive(socket))
         try:
-            epoch, seq, pages = await self._take_snapshot(client)
+            taken = await self._take_snapshot(client)
         except MooncakeError as error:
             self._out_of_step(f"no snapshot: {error}")
             await asyncio.sleep(RETRY_S)
             raise _OutOfStep from error
         self.snapshots += 1
         self._live.set()
-        self._listener.on_snapshot(self._record.node, epoch, pages)
+        self._act(stream.on_snapshot(0.0, taken.epoch, taken.seq, taken.pages))
         while True:
-            event = await self._receive(socket)
-            if event.epoch != epoch:
-                raise self._gap(f"epoch {event.epoch} after {epoch}")
-            heartbeat = not event.stored and not event.removed
-            if event.seq > seq + (0 if heartbeat else 1):
-                raise self._gap(f"message {event.seq} after {seq}")
-            if heartbeat or event.seq <= seq:  # the latter is in the snapshot already
-                continue
-            seq = event.seq
-            self._listener.on_events(self._record.node, event.stored, event.removed)
+            self._act(stream.on_message(0.0, await self._receive(socket)))
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        """Do what the stream decides, or raise _OutOfStep."""
+        for action in actions:
+            match action:
+                case Reset(epoch, pages):
+                    self._listener.on_snapshot(self._record.node, epoch, pages)
+                case Apply(stored, removed):
+                    self._listener.on_events(self._record.node, stored, removed)
+                case Distrust(reason):
+                    raise self._gap(reason)
 
     async def _receive(self, socket: "zmq.asyncio.Socket") -> StoreEvents:
         """Return the next well-formed message of our node, or raise _OutOfStep after silence."""
@@ -179,7 +183,7 @@ class StoreFollower:
             self._out_of_step(str(error))
         raise _OutOfStep
 
-    async def _take_snapshot(self, client: rpc.RpcClient) -> tuple[str, int, list[bytes]]:
+    async def _take_snapshot(self, client: rpc.RpcClient) -> SnapshotPages:
         taken, cursor = SnapshotPages(SNAPSHOT_KEYS_MAX), 0
         while True:
             page = await client.call(Snapshot(cursor), PAGE_DEADLINE_S)
@@ -187,7 +191,7 @@ class StoreFollower:
                 raise ProtocolError(f"{client.endpoint}: not a snapshot page")
             cursor = taken.add(page)
             if cursor == 0:
-                return taken.epoch, taken.seq, taken.pages
+                return taken
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         # a listener that raises is a bug; say so now, not when the task is collected

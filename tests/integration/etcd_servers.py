@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,14 @@ class EtcdServers:
                 start_new_session=True,
                 preexec_fn=functools.partial(set_parent_death_signal, os.getpid()),  # noqa: PLW1509 - system calls only
             )
+
+
+@contextlib.contextmanager
+def running(folder: Path, count: int = 1, tls: Tls | None = None) -> Iterator[EtcdServers]:
+    """Give a cluster that serves, and end it."""
+    servers = EtcdServers(folder, count, tls)
+    try:
+        servers.start()
+        yield servers
+    finally:
+        servers.close()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from mooncake.core.metadata_etcd import EtcdMetadata
-from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers
+from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, running
 from tests.unit.core.test_election import (  # noqa: F401 - collected here
     Cluster,
     elections,
@@ -24,12 +24,8 @@ namespaces = itertools.count()
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServers]:
-    servers = EtcdServers(tmp_path_factory.mktemp("etcd"))
-    try:
-        servers.start()
+    with running(tmp_path_factory.mktemp("etcd")) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from mooncake.core.metadata_etcd import ANSWER_S, CALL_S, EtcdMetadata
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions, parse_etcd
 from mooncake.core.metadata_follow import Follower, follow
 from mooncake.core.metadata_registration import Registration, RegistrationState
-from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, Tls
+from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, Tls, running
 from tests.integration.etcd_tls import make_tls
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
@@ -37,22 +37,14 @@ BLOCK_BYTES = 64 << 10
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[EtcdServers]:
-    servers = EtcdServers(tmp_path)
-    try:
-        servers.start()
+    with running(tmp_path) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[EtcdServers]:
-    servers = EtcdServers(tmp_path, count=3)
-    try:
-        servers.start()
+    with running(tmp_path, count=3) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 @contextlib.asynccontextmanager
@@ -391,12 +383,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory: pytest.TempPathFactory, tls: Tls) -> Iterator[EtcdServers]:
-    servers = EtcdServers(tmp_path_factory.mktemp("secure"), tls=tls)
-    try:
-        servers.start()
+    with running(tmp_path_factory.mktemp("secure"), tls=tls) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 async def test_everything_works_over_mutual_tls_and_a_dns_name(secure, tls):

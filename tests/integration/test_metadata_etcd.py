@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from mooncake.core.metadata_etcd import EtcdMetadata
-from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers
+from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, running
 from tests.unit.core.test_metadata_contract import *  # noqa: F403 - the contract
 from tests.unit.core.test_metadata_contract import POLL_S, Backend
 
@@ -18,12 +18,8 @@ namespaces = itertools.count()
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServers]:
-    servers = EtcdServers(tmp_path_factory.mktemp("etcd"))
-    try:
-        servers.start()
+    with running(tmp_path_factory.mktemp("etcd")) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from mooncake.core.messages import STORES_PREFIX, StoreRecord
 from mooncake.core.metadata_open import open_metadata
-from tests.integration.etcd_servers import NEEDS_ETCD, EtcdServers
+from tests.integration.etcd_servers import NEEDS_ETCD, running
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
 
@@ -23,13 +23,8 @@ MOONCAKE = str(Path(sys.executable).parent / "mooncake")
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory):
-    servers = EtcdServers(tmp_path_factory.mktemp("etcd"))
-    try:
-        servers.start()
-        endpoint = servers.options().endpoints[0]
-        yield f"etcd://{endpoint}/store-test"
-    finally:
-        servers.close()
+    with running(tmp_path_factory.mktemp("etcd")) as servers:
+        yield f"etcd://{servers.options().endpoints[0]}/store-test"
 
 
 async def stores(metadata) -> list[StoreRecord]:
