@@ -23,12 +23,14 @@ class Ok(msgspec.Struct, frozen=True, array_like=True, tag="ok"):
 class Acquire(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acq"):
     """Lease the longest prefix of `keys` that is complete. Answer: Acquired.
 
-    `wait_s` > 0 waits (bounded by the node) for keys that are being written right now.
+    `wait_s` > 0 waits (bounded by the node) for keys that are being written right now, and for those
+    that are fetched from the store of node `source` ("" = nowhere else), which is known to have them.
     """
 
     keys: list[bytes]
     lease_s: float
     wait_s: float = 0.0
+    source: str = ""
 
 
 class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -103,6 +105,45 @@ class ReportBad(msgspec.Struct, frozen=True, array_like=True, tag="bad"):
     keys: list[bytes]
 
 
+class Orders(msgspec.Struct, frozen=True, array_like=True):
+    """In whose name a leader gives orders: a node follows none of an earlier term (core.election.Term)."""
+
+    life: str
+    number: int
+    leader: str
+
+
+class Pull(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pull"):
+    """Copy blocks from the store of node `source` into this one. Answer: Pulled.
+
+    `wait_s` bounds the copying; what is under way then goes on. `orders`: of the leader, if it asks.
+    """
+
+    keys: list[bytes]
+    source: str
+    wait_s: float
+    orders: Orders | None = None
+
+
+class Pulled(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pulld"):
+    """`held[i]`: this node has `keys[i]` now, whether or not it was copied for this."""
+
+    held: list[bool]
+
+
+class DropKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop"):
+    """Remove complete blocks from every tier of this node; leased ones are freed later. Answer: KeysDropped."""
+
+    keys: list[bytes]
+    orders: Orders | None = None
+
+
+class KeysDropped(msgspec.Struct, frozen=True, array_like=True, tag="dropd"):
+    """How many were there."""
+
+    dropped: int
+
+
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snap"):
     """One page of the node's complete keys. Answer: SnapshotPage."""
 
@@ -137,8 +178,8 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     commits: int
 
 
-StoreRequest = Acquire | Release | Reserve | Commit | Abandon | ReportBad | Snapshot | Stats
-StoreReply = Acquired | Reserved | Committed | SnapshotPage | StoreStats | Ok | Failure
+StoreRequest = Acquire | Release | Reserve | Commit | Abandon | ReportBad | Pull | DropKeys | Snapshot | Stats
+StoreReply = Acquired | Reserved | Committed | Pulled | KeysDropped | SnapshotPage | StoreStats | Ok | Failure
 
 
 class StoreEvents(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ev"):
