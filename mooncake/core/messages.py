@@ -132,7 +132,7 @@ class Pulled(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pulld"
 
 
 class DropKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop"):
-    """Remove complete blocks from every tier of this node; leased ones are freed later. Answer: KeysDropped."""
+    """Remove complete blocks from every tier; leased ones are freed later. Answer: KeysDropped."""
 
     keys: list[bytes]
     orders: Orders | None = None
