@@ -92,22 +92,70 @@ class RemoteStore:
             PeerError: the store is away; RequestError: a target of the wrong size.
         """
         end_s = time.monotonic() + deadline_s
-        held = self._ask(Acquire(list(keys), min(deadline_s, LEASE_S_MAX)), Acquired, min(ASK_S, deadline_s))
+        held = self.acquire(keys, deadline_s, deadline_s=deadline_s)
         if not held.lease_id:
             return Found(0)
         try:
-            self._check_epoch([held.lease_id])
-            blocks, wanted = held.blocks, targets[: len(held.blocks)]
-            self._check(blocks, wanted, keys)
-            self._move(Opcode.READ, [block.offset for block in blocks], wanted, end_s)
-            for at, block in enumerate(blocks):
-                if scattered_checksum(keys[at], map(self._bytes, wanted[at])) != block.checksum:
-                    log.warning("pool.bad_block", node=self._record.node, key=keys[at].hex()[:16])
-                    self._tell(ReportBad([keys[at]]))
-                    return Found(at, 1)
-            return Found(len(blocks))
+            blocks = held.blocks
+            good = self.read(keys, blocks, targets[: len(blocks)], max(0.0, end_s - time.monotonic()))
+            return Found(good, int(good < len(blocks)))
         finally:
-            self._tell(Release(held.lease_id))
+            self.release(held.lease_id)
+
+    def acquire(
+        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, deadline_s: float = ASK_S
+    ) -> Acquired:
+        """Lease the longest prefix of `keys` that the store has complete; to be released, if any.
+
+        Args:
+            keys: 32 bytes each, in prefix order.
+            lease_s: how long the blocks must stay there.
+            wait_s: let the store wait (at most its WAIT_S_MAX) for blocks in writing.
+            deadline_s: for the answer; ASK_S more than `wait_s` is the most.
+
+        Raises:
+            PeerError: the store is away or restarted.
+        """
+        request = Acquire(list(keys), min(lease_s, LEASE_S_MAX), wait_s)
+        held: Acquired = self._ask(request, Acquired, min(ASK_S + wait_s, deadline_s))
+        if held.lease_id:
+            try:
+                self._check_epoch([held.lease_id])
+                self._check_blocks(held.blocks, keys)
+            except MooncakeError:
+                self.release(held.lease_id)
+                raise
+        return held
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        blocks: Sequence[Block],
+        targets: Sequence[Ranges],
+        deadline_s: float = DEADLINE_S,
+    ) -> int:
+        """Read leased `blocks` into `targets`; return how many of them, from the first, are verified.
+
+        The store is told of the first that is not.
+
+        Raises:
+            PeerError: the store is away; RequestError: a target of the wrong size.
+        """
+        for block, target in zip(blocks, targets, strict=True):
+            if sum(size for _, size in target) != block.size_bytes:
+                raise RequestError(f"a block of {block.size_bytes} bytes does not fit its target")
+        end_s = time.monotonic() + deadline_s
+        self._move(Opcode.READ, [block.offset for block in blocks], targets, end_s)
+        for at, block in enumerate(blocks):
+            if scattered_checksum(keys[at], map(self._bytes, targets[at])) != block.checksum:
+                log.warning("pool.bad_block", node=self._record.node, key=keys[at].hex()[:16])
+                self._tell(ReportBad([keys[at]]))
+                return at
+        return len(blocks)
+
+    def release(self, lease_id: int) -> None:
+        """Give a lease back; one that cannot be given back ends by its term."""
+        self._tell(Release(lease_id))
 
     def put(
         self, keys: Sequence[bytes], sources: Sequence[Ranges], deadline_s: float = DEADLINE_S
@@ -165,15 +213,13 @@ class RemoteStore:
         if any(one >> ID_BITS != self._epoch_bits for one in ids):
             raise PeerGone(f"store {self._record.node} has been restarted: its record is over")
 
-    def _check(self, blocks: Sequence[Block], targets: Sequence[Ranges], keys: Sequence[bytes]) -> None:
-        """Pass if every block lies in the segment and fits its target."""
+    def _check_blocks(self, blocks: Sequence[Block], keys: Sequence[bytes]) -> None:
+        """Pass if every block lies in the segment."""
         if len(blocks) > len(keys):
             raise ProtocolError(f"{self._record.transfer}: {len(blocks)} blocks for {len(keys)} keys")
-        for block, target in zip(blocks, targets, strict=True):
-            if not 0 <= block.offset <= self._record.capacity_bytes - block.size_bytes:
+        for block in blocks:
+            if not 0 < block.size_bytes <= self._record.capacity_bytes - block.offset or block.offset < 0:
                 raise ProtocolError(f"{self._record.transfer}: block {block} is not in its segment")
-            if sum(size for _, size in target) != block.size_bytes:
-                raise RequestError(f"a block of {block.size_bytes} bytes does not fit its target")
 
     def _move(self, op: Opcode, offsets: Sequence[int], places: Sequence[Ranges], end_s: float) -> None:
         local, remote, sizes = [], [], []
