@@ -144,7 +144,7 @@ class Relay:
             try:
                 self._handle(identity, operation, frames)
             except MooncakeError as error:
-                log.warning("relay.refused", error=str(error), operation=operation.hex())
+                log.warning("relay.refused", error=str(error), operation=operation[:8].hex())
                 self._reply(identity, [RelayOp.REFUSED, wire.encode(rpc.failure_of(error))])
 
     def _reply(self, identity: bytes, frames: list[bytes]) -> None:

@@ -53,6 +53,8 @@ INSTANCES = 2
 """Of every setup: prefill and decode, or two that do both; one core each."""
 TAG = "MOONCAKE_TEST_CLUSTER"
 LOG_TAIL_LINES = 25
+LOG_LINE_CHARS = 300
+"""Of a line: a CI page that shows the end of the output should still show the failed assertion."""
 NOISE = re.compile('WARNING|Warning|Loading safetensors|Triton|HTTP/1.1" 200|^\\s*(if hasattr|kernel =|$)')
 """What vLLM and torch say at every start."""
 
@@ -183,7 +185,8 @@ class Cluster:
         parts = []
         for path in [self.output, *sorted(self.run_dir.glob("*.log"))]:
             lines = [line for line in path.read_text(errors="replace").splitlines() if not NOISE.search(line)]
-            parts.append("\n".join([f"--- {path.name}", *lines[-LOG_TAIL_LINES:]]))
+            tail = [line[:LOG_LINE_CHARS] for line in lines[-LOG_TAIL_LINES:]]
+            parts.append("\n".join([f"--- {path.name}", *tail]))
         return "\n".join(parts)
 
     # ------------------------------------------------------------ records and processes

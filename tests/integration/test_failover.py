@@ -26,11 +26,12 @@ pytestmark = [
     pytest.mark.parametrize("cluster", [FP32], ids=lambda setup: setup.name, indirect=True),
 ]
 
-TOKENS = 200
+TOKENS = 300
 STRUCK_AFTER = 15
 """Tokens that every stream has when the engine is struck."""
-KILL_NOTICED_S = 0.5
-STOP_NOTICED_S = 3.0
+KILL_NOTICED_S = 2.0
+"""It takes 0.1 s on a quiet machine; silence alone would be noticed later than this."""
+STOP_NOTICED_S = 5.0
 REGEX = r"([a-z]{3} ){70}[0-9]{3}"
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -115,21 +116,23 @@ def serves_decode(cluster: Cluster, instance_id: str) -> bool:
     return cluster.counters(instance_id)["load_blocks"] > before
 
 
-@pytest.mark.parametrize("victim", ["the worker's process group", "only the engine", "only the relay"])
+@pytest.mark.parametrize("victim", ["group", "engine", "relay"])
 def test_streams_survive_the_death_of_their_decode_worker(cluster: Cluster, victim: str, record_property):
     wanted = undisturbed(cluster)
+    # an engine that was just restarted compiles the grammar first: the others would be done by then
+    cluster.client.complete(random_prompt(90, time.monotonic_ns()), max_tokens=4, **KINDS["regex"])
     relay, engine = cluster.worker_pid("decode-0"), cluster.engine_pid("decode-0")
     epoch, moved = cluster.epochs()["decode-0"], cluster.metric("mooncake_migrations_total")
     streams = start_streams(cluster)
     for stream in streams.values():
         stream.wait_tokens(STRUCK_AFTER)
     with watching(cluster, "decode-0") as noticed:
-        if victim == "the worker's process group":
+        if victim == "group":
             os.killpg(relay, signal.SIGKILL)
         else:
-            os.kill(engine if victim == "only the engine" else relay, signal.SIGKILL)
+            os.kill(engine if victim == "engine" else relay, signal.SIGKILL)
         # an engine never outlives its relay, nor a relay its engine
-        wait_until("engine gone", lambda: not alive(engine), 2.0, 0.01)
+        wait_until("engine gone", lambda: not alive(engine), 10.0, 0.01)
         answers = {kind: stream.result() for kind, stream in streams.items()}
     assert_same(answers, wanted)
     assert cluster.metric("mooncake_migrations_total") - moved == len(streams), "not struck in mid-stream"
