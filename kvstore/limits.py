@@ -28,6 +28,8 @@ WRITER_CHARS_MAX = 128
 """A writer's name is an instance id."""
 WAIT_S_MAX = 1.0
 """Longest wait of one Acquire for blocks in writing: a reader may ask again."""
+PULL_WAIT_S_MAX = 10.0
+"""Longest wait of one Acquire or Pull for blocks of another host: 10 GB at 10 Gb/s."""
 BAD_KEYS_MAX = 1_024
 """Keys of one ReportBad: each costs the node a hash over a whole block (0.2 ms for 3 MB)."""
 CHECKS_WAITING_MAX = 16

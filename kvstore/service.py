@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,28 @@ from prometheus_client import CollectorRegistry
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.events import EventPublisher, Snapshots
 from kvstore.limits import (
-    ANSWER_S,
     BAD_KEYS_MAX,
     CHECK_LEASE_S,
     CHECKS_WAITING_MAX,
     HEARTBEAT_S,
-    SERVICE,
+    KEYS_PER_REQUEST_MAX,
+    PULL_WAIT_S_MAX,
     TICK_S,
     WAIT_S_MAX,
     NodeLimits,
 )
 from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.node import Node, id_base
+from kvstore.outside import Outside
+from kvstore.pulls import Pulls
 from kvstore.ssd import SsdTier
 from kvstore.ssd_model import SsdConfig
 from kvstore.tiering import Tiering
 from kvstore.writebehind import AGE_S, WriteBehindLimits
 from mooncake.core import wire
-from mooncake.core.errors import CapacityError, ConfigError, PeerTimeout, RequestError
-from mooncake.core.keys import block_checksum
+from mooncake.core.election import Fence, Term
+from mooncake.core.errors import CapacityError, ConfigError, NotLeader, RequestError
+from mooncake.core.keys import KEY_BYTES, block_checksum
 from mooncake.core.messages import (
     Abandon,
     Acquire,
@@ -47,7 +50,12 @@ from mooncake.core.messages import (
     Block,
     Commit,
     Committed,
+    DropKeys,
+    KeysDropped,
     Ok,
+    Orders,
+    Pull,
+    Pulled,
     Release,
     ReportBad,
     Reserve,
@@ -59,10 +67,10 @@ from mooncake.core.messages import (
     StoreRequest,
     StoreStats,
 )
+from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcServer
 from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.config import EngineConfig
-from transfer.engine import TransferEngine
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
 from transfer.segment import Progress, Segment
@@ -120,9 +128,19 @@ class StoreService:
         config: StoreConfig,
         limits: NodeLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        metadata: MetadataStore | None = None,
     ) -> None:
-        """Nothing is opened before `start`."""
+        """Nothing is opened before `start`.
+
+        Args:
+            config: see StoreConfig.
+            limits: see kvstore.limits.
+            clock: monotonic seconds.
+            metadata: where the other stores register, to copy from them; needs `config.transfer`. None:
+                this store works alone. It is not closed here.
+        """
         self.config = config
+        self._metadata = metadata
         self.epoch = secrets.token_hex(8)
         capacity_bytes = config.capacity_bytes // ALIGN_BYTES * ALIGN_BYTES
         self.node = Node(capacity_bytes, limits, first_id=id_base(self.epoch))
@@ -133,8 +151,9 @@ class StoreService:
         self._events: EventPublisher | None = None
         self._rpc: RpcServer | None = None
         self._metrics: MetricsServer | None = None
-        self._engine: TransferEngine | None = None
+        self._outside: Outside | None = None
         self.tiering: Tiering | None = None
+        self._fence = Fence()
         self._beat: asyncio.Task[None] | None = None
         self._snapshots = Snapshots(self.epoch)
         self._flush_due = False
@@ -155,6 +174,11 @@ class StoreService:
     def metrics_port(self) -> int | None:
         """The port that is served, once started."""
         return self._metrics.port if self._metrics else None
+
+    @property
+    def pulls(self) -> Pulls | None:
+        """What copies from other stores; None: this store works alone."""
+        return self._outside.pulls if self._outside else None
 
     # ------------------------------------------------------------ life
 
@@ -181,10 +205,9 @@ class StoreService:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
-        transfer, address = "", 0
         if config.transfer is not None:
-            transfer, address = await asyncio.to_thread(self._start_engine, config.transfer)
-            self._serve_engine(asyncio.get_running_loop())
+            self._outside = await asyncio.to_thread(Outside.open, config.transfer, self._segment)
+            self._outside.serve(self.node, config.node, self._handle, self._metadata, self._clock)
         if config.metrics_port is not None:
             self._metrics = self._serve_metrics(config.metrics_port)
         record = StoreRecord(
@@ -196,8 +219,8 @@ class StoreService:
             capacity_bytes=self._capacity_bytes,
             pid=os.getpid(),
             metrics_url=metrics_url(self.metrics_port or 0),
-            transfer=transfer,
-            segment_address=address,
+            transfer=self._outside.engine.name if self._outside else "",
+            segment_address=self._outside.address if self._outside else 0,
         )
         # the record travels with the memory: an engine finds a restarted store without metadata
         self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
@@ -219,31 +242,10 @@ class StoreService:
         limits = WriteBehindLimits(age_s=self.config.ssd_age_s)
         return Tiering(self.node, self._segment, tier, io, limits, self._clock)
 
-    def _start_engine(self, config: EngineConfig) -> tuple[str, int]:
-        """Open the segment to other hosts; return the engine's name and the segment's address there."""
-        assert self._segment is not None
-        self._engine = TransferEngine(config).start()
-        return self._engine.name, self._engine.register(self._segment, location="cpu:0").address
-
-    def _serve_engine(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Answer the same requests as the rpc server, for peers that the transfer engine has let in."""
-
-        def answer(body: bytes) -> bytes:  # in the peer's own thread
-            request: Any = wire.decode(body, StoreRequest)  # type: ignore[arg-type]
-            handled = asyncio.run_coroutine_threadsafe(self._handle(request), loop)
-            try:
-                return wire.encode(handled.result(ANSWER_S))
-            except TimeoutError:
-                handled.cancel()
-                raise PeerTimeout(f"store {self.config.node}: too busy to answer") from None
-
-        assert self._engine is not None
-        self._engine.serve(SERVICE, answer)
-
     def _serve_metrics(self, port: int) -> MetricsServer:
         registry = CollectorRegistry()
-        if self._engine:
-            registry.register(self._engine.collector())
+        if self._outside:
+            registry.register(self._outside.engine.collector())
         if self.tiering:
             registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
         registry.register(
@@ -273,8 +275,8 @@ class StoreService:
             await asyncio.gather(self._beat, return_exceptions=True)
         if self._rpc:
             await self._rpc.close()
-        if self._engine:
-            await asyncio.to_thread(self._engine.close)
+        if self._outside:
+            await self._outside.close()
         if self.tiering:
             await self.tiering.close()
         if self._fd_server:
@@ -288,7 +290,7 @@ class StoreService:
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
-        self._engine = self.tiering = None
+        self._outside = self.tiering = None
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""
@@ -313,6 +315,10 @@ class StoreService:
                 return await self._acquire(request)
             if isinstance(request, ReportBad):
                 return await self._report_bad(request)
+            if isinstance(request, Pull):
+                return await self._pull(request)
+            if isinstance(request, DropKeys):
+                return await self._drop(request)
             return self._handlers[type(request)](request)
         finally:
             self._after_change()
@@ -320,19 +326,51 @@ class StoreService:
     async def _acquire(self, request: Acquire) -> Acquired:
         if not request.wait_s >= 0:  # also refuses NaN
             raise RequestError(f"wait_s={request.wait_s}: must not be negative")
-        end_s = self._clock() + min(request.wait_s, WAIT_S_MAX)
+        begun_s = self._clock()
+        end_s = begun_s + min(request.wait_s, WAIT_S_MAX)
         while request.wait_s and (rest_s := end_s - self._clock()) > 0:
             key = self.node.first_writing(self._clock(), request.keys)
             if key is None:
                 break
             await self._until_written(key, rest_s)
-        if self.tiering is None:
-            return self.node.acquire(self._clock(), request.keys, request.lease_s)
-        held = await self.tiering.fetch(request.keys, min(request.wait_s, WAIT_S_MAX))
+        wait_s = min(request.wait_s, WAIT_S_MAX)
+        held = await self.tiering.fetch(request.keys, wait_s) if self.tiering else 0
         try:
+            if request.source and (pulls := self.pulls):
+                rest_s = begun_s + min(request.wait_s, PULL_WAIT_S_MAX) - self._clock()
+                await pulls.fetch(request.keys, request.source, max(0.0, rest_s))
             return self.node.acquire(self._clock(), request.keys, request.lease_s)
         finally:
             self.node.release(self._clock(), held)
+
+    async def _pull(self, request: Pull) -> Pulled:
+        self._check_orders(request.orders)
+        _check_keys(request.keys)
+        if not request.wait_s >= 0:
+            raise RequestError(f"wait_s={request.wait_s}: must not be negative")
+        if self.pulls is None:
+            raise RequestError(
+                f"store {self.config.node} copies from no other store: start it with --transfer"
+            )
+        if request.source == self.config.node:
+            raise RequestError(f"store {self.config.node} cannot copy from itself")
+        wait_s = min(request.wait_s, PULL_WAIT_S_MAX)
+        await self.pulls.fetch(request.keys, request.source, wait_s, prefix=False)
+        return Pulled([self.node.block_of(key) is not None for key in request.keys])
+
+    async def _drop(self, request: DropKeys) -> KeysDropped:
+        self._check_orders(request.orders)
+        _check_keys(request.keys)
+        held = {key for key in request.keys if self.node.block_of(key) is not None}
+        self.node.drop(self._clock(), request.keys)
+        if self.tiering:
+            held.update(await self.tiering.drop(request.keys))
+        return KeysDropped(len(held))
+
+    def _check_orders(self, orders: Orders | None) -> None:
+        """Follow no leader whose term is over."""
+        if orders is not None and not self._fence.admits(Term(orders.life, orders.number, orders.leader)):
+            raise NotLeader(f"orders of {orders.leader}, term {orders.number}: another leads now")
 
     async def _until_written(self, key: bytes, wait_s: float) -> None:
         """Return when `key` is no longer being written, or after `wait_s`."""
@@ -421,3 +459,11 @@ class StoreService:
             self._events.publish(self.tiering.merge(self.node.drain_events()))
         elif self._events and self.node.has_events:
             self._events.publish(self.node.drain_events())
+
+
+def _check_keys(keys: Sequence[bytes]) -> None:
+    if len(keys) > KEYS_PER_REQUEST_MAX:
+        raise RequestError(f"{len(keys)} keys in one request: at most {KEYS_PER_REQUEST_MAX}")
+    for key in keys:
+        if len(key) != KEY_BYTES:
+            raise RequestError(f"a key has {KEY_BYTES} bytes, not {len(key)}")

@@ -197,6 +197,13 @@ class Tiering:
         if not task.cancelled() and (error := task.exception()):
             log.error("ssd.fetch_died", exc_info=error)
 
+    async def drop(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Remove `keys` from the SSD; return those that were there."""
+        held = [key for key in keys if key in self.tier]
+        if held:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self.tier.remove, held)
+        return held
+
     # ------------------------------------------------------------ end
 
     async def close(self) -> None:

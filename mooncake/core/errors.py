@@ -9,6 +9,7 @@
     |   |-- PeerGone         the link or the process died
     |   `-- ProtocolError    the peer sent something that is not our protocol
     |-- CapacityError        a bounded thing is full; retry later
+    |-- NotLeader            another process leads now: ask that one
     `-- IntegrityError       bytes are not what was committed; never served
 
 `retryable` says whether the same call may succeed later; `code` is the wire name.
@@ -75,6 +76,13 @@ class CapacityError(MooncakeError):
     retryable = True
 
 
+class NotLeader(MooncakeError):
+    """Only the leader may do this, and it is another process; the message names it where it is known."""
+
+    code = "not_leader"
+    retryable = True
+
+
 class IntegrityError(MooncakeError):
     """Bytes differ from what was committed."""
 
@@ -93,6 +101,7 @@ WIRE_ERRORS: dict[str, type[MooncakeError]] = {
         PeerGone,
         ProtocolError,
         CapacityError,
+        NotLeader,
         IntegrityError,
     )
 }
