@@ -141,7 +141,7 @@ class Link:
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
         self._loop.add_reader(self._outputs.fileno(), self._drain_outputs)
         self._began_s = time.monotonic()
-        self._socket.connect(self.record.endpoint)
+        rpc.connect(self._socket, self.record.endpoint)
         if self._relink:  # one connection, so the relay sees these in order
             self._say_hello(self._began_s)
             self._send(RelayOp.BYE)

@@ -130,7 +130,7 @@ class StoreFollower:
         socket.set_hwm(rpc.HWM_MESSAGES)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MESSAGE_BYTES_MAX)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self._record.events)
+        rpc.connect(socket, self._record.events)
         socket.subscribe(b"")
         client = rpc.RpcClient(self._record.endpoint, StoreReply)
         try:

@@ -7,12 +7,8 @@ from typing import TypeVar
 import msgspec
 
 from mooncake.core.config import fail
-from mooncake.core.errors import ConfigError
-from transfer.config import SECRET_BYTES_MIN
+from mooncake.core.secret import read_secret
 
-SECRET_ENV = "MOONCAKE_SECRET"
-SECRET_FILE_ENV = "MOONCAKE_SECRET_FILE"
-SECRET_BYTES_MAX = 4096
 LOG_LEVELS = {"TRACE": "debug", "DEBUG": "debug", "INFO": "info", "WARNING": "warning", "ERROR": "error"}
 """Upstream's names (the first two are one level here)."""
 RPC_PORTS = (15_000, 17_000)
@@ -88,30 +84,6 @@ def read_log_level(env: Mapping[str, str]) -> str:
     if text not in LOG_LEVELS:
         raise fail("MC_LOG_LEVEL", text, f"one of {', '.join(LOG_LEVELS)}")
     return LOG_LEVELS[text]
-
-
-def read_secret(env: Mapping[str, str]) -> bytes:
-    """Return the shared secret: MOONCAKE_SECRET, or the contents of MOONCAKE_SECRET_FILE; b"" = none.
-
-    Raises:
-        ConfigError: both are set, the file cannot be read, or the secret is too short. It is not shown.
-    """
-    text, path = env.get(SECRET_ENV, ""), env.get(SECRET_FILE_ENV, "")
-    if text and path:
-        raise ConfigError(f"{SECRET_ENV} and {SECRET_FILE_ENV} are both set: choose one")
-    secret = text.encode()
-    if path:
-        try:
-            with Path(path).open("rb") as file:
-                secret = file.read(SECRET_BYTES_MAX + 1).strip()
-        except OSError as error:
-            raise fail(SECRET_FILE_ENV, path, str(error)) from error
-    if (secret or path) and not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
-        raise ConfigError(
-            f"{SECRET_FILE_ENV if path else SECRET_ENV}: {len(secret)} bytes, a secret has "
-            f"{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}"
-        )
-    return secret
 
 
 def _flag(env: Mapping[str, str], key: str) -> bool:

@@ -25,7 +25,7 @@ import structlog
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
-from mooncake.engine_env import read_secret
+from mooncake.core.secret import read_secret
 from transfer.naming import proves
 
 PORT = 8080

@@ -9,8 +9,8 @@ import msgspec
 
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
+from mooncake.core.secret import SECRET_BYTES_MIN
 
-SECRET_BYTES_MIN = 16
 CONNECTIONS_MAX = 16
 TRANSPORTS = ("shm", "rdma", "tcp")
 

@@ -2,7 +2,8 @@
 
 Frames after ROUTER identity: [call id, 8 bytes][payload: one msgpack message]. A reply carries
 the call's id, so late replies of timed-out calls are recognised and dropped. DEALER/ROUTER, not
-REQ/REP: a lost peer never wedges the socket. Binds loopback or ipc only (see `check_endpoint`).
+REQ/REP: a lost peer never wedges the socket. Without a secret of the cluster, sockets bind loopback
+or ipc only (see `check_endpoint`); with one, every tcp socket proves it (mooncake.core.curve).
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from mooncake.core import wire
+from mooncake.core.curve import guard_client, guard_server
 from mooncake.core.errors import (
     WIRE_ERRORS,
     CapacityError,
@@ -29,6 +31,7 @@ from mooncake.core.errors import (
     ProtocolError,
 )
 from mooncake.core.messages import Failure
+from mooncake.core.secret import SECRET_FILE_ENV, cluster_secret
 
 log = structlog.get_logger(__name__)
 
@@ -39,24 +42,27 @@ HWM_MESSAGES = 10_000
 LINGER_MS = 200
 LOOPBACK_TCP = re.compile(r"tcp://(127\.0\.0\.1|localhost):(\d{1,5}|\*)")
 """IPv4 only: a ZMQ socket needs an option for [::1], and nobody needs two loopbacks."""
+TCP = re.compile(r"tcp://[A-Za-z0-9._-]+:(\d{1,5}|\*)")
 
 Handler = Callable[[Any], Awaitable[Any]]
 
 
 def check_endpoint(endpoint: str) -> str:
-    """Return `endpoint` if it may be bound without authentication.
+    """Return `endpoint` if it may be used: other hosts' addresses only with a secret of the cluster.
 
     Raises:
-        ConfigError: it is neither ipc:// nor a loopback tcp:// address with a port.
+        ConfigError: it is no ipc:// or tcp:// address, or not loopback and there is no secret.
     """
-    if endpoint.startswith("ipc://"):
+    if endpoint.startswith("ipc://") or LOOPBACK_TCP.fullmatch(endpoint):
         return endpoint
-    if LOOPBACK_TCP.fullmatch(endpoint):
-        return endpoint
-    raise ConfigError(
-        f"endpoint {endpoint!r}: control sockets bind tcp://127.0.0.1:PORT or ipc:// only; "
-        "this release has no authenticated remote control plane yet"
-    )
+    if not TCP.fullmatch(endpoint):
+        raise ConfigError(f"endpoint {endpoint!r}: write tcp://HOST:PORT or ipc://PATH")
+    if not cluster_secret():
+        raise ConfigError(
+            f"endpoint {endpoint!r}: others can reach it: set {SECRET_FILE_ENV}, the same secret for the "
+            "whole cluster, or use tcp://127.0.0.1:PORT"
+        )
+    return endpoint
 
 
 def bind(socket: zmq.Socket[Any], endpoint: str) -> str:
@@ -66,8 +72,15 @@ def bind(socket: zmq.Socket[Any], endpoint: str) -> str:
         socket.bind(endpoint)
         return endpoint
     host, port = endpoint.rsplit(":", 1)
+    guard_server(socket, endpoint)
     socket.bind(f"{host}:*" if port in ("0", "*") else endpoint)
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Connect, proving the cluster's secret if there is one; lazy, as ZMQ is."""
+    guard_client(socket, endpoint)
+    socket.connect(endpoint)
 
 
 def remove_socket_file(endpoint: str) -> None:
@@ -161,7 +174,7 @@ class RpcClient:
         self._socket = self._ctx.socket(zmq.DEALER)
         self._socket.set_hwm(HWM_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
+        connect(self._socket, endpoint)
         self._ids = itertools.count(1)
         self._waiting: dict[bytes, asyncio.Future[bytes]] = {}
         self._reader: asyncio.Task[None] | None = None
@@ -222,7 +235,7 @@ class BlockingRpcClient:
         self._socket = self._ctx.socket(zmq.DEALER)
         self._socket.set_hwm(HWM_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
+        connect(self._socket, endpoint)
         self._ids = itertools.count(1)
         self._replies: dict[bytes, bytes | None] = {}
         self._lock = threading.Lock()

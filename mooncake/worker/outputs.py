@@ -13,7 +13,7 @@ import structlog
 import zmq
 
 from mooncake.core.errors import ConfigError
-from mooncake.core.rpc import check_endpoint
+from mooncake.core.rpc import check_endpoint, connect
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class OutputRouter:
         socket = self._ctx.socket(zmq.PUSH)
         try:
             socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES_MAX)
-            socket.connect(check_endpoint(item.endpoint))
+            connect(socket, check_endpoint(item.endpoint))
         except (zmq.ZMQError, ConfigError) as error:
             socket.close(0)
             log.error("outputs.cannot_connect", slot=item.slot, endpoint=item.endpoint, error=str(error))
