@@ -54,7 +54,7 @@ class Cluster:
         index, cost = PrefixIndex(), CostModel()
         scheduler = Scheduler(scheduler_config(options), index, cost, self.view)
         gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
-        self.members = Members(metadata, self.view, index, gateway_id, metrics)
+        self.members = Members(metadata, self.view, index, gateway_id, metrics, address=options.address)
         self.dispatcher = Dispatcher(self.members, scheduler, cost, metrics, first_token=options.first_token)
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 

@@ -27,6 +27,7 @@ from conductor.vllm_seam import (
     MsgpackEncoder,
 )
 from mooncake.core import rpc, wire
+from mooncake.core.config import LOOPBACK
 from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.messages import Failure, Hello, InstanceRecord, Pulse, RelayOp, Welcome
 
@@ -42,7 +43,6 @@ RECEIVE_QUEUE_MAX = 100_000
 """Frames of about 20 s at 5,000 tokens/s, as in the relay."""
 DRAIN_MESSAGES_MAX = 256
 """Messages read per wake-up before the rest of the event loop gets a turn."""
-OUTPUTS_ADDRESS = "tcp://127.0.0.1:*"
 """Engines of this release run on the gateway's host; the system picks a port per link."""
 UTILITY_CALLS_MAX = 256
 """Utility calls (cache resets, LoRA) in flight per link."""
@@ -92,6 +92,7 @@ class Link:
         gateway_id: str,
         events: LinkEvents,
         *,
+        address: str = LOOPBACK,
         relink: bool = False,
     ) -> None:
         """Nothing is sent before `start`.
@@ -101,6 +102,7 @@ class Link:
             record: whom to connect to.
             gateway_id: the same in all links of this gateway: it keeps its slot at the relay.
             events: who is told.
+            address: of this host, where the engine sends its tokens.
             relink: an earlier link to the same epoch was lost, and what it sent may still run
                 there, so the relay is told to abort that first.
         """
@@ -130,7 +132,7 @@ class Link:
         self._outputs = context.socket(zmq.PULL)
         self._outputs.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MAX)
         self._outputs.setsockopt(zmq.LINGER, 0)
-        self._outputs_endpoint = rpc.bind(self._outputs, OUTPUTS_ADDRESS)
+        self._outputs_endpoint = rpc.bind(self._outputs, f"tcp://{address}:*")
 
     # ------------------------------------------------------------ life
 

@@ -20,6 +20,7 @@ from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
 from kvstore import follower
+from mooncake.core.config import LOOPBACK
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, Pulse, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_follow import Event, Removed, follow
@@ -74,9 +75,11 @@ class Members:
         gateway_id: str,
         metrics: GatewayMetrics,
         follow_store: FollowStore = follow_events,
+        address: str = LOOPBACK,
     ) -> None:
-        """Nothing happens before `start`."""
+        """Nothing happens before `start`. `address`: of this host, where engines send their tokens."""
         self.view = view
+        self._address = address
         self.links: dict[str, Link] = {}
         self._metadata = metadata
         self._index = index
@@ -175,7 +178,7 @@ class Members:
     def _link(self, record: InstanceRecord, relink: bool) -> None:
         if self._closed:
             return
-        link = Link(self._context, record, self._gateway_id, self, relink=relink)
+        link = Link(self._context, record, self._gateway_id, self, address=self._address, relink=relink)
         self.links[record.instance_id] = link
         link.start()
 

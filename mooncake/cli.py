@@ -30,6 +30,10 @@ Model = Annotated[str, typer.Option(help="Folder, hub name, or nothing for SmolL
 Metadata = Annotated[
     str, typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,...")
 ]
+Address = Annotated[
+    str,
+    typer.Option(help="Address of this host for the cluster; all but loopback need MOONCAKE_SECRET_FILE."),
+]
 Ssd = Annotated[Path | None, typer.Option(help="Folder of the pool's SSD tier; KV there outlives restarts.")]
 SsdSize = Annotated[str, typer.Option(help="Size of the SSD tier's file.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
@@ -255,6 +259,7 @@ def conductor(
     metadata_endpoint: Annotated[
         str, typer.Option(help="Where it serves metadata, or etcd://HOST:PORT,... that has it.")
     ] = "tcp://127.0.0.1:7700",
+    address: Address = "127.0.0.1",
     aggregated: Annotated[bool, typer.Option(help="Instances do both.")] = False,
     first_token: Annotated[bool, typer.Option(help="Stream prefill's own first token.")] = False,
     policy: Policy = "kvcache",
@@ -279,8 +284,8 @@ def conductor(
         ref = _resolve(model)
         options = GatewayOptions(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
-            metadata_endpoint=metadata_endpoint, aggregated=aggregated, first_token=first_token,
-            policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
+            metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
+            first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip
@@ -332,6 +337,7 @@ def prefill(
     model: Model = "",
     name: Name = "",
     node: Node = "local",
+    address: Address = "127.0.0.1",
     cores: Cores = "",
     kv_memory: KvMemory = "512MiB",
     max_model_len: MaxModelLen = 0,
@@ -348,7 +354,7 @@ def prefill(
     """Run one prefill instance."""
     _worker(
         "both" if both else "prefill", name, model, dtype, kv_memory, cores, run_dir,
-        metadata=metadata, node=node, max_model_len=max_model_len, load_mode=load_mode,
+        metadata=metadata, node=node, address=address, max_model_len=max_model_len, load_mode=load_mode,
         block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip
@@ -360,6 +366,7 @@ def decode(
     model: Model = "",
     name: Name = "",
     node: Node = "local",
+    address: Address = "127.0.0.1",
     cores: Cores = "",
     kv_memory: KvMemory = "512MiB",
     max_model_len: MaxModelLen = 0,
@@ -375,7 +382,7 @@ def decode(
     """Run one decode instance."""
     _worker(
         "decode", name, model, dtype, kv_memory, cores, run_dir,
-        metadata=metadata, node=node, max_model_len=max_model_len, load_mode=load_mode,
+        metadata=metadata, node=node, address=address, max_model_len=max_model_len, load_mode=load_mode,
         block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip
@@ -388,6 +395,10 @@ def store(
     node: Node = "local",
     ssd: Ssd = None,
     ssd_size: SsdSize = "8GiB",
+    address: Address = "127.0.0.1",
+    transfer: Annotated[
+        str, typer.Option(help="HOST:PORT where other stores copy KV blocks; empty = ADDRESS, any port.")
+    ] = "",
     run_dir: RunDir = None,
     metrics_port: MetricsPort = 0,
     log_level: LogLevel = "info",
@@ -399,8 +410,9 @@ def store(
 
         options = StoreOptions(
             node=node, capacity_bytes=parse_size_bytes(capacity, "capacity"), run_dir=_run_dir(run_dir),
-            metadata=metadata, metrics_port=metrics_port, log_level=log_level,
-            ssd_path=str(ssd.resolve()) if ssd else "", ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"),
+            metadata=metadata, metrics_port=metrics_port, log_level=log_level, address=address,
+            transfer=transfer, ssd_path=str(ssd.resolve()) if ssd else "",
+            ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"),
         ).checked()  # fmt: skip
         _run_role("store", log_level, lambda: run_store(options))
 

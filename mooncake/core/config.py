@@ -94,6 +94,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class _Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all options share."""
 
@@ -118,6 +121,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
     metadata: str  # endpoint of the metadata store
     run_dir: str  # sockets, facts and logs; exists, ours alone
     instance_id: str
+    address: str = LOOPBACK  # of this host, as StoreOptions.address
     node: str = "localhost"  # the store node whose segment this engine shares
     served_name: str = ""  # "" = model
     cores: list[int] = []  # [] = not bound
@@ -140,6 +144,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
         _choice("dtype", self.dtype, DTYPES)
         _name("instance_id", self.instance_id)
         _metadata(self.metadata)
+        _address(self.address)
         _engine_sizes(self.block_size, self.max_model_len, self.kv_memory_bytes)
         _between("metrics_port", self.metrics_port, 0, 65535)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
@@ -155,6 +160,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     run_dir: str
     host: str = "127.0.0.1"
     port: int = 8000
+    address: str = LOOPBACK  # where engines send their tokens, as StoreOptions.address
     metadata_endpoint: str = "tcp://127.0.0.1:*"  # bound: the Conductor serves metadata there; or etcd://...
     served_name: str = ""  # "" = model
     aggregated: bool = False
@@ -182,6 +188,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
                 raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = no objective")
         _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
         _metadata(self.metadata_endpoint)
+        _address(self.address)
         check_host(self.host, self.api_key)
         if not self.model:
             raise fail("model", self.model, "name the model that the instances serve")
@@ -194,8 +201,8 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
     capacity_bytes: int
     run_dir: str
     metadata: str
-    endpoint: str = "tcp://127.0.0.1:*"
-    events: str = "tcp://127.0.0.1:*"
+    address: str = LOOPBACK  # of this host, for all of the cluster; others than loopback need a secret
+    transfer: str = ""  # HOST:PORT of its transfer engine, port 0 = any; "" = none, off loopback ADDRESS:0
     ssd_path: str = ""  # folder of the SSD tier; "" = none
     ssd_bytes: int = SSD_BYTES
     metrics_port: int = 0  # 0 = none
@@ -205,8 +212,7 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
         _name("node", self.node)
         _between("metrics_port", self.metrics_port, 0, 65535)
         _metadata(self.metadata)
-        for endpoint in (self.endpoint, self.events):
-            check_endpoint(endpoint)
+        _address(self.address)
         if self.capacity_bytes < POOL_BYTES_MIN:
             raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
         if self.ssd_path and self.ssd_bytes < SSD_BYTES_MIN:
@@ -232,6 +238,13 @@ def _metadata(text: str) -> None:
     from mooncake.core.metadata_open import check_metadata  # its clients need no options
 
     check_metadata(text)
+
+
+def _address(address: str) -> None:
+    try:
+        check_endpoint(f"tcp://{address}:*")
+    except ConfigError as error:
+        raise fail("address", address, str(error)) from error
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

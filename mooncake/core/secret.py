@@ -1,4 +1,4 @@
-"""The cluster's shared secret: whoever has it belongs to the cluster. From the environment, never from options."""
+"""The shared secret of the cluster: whoever has it belongs to it. Only the environment names it."""
 
 import os
 from collections.abc import Mapping

@@ -7,22 +7,27 @@ travel as msgpack in a private file; the API key travels in the environment and 
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
 
 from mooncake.core import log as logs
-from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
+from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions, is_loopback
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
 from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.secret import cluster_secret
+
+if TYPE_CHECKING:
+    from transfer.config import EngineConfig
 
 log = structlog.get_logger(__name__)
 
@@ -53,25 +58,43 @@ async def _store(options: StoreOptions) -> int:
         node=options.node,
         capacity_bytes=options.capacity_bytes,
         run_dir=options.run_dir,
-        endpoint=options.endpoint,
-        events=options.events,
+        endpoint=f"tcp://{options.address}:*",
+        events=f"tcp://{options.address}:*",
+        transfer=transfer_config(options),
         metrics_port=options.metrics_port or None,
         ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)
         if options.ssd_path
         else None,
     )
-    service = StoreService(config)
-    metadata = open_metadata(options.metadata)
-    record = await service.start()
-    registration = Registration(metadata, STORES_PREFIX + record.node, lambda: msgspec.json.encode(record))
-    registration.start()
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        metadata = open_metadata(options.metadata)
+        stack.push_async_callback(metadata.close)
+        service = StoreService(config, metadata=metadata)
+        record = await service.start()
+        stack.push_async_callback(service.close)
+        registration = Registration(
+            metadata, STORES_PREFIX + record.node, lambda: msgspec.json.encode(record)
+        )
+        registration.start()
+        stack.push_async_callback(registration.close)
         await service.run_until(stop)
-    finally:
-        await registration.close()
-        await metadata.close()
-        await service.close()
     return 0
+
+
+def transfer_config(options: StoreOptions) -> "EngineConfig | None":
+    """Return the settings of the store's transfer engine; None: blocks stay on this host.
+
+    Raises:
+        ConfigError: `transfer` is no HOST:PORT, or is open to others without a secret.
+    """
+    from transfer.config import EngineConfig, split_name
+
+    if not options.transfer and is_loopback(options.address):
+        return None
+    host, port = split_name(options.transfer or f"{options.address}:0")
+    return EngineConfig(
+        host=host, port=port, secret=cluster_secret(), run_dir=str(Path(options.run_dir) / "transfer")
+    )
 
 
 def run_prefill(options: WorkerOptions) -> int:

@@ -162,7 +162,7 @@ class Instance:
         spec = make_spec(self._options, store)
         pulse = Pulse(spec.pulse_path, create=True)
         engine = start_engine(spec)  # before any thread of ours: it may fork
-        relay = Relay(spec, pulse)
+        relay = Relay(spec, pulse, f"tcp://{self._options.address}:0")
         signal.signal(signal.SIGTERM, lambda *_: request_stop(self._stop_write))
         signal.signal(signal.SIGINT, lambda *_: request_stop(self._stop_write))
         self._start_control(spec, pulse, engine)

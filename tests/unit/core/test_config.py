@@ -99,7 +99,8 @@ def test_a_worker_refuses_values_out_of_range_by_name(changes, key):
         (msgspec.structs.replace(GATEWAY, block_size=7), "block_size"),
         (msgspec.structs.replace(STORE, capacity_bytes=3), "capacity"),
         (msgspec.structs.replace(STORE, node="a b"), "node"),
-        (msgspec.structs.replace(STORE, events="tcp://*:5"), "endpoint"),
+        (msgspec.structs.replace(STORE, address="10.0.0.5"), "MOONCAKE_SECRET_FILE"),
+        (msgspec.structs.replace(STORE, address="no host"), "address"),
     ],
 )
 def test_gateway_and_store_refuse_values_out_of_range_by_name(options, key):
