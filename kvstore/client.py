@@ -108,13 +108,17 @@ class PoolClient:
 
     # ------------------------------------------------------------ reading
 
-    def begin_acquire(self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0) -> Call:
+    def begin_acquire(
+        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, source: str = ""
+    ) -> Call:
         """Ask for a lease on the longest complete prefix of `keys`.
 
         Args:
             keys: 32 bytes each, in prefix order.
             lease_s: how long the bytes must stay; at most LEASE_S_MAX.
-            wait_s: let the store wait (at most its WAIT_S_MAX) for blocks in writing.
+            wait_s: let the store wait (at most its WAIT_S_MAX) for blocks in writing, and (at most its
+                PULL_WAIT_S_MAX) for those that it fetches from `source`.
+            source: node whose store has what this one may lack; "" = none.
 
         Raises:
             PeerError: the store is known to be gone.
@@ -122,7 +126,7 @@ class PoolClient:
         """
         keys = list(keys)
         return self._begin(
-            Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s), keys=keys, wait_s=wait_s, leases=True
+            Acquire(keys, min(lease_s, LEASE_S_MAX), wait_s, source), keys=keys, wait_s=wait_s, leases=True
         )
 
     def finish_acquired(self, call: Call, deadline_s: float | None = None) -> Acquired:
@@ -249,6 +253,28 @@ class PoolClient:
         self._live_link().send(Abandon(self._writer, []))
 
     # ------------------------------------------------------------ any call
+
+    def call(self, request: Any, kind: type[Any], deadline_s: float | None = None) -> tuple[StoreLink, Any]:
+        """Return the answer to any request, a `kind`, and the link that its ids and offsets belong to.
+
+        It waits for the answer on the store's short way in, where there is one: for callers that have
+        nothing else to do meanwhile. Raises as finish_acquired.
+        """
+        link = self._live_link()
+        try:
+            return link, link.ask(request, self._deadline_s if deadline_s is None else deadline_s, kind)
+        except PeerError as error:
+            self._lost(link, error)
+            raise
+
+    def tell(self, link: StoreLink, request: Any) -> None:
+        """Send what needs no answer, such as a Release, to the store that `link` leads to.
+
+        A store that is lost or restarted is not told: what it gave is over.
+        """
+        if self._is_live(link):
+            with contextlib.suppress(PeerError):
+                link.tell(request, self._deadline_s)
 
     def poll(self, call: Call) -> bool:
         """Return whether `finish_` would return at once, be it with an error. Never waits."""

@@ -7,6 +7,7 @@ import msgspec
 import zmq
 
 from kvstore.node import CHECKSUM_BYTES, ID_BITS, id_base
+from kvstore.pool_door import DoorClient
 from mooncake.core import wire
 from mooncake.core.errors import PeerGone, ProtocolError
 from mooncake.core.keys import block_checksum
@@ -67,6 +68,7 @@ class StoreLink:
         self.segment = segment
         self._epoch_bits = id_base(record.epoch) >> ID_BITS
         self._rpc = BlockingRpcClient(record.endpoint, StoreReply)
+        self._door = DoorClient(record.door) if record.door else None
 
     @classmethod
     def attach(
@@ -119,9 +121,25 @@ class StoreLink:
             reply = self._rpc.finish(call_id, deadline_s)
         except zmq.ZMQError as error:
             raise self._closed(error) from error
+        return self._is(reply, kind)
+
+    def _is(self, reply: Any, kind: type[Any]) -> Any:
         if not isinstance(reply, kind):
             raise ProtocolError(f"{self.record.endpoint}: {type(reply).__name__} instead of {kind.__name__}")
         return reply
+
+    def ask(self, request: Any, deadline_s: float, kind: type[Any]) -> Any:
+        """Return the answer, a `kind`, by the shortest way; raises as `begin` and `finish`."""
+        if self._door is None:
+            return self.finish(self.begin(request), deadline_s, kind)
+        return self._is(self._door.call(request, deadline_s), kind)
+
+    def tell(self, request: Any, deadline_s: float) -> None:
+        """Send, by the shortest way, what needs no answer; raises as `ask`."""
+        if self._door is None:
+            self.send(request)
+        else:
+            self._door.tell(request, deadline_s)
 
     def forget(self, call_id: bytes) -> None:
         """Drop interest in an answer."""
@@ -131,6 +149,8 @@ class StoreLink:
         """Close the socket and our hold on the memory; views stay valid until they are dropped."""
         with contextlib.suppress(zmq.ZMQError):
             self._rpc.close()
+        if self._door:
+            self._door.close()
         self.segment.close()
 
     def is_mine(self, some_id: int) -> bool:

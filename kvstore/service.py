@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.events import EventPublisher, Snapshots
+from kvstore.finding import find, split_keys
 from kvstore.limits import (
     BAD_KEYS_MAX,
     CHECK_LEASE_S,
@@ -34,6 +35,7 @@ from kvstore.limits import (
 from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.node import Node, id_base
 from kvstore.outside import Outside
+from kvstore.pool_door import Door
 from kvstore.pulls import Pulls
 from kvstore.ssd import SsdTier
 from kvstore.ssd_model import SsdConfig
@@ -51,6 +53,8 @@ from mooncake.core.messages import (
     Commit,
     Committed,
     DropKeys,
+    Find,
+    Findings,
     KeysDropped,
     Ok,
     Orders,
@@ -148,6 +152,7 @@ class StoreService:
         self._clock = clock
         self._segment: Segment | None = None
         self._fd_server: FdServer | None = None
+        self._door: Door | None = None
         self._events: EventPublisher | None = None
         self._rpc: RpcServer | None = None
         self._metrics: MetricsServer | None = None
@@ -221,10 +226,13 @@ class StoreService:
             metrics_url=metrics_url(self.metrics_port or 0),
             transfer=self._outside.engine.name if self._outside else "",
             segment_address=self._outside.address if self._outside else 0,
+            door=str(Path(run_dir) / f"store-{config.node}.door"),
         )
         # the record travels with the memory: an engine finds a restarted store without metadata
         self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
+        self._door = Door(record.door, self._now, self._handle)
         self._rpc.start()
+        self._door.start()
         self._fd_server.start()
         self._beat = asyncio.create_task(self._keep_time(), name="store beat")
         log.info("store.started", **msgspec.structs.asdict(record))
@@ -275,6 +283,8 @@ class StoreService:
             await asyncio.gather(self._beat, return_exceptions=True)
         if self._rpc:
             await self._rpc.close()
+        if self._door:
+            await self._door.close()
         if self._outside:
             await self._outside.close()
         if self.tiering:
@@ -290,7 +300,7 @@ class StoreService:
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
-        self._outside = self.tiering = None
+        self._outside = self.tiering = self._door = None
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""
@@ -309,8 +319,22 @@ class StoreService:
 
     # ------------------------------------------------------------ requests
 
+    def _now(self, request: StoreRequest) -> Any | None:
+        """Return the answer of a request that needs not wait for anything; None: `_handle` will answer."""
+        if isinstance(request, Find):  # changes nothing that others wait for
+            return self._find(request) if self._in_memory(request) else None
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            return None
+        try:
+            return handler(request)
+        finally:
+            self._after_change()
+
     async def _handle(self, request: StoreRequest) -> Any:
         try:
+            if isinstance(request, Find):
+                return await self._fetch_and_find(request)
             if isinstance(request, Acquire):
                 return await self._acquire(request)
             if isinstance(request, ReportBad):
@@ -342,6 +366,34 @@ class StoreService:
             return self.node.acquire(self._clock(), request.keys, request.lease_s)
         finally:
             self.node.release(self._clock(), held)
+
+    def _in_memory(self, request: Find) -> bool:
+        """Whether nothing that is to be leased has to come from the SSD first."""
+        tiering = self.tiering
+        if tiering is None or not request.lease_s:
+            return True
+        block_of, tier = self.node.block_of, tiering.tier
+        return not any(block_of(key) is None and key in tier for key in split_keys(request.keys))
+
+    def _find(self, request: Find) -> Findings:
+        assert self._segment
+        elsewhere = self._size_on_ssd if self.tiering else None
+        return find(self.node, self._clock(), request, elsewhere, self._segment.view)
+
+    async def _fetch_and_find(self, request: Find) -> Findings:
+        if self.tiering is None or self._in_memory(request):
+            return self._find(request)
+        tier, block_of = self.tiering.tier, self.node.block_of
+        known = [key for key in split_keys(request.keys) if block_of(key) is not None or key in tier]
+        held = await self.tiering.fetch(known, 0.0)
+        try:
+            return self._find(request)
+        finally:
+            self.node.release(self._clock(), held)
+
+    def _size_on_ssd(self, key: bytes) -> int:
+        header = self.tiering.tier.find(key) if self.tiering else None
+        return header.length_bytes if header else 0
 
     async def _pull(self, request: Pull) -> Pulled:
         self._check_orders(request.orders)

@@ -54,16 +54,52 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag="rel"):
     lease_id: int
 
 
+class Find(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="find"):
+    """Look for each of `keys`, one blob of 32-byte keys in any order. Answer: Findings.
+
+    `lease_s` > 0 leases all that are found; 0 only looks, and counts as no use of them. Objects in memory
+    of at most `inline_bytes` come with the answer instead of being leased.
+    """
+
+    keys: bytes
+    lease_s: float = 0.0
+    inline_bytes: int = 0
+
+
+class Findings(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="findd"):
+    """Columns, one row per key: offsets and sizes as little-endian i64, checksums of 16 bytes.
+
+    Size 0 = not there. Offset -1 = there, but not in memory: it can only be leased after it was fetched;
+    -2 = the bytes are in `data`, which has those of all such rows in their order. lease_id 0 = no row that
+    says where bytes lie is leased.
+    """
+
+    lease_id: int
+    offsets: bytes
+    sizes: bytes
+    checksums: bytes
+    data: bytes = b""
+
+
 class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv"):
     """Allocate room to write blocks. Answer: Reserved.
 
     `writer` names the engine; everything it has in writing is given up by Abandon or after
     the node's write deadline (quarantined first: a stalled writer may still write).
+
+    Hints, see kvstore.pins: `tenant` pays for the blocks, those of one `group` go together ("" = none);
+    keys[i] stands at depth + i of its prompt (-1 = unknown); a soft pin lasts until the block was not hit
+    for soft_pin_s (0 = none), a hard pin until it is unpinned; a pin that has no room is not given.
     """
 
     writer: str
     keys: list[bytes]
     size_bytes: int
+    tenant: str = ""
+    group: str = ""
+    depth: int = -1
+    soft_pin_s: float = 0.0
+    hard_pin: bool = False
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd"):
@@ -144,6 +180,34 @@ class KeysDropped(msgspec.Struct, frozen=True, array_like=True, tag="dropd"):
     dropped: int
 
 
+class Pin(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pin"):
+    """Keep complete blocks until not hit for `ttl_s`; inf = until unpinned, 0 = unpin. Answer: Pinned."""
+
+    keys: list[bytes]
+    ttl_s: float
+
+
+class Pinned(msgspec.Struct, frozen=True, array_like=True, tag="pind"):
+    """How many blocks are there and, now, as it was asked for."""
+
+    pinned: int
+
+
+class SetQuota(msgspec.Struct, frozen=True, array_like=True, tag="quota"):
+    """Give a tenant a share under pressure; -1 ends it. Answer: TenantUsage."""
+
+    tenant: str
+    quota_bytes: int
+
+
+class TenantUsage(msgspec.Struct, frozen=True, array_like=True, tag="quotad"):
+    """What a tenant has; quota_bytes -1 = none."""
+
+    used_bytes: int
+    pinned_bytes: int
+    quota_bytes: int
+
+
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snap"):
     """One page of the node's complete keys. Answer: SnapshotPage."""
 
@@ -176,10 +240,39 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     evictions: int
     checksum_failures: int
     commits: int
+    hard_pinned_bytes: int = 0
+    soft_pinned_bytes: int = 0
 
 
-StoreRequest = Acquire | Release | Reserve | Commit | Abandon | ReportBad | Pull | DropKeys | Snapshot | Stats
-StoreReply = Acquired | Reserved | Committed | Pulled | KeysDropped | SnapshotPage | StoreStats | Ok | Failure
+StoreRequest = (
+    Acquire
+    | Find
+    | Release
+    | Reserve
+    | Commit
+    | Abandon
+    | ReportBad
+    | Pull
+    | DropKeys
+    | Pin
+    | SetQuota
+    | Snapshot
+    | Stats
+)
+StoreReply = (
+    Acquired
+    | Findings
+    | Reserved
+    | Committed
+    | Pulled
+    | KeysDropped
+    | Pinned
+    | TenantUsage
+    | SnapshotPage
+    | StoreStats
+    | Ok
+    | Failure
+)
 
 
 class StoreEvents(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ev"):
@@ -369,11 +462,13 @@ class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
     (mooncake.worker.resume), so stop checks, penalties, grammar and the seeded generator continue
     exactly where they stopped. The engine's outputs then contain only NEW tokens.
     prompt_len: len(prompt_token_ids).
+    source: node whose store has (more of) the blocks, where this engine's own store may fetch them.
     """
 
     leg: str
     prompt_len: int
     emitted: list[int] = []
+    source: str = ""
 
 
 # ---------------------------------------------------------------- records in the metadata store
@@ -416,3 +511,4 @@ class StoreRecord(msgspec.Struct, frozen=True):
     metrics_url: str = ""  # as in InstanceRecord
     transfer: str = ""  # "host:port" of its transfer engine, for engines of other hosts; "" = none
     segment_address: int = 0  # of the segment's first byte, as that transfer engine names it
+    door: str = ""  # unix socket for calls of plain threads (same host only), see kvstore.pool_door
