@@ -1,8 +1,8 @@
 """Names of KV blocks: a sha256 chain that commits to the whole prefix (DESIGN 2.1 and 5.2).
 
 `key[i] = sha256(key[i-1] || tokens of block i as little-endian u32)`; `key[-1]` is a root that
-commits to everything that changes the bytes of a block: model, revision, dtype, layout, CPU
-instruction set, block size, rank, LoRA and tenant salt. A partial last block ("tail") is named by
+commits to everything that changes the bytes of a block: the engine's context (mooncake.core.context has
+the list), codec and rank, tenant salt and LoRA adapter. A partial last block ("tail") is named by
 the same rule over fewer tokens, so it can never collide with a full block.
 Source of the chain: Mooncake paper (FAST'25) 3.2.1; vLLM uses the same shape.
 """
@@ -21,7 +21,7 @@ def context_root(context: Mapping[str, str]) -> bytes:
     """Return the 32-byte root that commits to an engine's byte-changing settings.
 
     Args:
-        context: setting name to value, for example model, dtype, layout, isa, block_size.
+        context: setting name to value; an engine's are KvContext.settings().
     """
     # sorted pairs in msgpack: unambiguous framing, independent of insertion order
     return sha256(msgspec.msgpack.encode(["mooncake-kv-1", sorted(context.items())])).digest()
@@ -39,7 +39,13 @@ def variant_root(root: bytes, variant: Mapping[str, str]) -> bytes:
 
 
 def request_root(root: bytes, cache_salt: str | None, lora: str | None) -> bytes:
-    """Return the chain root of one request: tenants and adapters never share blocks."""
+    """Return the chain root of one request: tenants and adapters never share blocks.
+
+    Args:
+        root: of the engine's context, or of a variant of it.
+        cache_salt: the tenant's; None = shared by all.
+        lora: fingerprint.AdapterNames' name of the adapter's content, not what clients call it.
+    """
     if cache_salt is None and lora is None:
         return root
     # the label keeps this root apart from block keys: else some salts spell tokens after `root`

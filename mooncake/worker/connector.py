@@ -7,10 +7,10 @@ stock vLLM finds it: `--kv-transfer-config '{"kv_connector": "MooncakeConnector"
 """
 
 import functools
-import platform
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import structlog
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -20,12 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.client import PoolClient
 from mooncake.core.errors import ConfigError
-from mooncake.core.keys import context_root
 from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf
 from mooncake.worker.connector_worker import WorkerHalf
+from mooncake.worker.context import kv_context
 from mooncake.worker.pulse import Pulse
-from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, model_fingerprint, write_facts
+from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_facts
+
+log = structlog.get_logger(__name__)
 
 # a virtual subclass: the halves and their tests need no vLLM import
 KVConnectorMetadata.register(StepMeta)
@@ -34,37 +36,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-
-def instruction_set() -> str:
-    """Return what decides how CPU kernels pack K and V inside a block."""
-    try:
-        import torch
-
-        return f"{platform.machine()}:{torch.backends.cpu.get_cpu_capability()}"
-    except (ImportError, AttributeError):
-        return platform.machine()
-
-
-def block_context(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> dict[str, str]:
-    """Return everything that changes the bytes of a block of this engine (see core.keys)."""
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise ConfigError(
-            f"{model.model}: {len(groups)} KV cache groups; hybrid models are not supported yet"
-        )
-    return {
-        "model": model_fingerprint(model.model, model.revision),
-        "dtype": str(model.dtype),
-        "kv_dtype": str(cache.cache_dtype),
-        "block_size": str(cache.block_size),
-        "layout": repr(groups[0].kv_cache_spec),
-        "layers": str(len(groups[0].layer_names)),
-        "isa": instruction_set(),
-        "tp": f"{parallel.tensor_parallel_size}",
-        "pp": f"{parallel.pipeline_parallel_size}",
-    }
 
 
 class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
@@ -94,13 +65,15 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
-            context = block_context(vllm_config, kv_cache_config)
-            root = context_root(context)
+            context = kv_context(vllm_config, kv_cache_config)
+            root = context.root()
+            # engines that were to share blocks and do not: compare these lines
+            log.info("kv.context", root=root.hex(), **context.settings())
             block_size = vllm_config.cache_config.block_size
             self._scheduler = SchedulerHalf(pool, root, block_size, spec.load_mode, spec.save_decoded, pulse)
             page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
             layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
-            write_facts(spec.facts_path, EngineFacts(root.hex(), page_bytes * layers, context))
+            write_facts(spec.facts_path, EngineFacts(root.hex(), page_bytes * layers, context.settings()))
         else:
             self._worker = WorkerHalf(pool, pulse)
 

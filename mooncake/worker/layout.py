@@ -2,7 +2,8 @@
 
 In the engine a block is one page per layer (vLLM's layer-major layout); in the pool it is one
 contiguous object: the pages of all layers in layer order. Pages are opaque bytes: the CPU kernels
-pack keys and values per instruction set, so the instruction set is part of the block's name.
+pack keys and values per instruction set, so the instruction set is part of the block's name
+(core.context lists what else is).
 """
 
 import itertools
@@ -16,6 +17,9 @@ from mooncake.core.errors import ConfigError
 from transfer.copy import Pages
 
 Bytes = npt.NDArray[np.uint8]
+
+POOL_LAYOUT = "pages-of-all-layers-1"
+"""Name of this module's arrangement of an object; part of every engine's context (core.context)."""
 
 
 def _as_one_array(pages: list[Bytes]) -> npt.NDArray[np.uint8] | None:

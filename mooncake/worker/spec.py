@@ -1,20 +1,13 @@
 """What an engine process is told, and what it answers once it is ready."""
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from mooncake.core.config import STEP_TOKENS
-from mooncake.core.errors import ConfigError
 from mooncake.core.messages import StoreRecord
 
 LOAD_MODES = ("async", "layerwise")
-SAMPLES_PER_FILE = 64
-SAMPLE_BYTES = 4096
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,9 +57,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 class EngineFacts(msgspec.Struct, frozen=True):
     """What only the engine knows: the root of its block names and the size of one block."""
 
-    context_root: str  # hex, core.keys.context_root
+    context_root: str  # hex, core.context.KvContext.root()
     block_bytes: int
-    context: dict[str, str]
+    context: dict[str, str]  # core.context.KvContext.settings()
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
@@ -87,36 +80,3 @@ def current_store(path: Path) -> StoreRecord | None:
 def write_facts(path: Path, facts: EngineFacts) -> None:
     """Write `facts` for the relay."""
     write_atomically(path, msgspec.json.encode(facts))
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """Yield the safetensors header (shapes, offsets) and evenly spaced samples of the data."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        yield file.read(min(size_bytes, 1 << 20))
-        for index in range(SAMPLES_PER_FILE):
-            file.seek(size_bytes * index // SAMPLES_PER_FILE)
-            yield file.read(SAMPLE_BYTES)
-
-
-def model_fingerprint(model: str, revision: str | None) -> str:
-    """Return a name for the model's *weights*: two fine-tunes of one shape must differ.
-
-    A local folder is named by its config and samples of its weight files (64 x 4 KiB each: all of
-    a 140 GB model would take minutes); a hub name by name and revision.
-
-    Raises:
-        ConfigError: a local folder without config.json.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"hub:{model}@{revision or 'main'}"
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"model {model!r}: no config.json in that folder")
-    digest = hashlib.sha256(json.dumps(json.loads(config.read_text()), sort_keys=True).encode())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(f"{path.name}:{os.path.getsize(path)}".encode())
-        for sample in _samples(path):
-            digest.update(sample)
-    return f"sha256:{digest.hexdigest()}"
