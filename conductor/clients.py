@@ -36,6 +36,7 @@ class Client:
         "last_s",
         "leg1",
         "leg1_end_s",
+        "leg1_node",
         "machine",
         "move_reason",
         "plan",
@@ -62,6 +63,7 @@ class Client:
         self.told = False  # whether it has seen any output, and with it usage and queue times
         self.leg1: Leg1Result | None = None
         self.leg1_end_s = 0.0
+        self.leg1_node = ""  # whose store has the prompt's blocks since
         self.started_s = now_s
         self.heard_s = now_s
         self.first_s = 0.0

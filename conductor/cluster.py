@@ -237,6 +237,11 @@ class ClusterView:
         """Return the known store nodes, sorted by node."""
         return sorted(self._stores.values(), key=lambda record: record.node)
 
+    def is_open(self, node: str) -> bool:
+        """Return whether the node's store copies blocks from and to those of other hosts."""
+        store = self._stores.get(node)
+        return store is not None and bool(store.transfer)
+
     @property
     def charged(self) -> int:
         """Tickets not yet given back."""

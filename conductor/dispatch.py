@@ -226,9 +226,9 @@ class Dispatcher:
         reason = output.finish_reason
         finish = None if reason is None else str(reason)
         if running.leg is Leg.PREFILL and reason in _COMPLETE:
-            leg1 = legs.leg1_result(output)
+            leg1, node = legs.leg1_result(output), self._node_of(running.instance_id)
             for member in running.clients:
-                member.leg1, member.leg1_end_s = leg1, now_s
+                member.leg1, member.leg1_end_s, member.leg1_node = leg1, now_s, node
         commands = client.machine.output(running.eid, output.new_token_ids, finish)
         if reason is not None:
             self._running.pop(running.eid, None)
@@ -303,13 +303,27 @@ class Dispatcher:
             loop.call_soon(self.on_lost, command.instance_id, "no link")
             return
         request, slot = client.request, link.slot
+        source = self._source(client, command)
         if shared:
             first = client.machine.facts.first_token
-            link.add(legs.prefill_leg(request, command.eid, slot, first=first))
+            link.add(legs.prefill_leg(request, command.eid, slot, source, first=first))
             return
         make = legs.decode_leg if command.leg is Leg.DECODE else legs.whole_leg
         emitted = client.emitted[: command.resume_n]
-        link.add(make(request, command.eid, slot, emitted, client.told or client.leg1 is not None))
+        done = client.told or client.leg1 is not None
+        link.add(make(request, command.eid, slot, emitted, done, source))
+
+    def _source(self, client: Client, command: Send) -> str:
+        """Return the node whose store has what the engine's own may lack: as planned, or since leg 1."""
+        planned = client.plan.fetch_node if client.plan is not None else None
+        known = client.leg1_node or planned or ""
+        if not known and not command.resume_n:
+            return ""  # the plan found computing quicker
+        return self._scheduler.source(client.machine.facts, self._node_of(command.instance_id), known)
+
+    def _node_of(self, instance_id: str) -> str:
+        record = self._members.view.record(instance_id)
+        return "" if record is None else record.node
 
     def _deliver(self, client: Client, command: Deliver, output: EngineCoreOutput, now_s: float) -> None:
         """Turn an engine's output into the client's."""

@@ -161,19 +161,20 @@ def _with_kv(params: SamplingParams, kv: KvParams) -> SamplingParams:
 
 
 def _leg(
-    request: EngineCoreRequest, engine_id: str, slot: int, leg: str, emitted: Sequence[int]
+    request: EngineCoreRequest, engine_id: str, slot: int, leg: str, emitted: Sequence[int], source: str
 ) -> EngineCoreRequest:
     out = copy(request)
     out.request_id = engine_id
     out.client_index = slot
     if out.sampling_params is not None:
-        kv = KvParams(leg=leg, prompt_len=len(out.prompt_token_ids or ()), emitted=list(emitted))
+        prompt_len = len(out.prompt_token_ids or ())
+        kv = KvParams(leg=leg, prompt_len=prompt_len, emitted=list(emitted), source=source)
         out.sampling_params = _with_kv(out.sampling_params, kv)
     return out
 
 
 def prefill_leg(
-    request: EngineCoreRequest, engine_id: str, slot: int, first: bool = False
+    request: EngineCoreRequest, engine_id: str, slot: int, source: str = "", first: bool = False
 ) -> EngineCoreRequest:
     """Return leg 1 of `request`.
 
@@ -181,9 +182,10 @@ def prefill_leg(
         request: the client's request; unchanged.
         engine_id: the id the engine knows this leg by.
         slot: this gateway's client_index at the engine's relay.
+        source: node whose store has what the engine's own may lack; "" = none.
         first: keep the sampling fields, because the token goes to the client (see exact_first).
     """
-    out = _leg(request, engine_id, slot, "prefill", ())
+    out = _leg(request, engine_id, slot, "prefill", (), source)
     params = out.sampling_params
     assert params is not None
     if first:
@@ -208,6 +210,7 @@ def decode_leg(
     slot: int,
     emitted: Sequence[int],
     prompt_logprobs_done: bool,
+    source: str = "",
 ) -> EngineCoreRequest:
     """Return leg 2 of `request`, or its continuation on another engine.
 
@@ -217,8 +220,9 @@ def decode_leg(
         slot: this gateway's client_index at the engine's relay.
         emitted: token ids the client already has.
         prompt_logprobs_done: leg 1 delivered them, so this leg need not compute them.
+        source: as in prefill_leg.
     """
-    out = _leg(request, engine_id, slot, "decode", emitted)
+    out = _leg(request, engine_id, slot, "decode", emitted, source)
     return _without_prompt_logprobs(out) if prompt_logprobs_done else out
 
 
@@ -228,9 +232,10 @@ def whole_leg(
     slot: int,
     emitted: Sequence[int] = (),
     prompt_logprobs_done: bool = False,
+    source: str = "",
 ) -> EngineCoreRequest:
     """Return `request` for one engine that prefills and decodes (aggregated); see decode_leg."""
-    out = _leg(request, engine_id, slot, "whole", emitted)
+    out = _leg(request, engine_id, slot, "whole", emitted, source)
     return _without_prompt_logprobs(out) if prompt_logprobs_done else out
 
 

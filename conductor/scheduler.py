@@ -168,6 +168,29 @@ class Scheduler:
         work = self._price(now_s, facts, chosen.worker, self._index.longest_prefix(facts.keys), emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen)
 
+    def source(self, facts: RequestFacts, target: str, known: str) -> str:
+        """Return the node from whose store that of `target` may fetch the request's blocks; "" = none.
+
+        Args:
+            facts: the request's.
+            target: node that is going to run it.
+            known: node that has its blocks for certain: planned so, or of its own leg 1, of which the
+                index may not have heard yet.
+        """
+        if known == target or not self._cluster.is_open(target):
+            return ""
+        if self._cluster.is_open(known):
+            return known
+        if self._config.policy is not Policy.KVCACHE:
+            return ""
+        hits = self._index.longest_prefix(facts.keys)
+        depth, node = self._deepest_open(hits)
+        return node if depth > hits.get(target, 0) else ""
+
+    def _deepest_open(self, hits: dict[str, int]) -> tuple[int, str]:
+        """Return (blocks, node) of the longest prefix that other hosts can fetch; (0, "") = none."""
+        return max(((n, node) for node, n in hits.items() if self._cluster.is_open(node)), default=(0, ""))
+
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored."""
         self._cluster.release(now_s, ticket)
@@ -338,8 +361,8 @@ class Scheduler:
         best = _Prefill(worker, queue_s + work_s, work_s, local, 0, None)
         if self._config.policy is not Policy.KVCACHE or not hits:
             return best
-        depth, node = max((blocks, node) for node, blocks in hits.items())
-        if depth <= local:
+        depth, node = self._deepest_open(hits)
+        if depth <= local or not self._cluster.is_open(record.node):
             return best
         fetch_s = self._cost.transfer_s((depth - local) * record.block_bytes, remote=True)
         work_s = self._compute_s(record, total, depth)

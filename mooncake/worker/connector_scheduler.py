@@ -29,6 +29,8 @@ LEASE_S = 30.0
 """Longest time from look-up to end of load; a queued request renews by looking up again."""
 HANDOVER_WAIT_S = 0.2
 """A decode leg waits this long for blocks that prefill is just committing."""
+FETCH_WAIT_S = 5.0
+"""A request waits this long for blocks of another host: the Conductor found that quicker than computing."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Tracked:
     keys: list[bytes]
     tail_key: bytes | None
     saves: bool
+    source: str = ""  # node that has more of the blocks
     call: bytes | None = None
     call_s: float = 0.0
     lease_id: int = 0
@@ -91,6 +94,7 @@ class SchedulerHalf:
             keys=full,
             tail_key=tail,
             saves=True,
+            source=str(ours.get("source", "")),
             # the last token is computed anyway; vLLM would ask, load and ask again for ever
             no_load=bool(request.skip_reading_prefix_cache) or len(request.prompt_token_ids) < 2,
         )
@@ -114,9 +118,8 @@ class SchedulerHalf:
         if not wanted:
             state.looked_up = True
             return
-        wait_s = HANDOVER_WAIT_S if state.leg == "decode" else 0.0
         try:
-            state.call = self._pool.begin_acquire(wanted, LEASE_S, wait_s)
+            state.call = self._pool.begin_acquire(wanted, LEASE_S, _wait_s(state), source=state.source)
             state.call_s = time.monotonic()
         except MooncakeError as error:
             self._failed_lookup(state, error)
@@ -135,7 +138,7 @@ class SchedulerHalf:
         if state.call is None:
             self._begin_lookup(state)
             return state.looked_up
-        limit_s = LOOKUP_WAIT_S + (HANDOVER_WAIT_S if state.leg == "decode" else 0.0)
+        limit_s = LOOKUP_WAIT_S + _wait_s(state)
         try:
             if not self._pool.poll(state.call):
                 if time.monotonic() - state.call_s < limit_s:
@@ -309,3 +312,10 @@ class SchedulerHalf:
             self._pool.release(lease_id)
         except MooncakeError as error:
             log.debug("pool.release_failed", error=str(error))  # leases end by themselves
+
+
+def _wait_s(state: Tracked) -> float:
+    """Return how long the store may wait for blocks that are on their way."""
+    if state.source:
+        return FETCH_WAIT_S
+    return HANDOVER_WAIT_S if state.leg == "decode" else 0.0

@@ -4,7 +4,7 @@ from hashlib import sha256
 
 from conductor.cluster import ClusterView
 from conductor.plan import Decision, Plan, RequestFacts
-from mooncake.core.messages import InstanceRecord
+from mooncake.core.messages import InstanceRecord, StoreRecord
 
 ROOT = "aa" * 32
 BLOCK = 32
@@ -47,9 +47,15 @@ def record(
     )
 
 
+def store(node: str, transfer: str = "127.0.0.1:1") -> StoreRecord:
+    return StoreRecord(node, "e", "tcp://x", "tcp://y", "/fd", 1 << 20, 1, transfer=transfer)
+
+
 def cluster(*records: InstanceRecord) -> ClusterView:
-    """Return a view in which all `records` are alive at 0 s."""
+    """Return a view in which all `records` are alive at 0 s, each node with a store open to others."""
     view = ClusterView()
+    for node in dict.fromkeys(one.node for one in records):
+        view.store_up(store(node))
     for one in records:
         view.instance_up(0.0, one)
         view.link_up(0.0, one.instance_id)

@@ -10,7 +10,7 @@ from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import Decision, Need, Plan, Reason, Rejection
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
-from tests.unit.conductor.make import BLOCK, cluster, facts, keys, record
+from tests.unit.conductor.make import BLOCK, cluster, facts, keys, record, store
 
 
 def scheduler(view: ClusterView, index: PrefixIndex | None = None, **config: object) -> Scheduler:
@@ -91,6 +91,33 @@ def test_a_fetch_slower_than_recomputing_is_not_planned():
     view = cluster(record("p0", "prefill", node="n0", block_bytes=1 << 30), record("d0", "decode", node="n2"))
     plan = planned(scheduler(view, index).on_request(0.0, facts()))
     assert (plan.hit_blocks, plan.fetch_blocks, plan.fetch_node) == (0, 0, None)
+
+
+def test_nothing_is_fetched_from_or_to_a_store_that_serves_its_own_host_only():
+    index = PrefixIndex()
+    index.apply("n1", b"".join(keys(30)), b"")
+    for closed in ("n0", "n1"):
+        view = pd_cluster()
+        view.store_up(store(closed, transfer=""))
+        view.charge_prefill(0.0, "p1", 10.0, 1000)
+        plan = planned(scheduler(view, index).on_request(0.0, facts()))
+        assert (plan.prefill, plan.fetch_node) == ("p0", None)
+
+
+def test_a_leg_is_told_where_its_blocks_are():
+    index = PrefixIndex()
+    index.apply("n1", b"".join(keys(30)), b"")
+    index.apply("n0", b"".join(keys(10)), b"")
+    view = pd_cluster()
+    made = scheduler(view, index)
+    assert made.source(facts(), "n0", "n1") == "n1", "as planned"
+    assert made.source(facts(), "n1", "n1") == "", "they are at home"
+    assert made.source(facts(), "n0", "") == "n1", "the index knows more of them"
+    assert made.source(facts(), "n1", "") == "", "nobody has more"
+    assert made.source(facts(), "n0", "gone") == "n1", "the one who had them is gone"
+    assert scheduler(view, index, policy=Policy.CACHE_AWARE).source(facts(), "n0", "") == ""
+    view.store_up(store("n0", transfer=""))
+    assert made.source(facts(), "n0", "n1") == "", "its store fetches nothing"
 
 
 def test_a_whole_prompt_hit_still_computes_its_last_token():

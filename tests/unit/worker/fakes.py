@@ -37,6 +37,7 @@ class FakePool:
         self.late = False  # reservations have ended before they are committed
         self.calls: dict[bytes, Any] = {}
         self.lookups: list[tuple[list[bytes], float, float]] = []
+        self.sources: list[str] = []
         self.leases: set[int] = set()
         self.released: list[int] = []
         self.forgotten: list[bytes] = []
@@ -66,8 +67,9 @@ class FakePool:
 
     # ------------------------------------------------------------ look-up
 
-    def begin_acquire(self, keys: list[bytes], lease_s: float, wait_s: float) -> bytes:
+    def begin_acquire(self, keys: list[bytes], lease_s: float, wait_s: float, source: str = "") -> bytes:
         self._maybe_fail("begin_acquire")
+        self.sources.append(source)
         self.lookups.append((list(keys), lease_s, wait_s))
         call = self._number().to_bytes(8, "little")
         self.calls[call] = list(keys)
