@@ -8,6 +8,7 @@ from conductor.legs import Leg1Result, exact_first, two_legs_possible
 from conductor.plan import Leg, Plan, RequestFacts
 from conductor.request import PrefillGroup, RequestMachine
 from conductor.vllm_seam import EngineCoreRequest
+from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import prompt_keys, request_root
 
 
@@ -101,7 +102,13 @@ def family_of(request: EngineCoreRequest) -> str | None:
 
 
 def facts_of(
-    request: EngineCoreRequest, context_root: str, block_size: int, *, first_token: bool, shared: bool
+    request: EngineCoreRequest,
+    context_root: str,
+    block_size: int,
+    adapters: AdapterNames,
+    *,
+    first_token: bool,
+    shared: bool,
 ) -> RequestFacts:
     """Return what the policy may know of `request`.
 
@@ -109,6 +116,7 @@ def facts_of(
         request: the client's request.
         context_root: hex root of the instances considered; "" = none known.
         block_size: tokens per KV block of these instances.
+        adapters: names LoRA adapters as the engines do; one it cannot name leaves the request without keys.
         first_token: whether leg 1's own token may be streamed at all.
         shared: siblings share leg 1 (n > 1).
     """
@@ -118,11 +126,10 @@ def facts_of(
     single = not two_legs_possible(request) or max_tokens == 1
     keys: list[bytes] = []
     tail: bytes | None = None
-    if context_root and tokens:
-        lora = request.lora_request
-        root = request_root(
-            bytes.fromhex(context_root), request.cache_salt, None if lora is None else lora.lora_name
-        )
+    lora = None if request.lora_request is None else adapters.name_of(request.lora_request)
+    named = request.lora_request is None or lora is not None
+    if context_root and tokens and named:
+        root = request_root(bytes.fromhex(context_root), request.cache_salt, lora)
         keys, tail = prompt_keys(root, tokens, block_size)
     return RequestFacts(
         request_id=request.request_id,

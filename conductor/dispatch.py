@@ -49,6 +49,7 @@ from conductor.vllm_seam import (
     FinishReason,
     Unavailable,
 )
+from mooncake.core.fingerprint import AdapterNames
 
 log = structlog.get_logger(__name__)
 
@@ -103,6 +104,7 @@ class Dispatcher:
         self._metrics = metrics
         self._observe = Observer(cost, metrics)
         self._first_token = first_token
+        self._adapters = AdapterNames()
         self._clients: dict[str, Client] = {}
         self._families: dict[str, Family] = {}
         self._running: dict[str, Running] = {}
@@ -150,7 +152,9 @@ class Dispatcher:
         contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
         rejection: Rejection | None = None
         for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
-            facts = facts_of(request, root, block_size, first_token=self._first_token, shared=shared)
+            facts = facts_of(
+                request, root, block_size, self._adapters, first_token=self._first_token, shared=shared
+            )
             answer = self._scheduler.on_request(now_s, facts)
             if isinstance(answer, Plan):
                 return facts, answer

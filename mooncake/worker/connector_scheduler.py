@@ -16,6 +16,7 @@ import structlog
 
 from mooncake.core import keys as names
 from mooncake.core.errors import MooncakeError
+from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.messages import Acquired, Block
 from mooncake.worker.connector_meta import NOTHING, LoadJob, SaveJob, StepMeta
 from mooncake.worker.params import kv_params_of
@@ -70,6 +71,7 @@ class SchedulerHalf:
         self._async = load_mode == "async"
         self._save_decoded = save_decoded
         self._pulse = pulse
+        self._adapters = AdapterNames()
         self._requests: dict[str, Tracked] = {}
         self._pending_loads: list[LoadJob] = []
         self._pending_sync: list[LoadJob] = []
@@ -82,7 +84,9 @@ class SchedulerHalf:
         if params is None or request.prompt_token_ids is None or request.mm_features:
             return  # pooling, embeddings, pictures: token ids do not name the bytes
         ours = kv_params_of(params.extra_args)
-        lora = request.lora_request.lora_name if request.lora_request else None
+        lora = self._adapters.name_of(request.lora_request) if request.lora_request else None
+        if request.lora_request and lora is None:
+            return  # nobody can say which adapter's weights compute it
         root = names.request_root(self._root, request.cache_salt, lora)
         leg = str(ours.get("leg", "whole"))
         full, tail = names.prompt_keys(root, request.prompt_token_ids, self._block_size)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncake.core.errors import CapacityError, PeerTimeout, ProtocolError
+from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import chain, request_root
 from mooncake.worker import connector_scheduler
 from mooncake.worker.connector_meta import NOTHING
@@ -209,14 +210,35 @@ def test_a_request_that_may_not_read_caches_loads_nothing_but_is_saved():
     assert [key for key, _ in engine.saves(r=(0, 8))] == request.full
 
 
-def test_tenants_and_adapters_never_share_blocks():
+def lora_request(folder, weights: bytes) -> SimpleNamespace:
+    """vLLM's LoRARequest for an adapter in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return SimpleNamespace(
+        lora_name="a", lora_int_id=1, lora_path=str(folder), load_inplace=False, is_3d_lora_weight=False
+    )
+
+
+def test_tenants_and_adapters_never_share_blocks(tmp_path):
     plain = FakeRequest(prompt(8))
     engine = Engine(hold=plain.full)
-    adapter = SimpleNamespace(lora_name="a")
+    adapter = lora_request(tmp_path / "adapter", b"weights")
+    root = request_root(ROOT, None, AdapterNames().name_of(adapter))
     assert engine.arrive(FakeRequest(prompt(8), request_id="s", cache_salt="t")) == (0, False)
     assert engine.arrive(FakeRequest(prompt(8), request_id="l", lora_request=adapter)) == (0, False)
     assert [key for key, _ in engine.saves(s=(0, 8))] == chain(request_root(ROOT, "t", None), prompt(8), 4)
-    assert [key for key, _ in engine.saves(l=(0, 8))] == chain(request_root(ROOT, None, "a"), prompt(8), 4)
+    assert [key for key, _ in engine.saves(l=(0, 8))] == chain(root, prompt(8), 4)
+
+
+def test_an_adapter_that_changed_under_the_engine_uses_no_pool(tmp_path):
+    engine = Engine()
+    adapter = lora_request(tmp_path / "adapter", b"weights")
+    engine.arrive(FakeRequest(prompt(8), request_id="before", lora_request=adapter))
+    assert len(engine.saves(before=(0, 8))) == 2
+    lora_request(tmp_path / "adapter", b"retrained")
+    assert engine.arrive(FakeRequest(prompt(8), request_id="after", lora_request=adapter)) == (0, False)
+    assert engine.saves(after=(0, 8)) == []
 
 
 # ---------------------------------------------------------------- answers that are late or errors
