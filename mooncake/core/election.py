@@ -28,7 +28,7 @@ from mooncake.core.metadata import MetadataStore
 
 log = structlog.get_logger(__name__)
 
-TTL_S = 3.0
+TTL_S = 2.0
 """As of a Registration: a dead leader is replaced within 3 s."""
 BEATS = 3
 """Keep-alives per time to live: one may be lost."""

@@ -28,6 +28,7 @@ from mooncake.core.errors import (
 )
 from mooncake.core.messages import MetaChange, MetaChanges, MetaEntries, MetaEntry, MetaPutResult
 from mooncake.core.metadata import POLL_S
+from mooncake.core.metadata_etcd_auth import Token
 from mooncake.core.metadata_etcd_http import BODY_BYTES_MAX, HttpConnection
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions
 from mooncake.core.metadata_etcd_wire import (
@@ -48,6 +49,7 @@ from mooncake.core.metadata_etcd_wire import (
     b64,
     decode,
     key_range,
+    refusal,
     refusal_of,
 )
 from mooncake.core.metadata_memory import KEY_CHARS_MAX, TTL_S_MAX, TTL_S_MIN, VALUE_BYTES_MAX
@@ -56,7 +58,7 @@ T = TypeVar("T")
 
 ANSWER_S = 1.0
 """A server that has not answered by then is lost: the next one is asked. One silent server of
-three costs a beat of a Registration (ttl 3 s) less than its lease has left."""
+three costs a beat of a Registration (ttl 2 s, every third of it) less than its lease has left."""
 CALL_S = 3.0
 """Deadline of one call over all servers: three of them may be silent."""
 CALLS_MAX = 16
@@ -90,10 +92,12 @@ class EtcdMetadata:
         self._options = options
         self._root = options.namespace + "/data"
         self._mark = (options.namespace + "/epoch").encode()
+        self._ask_mark = msgspec.json.encode({"key": b64(self._mark)})
         self._poll_s, self._answer_s, self._call_s = poll_s, answer_s, call_s
         self._order = list(options.endpoints)  # the one that answered last first
         self._idle: dict[Endpoint, list[HttpConnection]] = {endpoint: [] for endpoint in self._order}
         self._calls = asyncio.Semaphore(CALLS_MAX)
+        self._token = Token(options)
 
     async def get(self, prefix: str) -> MetaEntries:
         """See MetadataStore."""
@@ -214,10 +218,15 @@ class EtcdMetadata:
     async def _begin_watch(self, connection: HttpConnection, body: bytes) -> HttpConnection:
         begun = False
         try:
-            status = await connection.post(WATCH, body)
+            if self._options.user:  # a watch that is refused does not say what else it wants
+                await self._round(connection, RANGE, self._ask_mark)
+            status = await connection.post(WATCH, body, self._token.value)
             if status != 200:
                 raise refusal_of(status, await connection.read_body())
-            begun = (await self._message(connection))[0].created
+            message, _ = await self._message(connection)
+            if message.canceled and not message.compact_revision:
+                raise refusal(0, 7, message.cancel_reason)  # whatever it is, it is about our rights
+            begun = message.created
         finally:
             if not begun:
                 connection.abort()
@@ -263,9 +272,8 @@ class EtcdMetadata:
         """Ask one server, through the quorum, which life it holds."""
 
         async def ask() -> _Life:
-            body = msgspec.json.encode({"key": b64(self._mark)})
             connection = await self._connected(endpoint)
-            answer = decode(await self._exchange(connection, RANGE, body), Ranged)
+            answer = decode(await self._exchange(connection, RANGE, self._ask_mark), Ranged)
             epoch = _epoch(answer.header.cluster_id, answer.kvs[0]) if answer.kvs else ""
             return _Life(epoch, answer.header.revision)
 
@@ -330,17 +338,26 @@ class EtcdMetadata:
     async def _exchange(self, connection: HttpConnection, path: str, body: bytes) -> bytes:
         """Return the answer to one request and keep the connection if it is still good."""
         try:
-            status = await connection.post(path, body)
-            answer = await connection.read_body()
-            if status != 200:
-                raise refusal_of(status, answer)
-            return answer
+            return await self._round(connection, path, body)
         finally:
             idle = self._idle[connection.endpoint]
             if connection.reusable and len(idle) < IDLE_MAX:
                 idle.append(connection)
             else:
                 connection.abort()
+
+    async def _round(self, connection: HttpConnection, path: str, body: bytes) -> bytes:
+        """Return the answer to one request; sign in first if that is what etcd wants."""
+        token = self._token.value
+        status = await connection.post(path, body, token)
+        answer = await connection.read_body()
+        if status != 200 and self._token.may_help(answer):
+            await self._token.renew(connection, token)
+            status = await connection.post(path, body, self._token.value)
+            answer = await connection.read_body()
+        if status != 200:
+            raise refusal_of(status, answer)
+        return answer
 
     def _avoid(self, endpoint: Endpoint) -> None:
         """Ask `endpoint` last from now on."""

@@ -1,12 +1,19 @@
 """Where an etcd cluster is and how to reach it: one text on the command line, one checked struct.
 
-    etcd://host:port[,host:port...][/namespace][?insecure=true]
-    etcds://host:port[,host:port...][/namespace]?ca=FILE[&cert=FILE&key=FILE]
+    etcd://[user@]host:port[,host:port...][/namespace][?insecure=true]
+    etcds://[user@]host:port[,host:port...][/namespace]?ca=FILE[&cert=FILE&key=FILE]
 
 `etcds` is TLS; `ca` is the authority of the servers (absent = the system's), `cert` and `key` show
 who we are (mutual TLS). Names are looked up at every new connection, so that a server may move.
+
+`user` is one of etcd's. Its password never stands in the address, which others see in the list of
+processes: it is the first line of `?password_file=FILE`, or else MOONCAKE_ETCD_PASSWORD. It is read
+at each signing in, so a changed one needs no restart. The user needs to read and write keys that
+begin with the namespace: `etcdctl role grant-permission ROLE --prefix=true readwrite /mooncake/`.
+With users, etcd's gateway refuses certificates that have a common name: `cert` must be without.
 """
 
+import os
 import re
 import ssl
 import urllib.parse
@@ -21,10 +28,14 @@ ENDPOINTS_MAX = 9
 """Of one etcd cluster; more than 7 members only slow it down."""
 NAMESPACE = "/mooncake"
 """Several clusters may share one etcd: each needs a namespace of its own."""
+PASSWORD_ENV = "MOONCAKE_ETCD_PASSWORD"
 
 _SCHEMES = {"etcd": False, "etcds": True}
 _FILES = ("ca", "cert", "key")
+_PASSWORD = "password_file"
 _ENDPOINT = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9][A-Za-z0-9._-]{0,252}))(?::([0-9]{1,5}))?", re.A)
+_USER = re.compile(r"[A-Za-z0-9._-]{1,128}", re.A)
+_PERHAPS_PASSWORD = re.compile(r".*?://.*:.*@", re.DOTALL)
 _NAMESPACE = re.compile(r"(/[A-Za-z0-9._-]{1,64}){1,4}", re.A)
 
 
@@ -47,6 +58,27 @@ class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):
     ca: str = ""
     cert: str = ""
     key: str = ""
+    user: str = ""
+    password_file: str = ""
+
+    def password(self) -> str:
+        """Return the password of `user`, read anew.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.password_file:
+            password = os.environ.get(PASSWORD_ENV, "")
+        else:
+            try:
+                with open(self.password_file, encoding="utf-8") as file:
+                    password = file.readline().rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"etcd: password_file = {self.password_file!r}: {error}") from error
+        if not password:
+            where = self.password_file or f"{PASSWORD_ENV}, and there is no password_file="
+            raise ConfigError(f"etcd: user {self.user!r} has no password: nothing in {where}")
+        return password
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """Return what a new connection needs; None = plain text.
@@ -88,7 +120,12 @@ def parse_etcd(text: str) -> EtcdOptions:
     from mooncake.core.config import is_loopback
 
     def fail(advice: str) -> ConfigError:
-        return ConfigError(f"metadata = {text!r}: {advice}")
+        if not _PERHAPS_PASSWORD.match(text):
+            return ConfigError(f"metadata = {text!r}: {advice}")
+        return ConfigError(
+            f"metadata = '{text.partition('://')[0]}://...@{text.rpartition('@')[2]}': no address that I know; "
+            f"others can read a password here: use ?password_file=FILE or {PASSWORD_ENV}"
+        )
 
     try:
         url = urllib.parse.urlsplit(text)
@@ -100,8 +137,13 @@ def parse_etcd(text: str) -> EtcdOptions:
     if url.scheme not in _SCHEMES or url.fragment:
         raise fail("write etcd://host:port or etcds://host:port?ca=FILE")
     secure = _SCHEMES[url.scheme]
-    _check_settings(secure, settings, fail)
-    endpoints = tuple(_endpoint(part, fail) for part in url.netloc.split(","))
+    user, at, hosts = url.netloc.rpartition("@")
+    if at and ":" in user:
+        raise fail("a password does not belong here")
+    if at and not _USER.fullmatch(user):
+        raise fail("a user is made of letters, digits, dots, dashes and underscores")
+    _check_settings(secure, bool(user), settings, fail)
+    endpoints = tuple(_endpoint(part, fail) for part in hosts.split(","))
     if len(endpoints) > ENDPOINTS_MAX:
         raise fail(f"at most {ENDPOINTS_MAX} endpoints")
     if not secure and "insecure" not in settings and not all(is_loopback(e.host) for e in endpoints):
@@ -109,12 +151,14 @@ def parse_etcd(text: str) -> EtcdOptions:
     namespace = url.path.rstrip("/") or NAMESPACE
     if not _NAMESPACE.fullmatch(namespace):
         raise fail("a namespace is up to four parts of letters, digits, dots, dashes and underscores")
-    files = {name: settings.get(name, "") for name in _FILES}
-    return EtcdOptions(endpoints=endpoints, namespace=namespace, secure=secure, **files)
+    files = {name: settings.get(name, "") for name in (*_FILES, _PASSWORD)}
+    return EtcdOptions(endpoints=endpoints, namespace=namespace, secure=secure, user=user, **files)
 
 
-def _check_settings(secure: bool, settings: dict[str, str], fail: Callable[[str], ConfigError]) -> None:
-    allowed = _FILES if secure else ("insecure",)
+def _check_settings(
+    secure: bool, user: bool, settings: dict[str, str], fail: Callable[[str], ConfigError]
+) -> None:
+    allowed = (_FILES if secure else ("insecure",)) + ((_PASSWORD,) if user else ())
     for name, value in settings.items():
         if name not in allowed or not value:
             raise fail(f"{name}={value} means nothing here; there are {', '.join(allowed)}")

@@ -24,6 +24,8 @@ T = TypeVar("T")
 RANGE, TXN, DELETE = "/v3/kv/range", "/v3/kv/txn", "/v3/kv/deleterange"
 GRANT, KEEP_ALIVE, REVOKE = "/v3/lease/grant", "/v3/lease/keepalive", "/v3/lease/revoke"
 WATCH = "/v3/watch"
+AUTHENTICATE = "/v3/auth/authenticate"
+_TOKEN_WANTED = ("user name is empty", "invalid auth token", "revision of auth store is old")
 
 
 class Header(msgspec.Struct):
@@ -67,6 +69,12 @@ class Lease(msgspec.Struct):
 
     id: int = msgspec.field(name="ID", default=0)
     ttl_s: int = msgspec.field(name="TTL", default=0)
+
+
+class SignedIn(msgspec.Struct):
+    """Answer to AUTHENTICATE."""
+
+    token: str = ""
 
 
 class Done(msgspec.Struct):
@@ -141,8 +149,18 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise ProtocolError(f"etcd's answer is damaged: {error}: {body[:200]!r}") from error
 
 
+def wants_token(message: str) -> bool:
+    """Return whether etcd refuses because the request came without a token, or with an old one."""
+    return any(text in message for text in _TOKEN_WANTED)
+
+
 def refusal_of(status: int, body: bytes) -> MooncakeError:
     """Return the error of an HTTP answer other than 200."""
+    if status == 400 and b"CommonName" in body:
+        return ConfigError(
+            "etcd refuses a certificate with a common name as soon as it has users: `cert` must be one "
+            f"without, and the address names the user (etcds://USER@...): {body[:200]!r}"
+        )
     try:
         fault = decode(body, Fault)
     except ProtocolError:
@@ -153,8 +171,11 @@ def refusal_of(status: int, body: bytes) -> MooncakeError:
 def refusal(status: int, code: int, message: str) -> MooncakeError:
     """Return the error of a gRPC code (google.rpc.Code), or of an HTTP status without one."""
     text = f"etcd refuses: {message} (code {code}{f', HTTP {status}' if status else ''})"
-    if code in (7, 16) or status in (401, 403):
-        return ConfigError(f"{text}; give this process a certificate that etcd accepts (`cert`, `key`)")
+    if code in (7, 16) or status in (401, 403) or wants_token(message):
+        return ConfigError(
+            f"{text}; give this process a user with rights on its namespace (etcd://USER@...), "
+            "or a certificate that etcd accepts (`cert`, `key`)"
+        )
     if code == 8:  # too many requests; or the quota of the data base is used up
         return CapacityError(text)
     if code in (3, 5, 9, 11):

@@ -21,7 +21,7 @@ from mooncake.core.metadata import MetadataStore
 log = structlog.get_logger(__name__)
 
 GRACE_S = 5.0
-"""After a restart of the store: Registration (ttl 3 s) is back within ttl/3 plus its back-off cap."""
+"""After a restart of the store: Registration (ttl 2 s) is back within ttl/3 plus its back-off cap."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 2.0
 
 

@@ -18,7 +18,10 @@ def check_metadata(text: str) -> str:
         ConfigError: it names no metadata store, or one that must not be used so.
     """
     if is_etcd(text):
-        parse_etcd(text).ssl_context()  # files that are missing are found at the start
+        options = parse_etcd(text)  # files that are missing are found at the start
+        options.ssl_context()
+        if options.user:
+            options.password()
         return text
     return check_endpoint(text)
 

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions
+from mooncake.core.metadata_etcd_wire import key_range
 from mooncake.core.process import set_parent_death_signal
 from tests.integration.cluster import free_port
 
@@ -43,11 +44,15 @@ class Tls:
 class EtcdServers:
     """One cluster; data survives `kill` and `start`, and is gone after `wipe`."""
 
-    def __init__(self, folder: Path, count: int = 1, tls: Tls | None = None) -> None:
-        """Nothing is started yet."""
+    def __init__(
+        self, folder: Path, count: int = 1, tls: Tls | None = None, flags: tuple[str, ...] = ()
+    ) -> None:
+        """Nothing is started yet; of two equal `flags` the later one counts."""
         assert ETCD is not None
         self._folder = folder
         self._tls = tls
+        self._flags = flags
+        self._root_password = ""
         self._scheme = "https" if tls else "http"
         self.ports = [free_port() for _ in range(count)]
         self._peer_ports = [free_port() for _ in range(count)]
@@ -102,10 +107,30 @@ class EtcdServers:
         """Drop history up to `revision`."""
         self.ask("/v3/kv/compaction", {"revision": str(revision), "physical": True})
 
+    def enable_auth(self, user: str, password: str, prefix: str) -> None:
+        """From now on only `user` (and root) may do anything, below `prefix`."""
+        for name, secret in (("root", "root"), (user, password)):
+            self.ask("/v3/auth/user/add", {"name": name, "password": secret})
+            self.ask("/v3/auth/role/add", {"name": name})
+            self.ask("/v3/auth/user/grant", {"user": name, "role": name})
+        rights = {"permType": "READWRITE"} | key_range(prefix.encode())
+        self.ask("/v3/auth/role/grant", {"name": user, "perm": rights})
+        self.ask("/v3/auth/enable", {})
+        self._root_password = "root"
+
+    def change_password(self, user: str, password: str) -> None:
+        """Also ends the tokens of that user."""
+        self.ask("/v3/auth/user/changepw", {"name": user, "password": password})
+
     def ask(self, path: str, request: dict[str, Any], index: int | None = None) -> Any:
         """Ask one server that runs, past the code under test."""
         index = next(iter(self._processes)) if index is None else index
-        status, body = self._exchange(index, "POST", path, msgspec.json.encode(request))
+        headers = {}
+        if self._root_password:
+            who = {"name": "root", "password": self._root_password}
+            _, body = self._exchange(index, "POST", "/v3/auth/authenticate", msgspec.json.encode(who))
+            headers = {"Authorization": msgspec.json.decode(body)["token"]}
+        status, body = self._exchange(index, "POST", path, msgspec.json.encode(request), headers)
         assert status == 200, body
         return msgspec.json.decode(body)
 
@@ -124,7 +149,9 @@ class EtcdServers:
             time.sleep(0.05)
         raise AssertionError(f"etcd server {index} is not healthy: {self.log_tail(index)}")
 
-    def _exchange(self, index: int, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+    def _exchange(
+        self, index: int, method: str, path: str, body: bytes, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         port = self.ports[index]
         if self._tls:
             context = ssl.create_default_context(cafile=self._tls.ca)
@@ -135,7 +162,7 @@ class EtcdServers:
         else:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
         with contextlib.closing(connection):
-            connection.request(method, path, body or None)
+            connection.request(method, path, body or None, headers or {})
             answer = connection.getresponse()
             return answer.status, answer.read()
 
@@ -148,7 +175,7 @@ class EtcdServers:
             f"--listen-peer-urls={peers[index]}", f"--initial-advertise-peer-urls={peers[index]}",
             "--initial-cluster=" + ",".join(f"e{i}={peer}" for i, peer in enumerate(peers)),
             f"--heartbeat-interval={HEARTBEAT_MS}", f"--election-timeout={ELECTION_MS}",
-            "--logger=zap", "--log-outputs=stderr",
+            "--logger=zap", "--log-outputs=stderr", "--bcrypt-cost=4", *self._flags,
         ]  # fmt: skip
         if self._tls:  # also at an address that its certificate does not name
             others = f"{self._scheme}://127.0.0.2:{self.ports[index]}"
@@ -169,9 +196,11 @@ class EtcdServers:
 
 
 @contextlib.contextmanager
-def running(folder: Path, count: int = 1, tls: Tls | None = None) -> Iterator[EtcdServers]:
+def running(
+    folder: Path, count: int = 1, tls: Tls | None = None, flags: tuple[str, ...] = ()
+) -> Iterator[EtcdServers]:
     """Give a cluster that serves, and end it."""
-    servers = EtcdServers(folder, count, tls)
+    servers = EtcdServers(folder, count, tls, flags)
     try:
         servers.start()
         yield servers

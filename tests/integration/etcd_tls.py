@@ -14,8 +14,11 @@ from tests.integration.etcd_servers import Tls
 PEM = serialization.Encoding.PEM
 
 
-def make_tls(folder: Path) -> Tls:
-    """Write an authority, a server certificate for localhost and 127.0.0.1, and a client's."""
+def make_tls(folder: Path, client_name: str = "client") -> Tls:
+    """Write an authority, a server certificate for localhost and 127.0.0.1, and a client's.
+
+    Without `client_name` the client's has no common name.
+    """
     root_key = ec.generate_private_key(ec.SECP256R1())
     root_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
     now = datetime.datetime.now(datetime.UTC)
@@ -44,8 +47,8 @@ def make_tls(folder: Path) -> Tls:
         (folder / f"{name}-key.pem").write_bytes(key.private_bytes(PEM, *private))
 
     signed(root_name, root_key, "ca")
-    for name in ("server", "client"):
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    for name, common in (("server", "server"), ("client", client_name)):
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)] if common else [])
         signed(subject, ec.generate_private_key(ec.SECP256R1()), name)
     return Tls(
         ca=folder / "ca.pem",

@@ -1,4 +1,5 @@
-"""etcd does what every metadata backend does: the contract's own tests, on a real server."""
+"""etcd does what every metadata backend does: the contract's own tests, on real servers, one of which
+lets nobody in without a user and a password."""
 
 import asyncio
 import itertools
@@ -16,16 +17,27 @@ pytestmark = [pytest.mark.integration, NEEDS_ETCD]
 namespaces = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServers]:
-    with running(tmp_path_factory.mktemp("etcd")) as servers:
-        yield servers
+Setup = tuple[EtcdServers, dict[str, str]]
+"""A cluster, and what a client has to say to it."""
+
+
+@pytest.fixture(scope="module", params=["anybody", "user and password"])
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    folder = tmp_path_factory.mktemp("etcd")
+    with running(folder) as servers:
+        if request.param == "anybody":
+            yield servers, {}
+            return
+        servers.enable_auth("mooncake", "secret", "/test/")
+        (folder / "password").write_text("secret\n")
+        yield servers, {"user": "mooncake", "password_file": str(folder / "password")}
 
 
 @pytest.fixture
-async def backend(servers: EtcdServers) -> AsyncIterator[Backend]:
+async def backend(setup: Setup) -> AsyncIterator[Backend]:
     """One server for all tests: a namespace of one's own is a store of one's own."""
-    options = servers.options(namespace=f"/test-{next(namespaces)}")
+    servers, who = setup
+    options = servers.options(namespace=f"/test/{next(namespaces)}", **who)
     store = EtcdMetadata(options, poll_s=POLL_S)
 
     async def forget(revision: int) -> None:

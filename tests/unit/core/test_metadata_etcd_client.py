@@ -22,7 +22,13 @@ from mooncake.core.errors import (
 )
 from mooncake.core.metadata_client import RemoteMetadata
 from mooncake.core.metadata_etcd import EtcdMetadata
-from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions, is_etcd, parse_etcd
+from mooncake.core.metadata_etcd_options import (
+    PASSWORD_ENV,
+    Endpoint,
+    EtcdOptions,
+    is_etcd,
+    parse_etcd,
+)
 from mooncake.core.metadata_etcd_wire import refusal_of
 from mooncake.core.metadata_open import check_metadata, open_metadata
 
@@ -36,6 +42,7 @@ class FakeServer:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.paths: list[str] = []
+        self.head = ""
         self.connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,6 +67,7 @@ class FakeServer:
                     head = (await reader.readuntil(b"\r\n\r\n")).decode()
                     length = int(head.lower().partition("content-length:")[2].split()[0])
                     await reader.readexactly(length)
+                    self.head = head
                     self.paths.append(head.split()[1])
                     await self.script(self.paths[-1], reader, writer)
                     await writer.drain()
@@ -167,6 +175,94 @@ async def test_calls_at_once_are_bounded():
     async with cluster(slow, answer_s=5.0, call_s=20.0) as (store, _):
         assert await asyncio.gather(*(store.grant(3) for _ in range(64))) == [7] * 64
     assert 1 < most <= 16
+
+
+# ---------------------------------------------------------------- user and password
+
+
+class Guarded:
+    """Answers who has the token that it gave last; `seen` are the tokens that came."""
+
+    def __init__(self, token: str = "token.1", signs_in: bytes = b"") -> None:
+        self.token = token
+        self.signs_in = signs_in or answer({"token": token})
+        self.seen: list[str] = []
+
+    def __call__(self, head: str) -> bytes:
+        if head.startswith("POST /v3/auth/authenticate"):
+            return self.signs_in
+        self.seen.append(head.partition("Authorization: ")[2].partition("\r\n")[0])
+        if self.seen[-1] == self.token:
+            return DONE
+        code, text = (16, "invalid auth token") if self.seen[-1] else (3, "user name is empty")
+        return answer({"code": code, "message": "etcdserver: " + text}, "401 No")
+
+
+@contextlib.asynccontextmanager
+async def guarded(guard: Guarded) -> AsyncIterator[tuple[EtcdMetadata, FakeServer]]:
+    server = FakeServer(says(b""))
+
+    async def script(_path: str, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(guard(server.head))
+
+    server.script = script
+    options = EtcdOptions(endpoints=(await server.start(),), user="me")
+    store = EtcdMetadata(options, answer_s=5.0)
+    try:
+        yield store, server
+    finally:
+        await store.close()
+        await server.close()
+
+
+@pytest.fixture
+def password(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(PASSWORD_ENV, "hunter2")
+    return "hunter2"
+
+
+async def test_a_token_is_fetched_when_etcd_asks_and_used_from_then_on(password):
+    guard = Guarded()
+    async with guarded(guard) as (store, server):
+        for _ in range(3):
+            await store.put("/a", b"1")
+        assert guard.seen == ["", "token.1", "token.1", "token.1"]
+        guard.token, guard.signs_in = "token.2", answer({"token": "token.2"})
+        await store.put("/a", b"1")
+        assert guard.seen[4:] == ["token.1", "token.2"]
+        assert server.paths.count("/v3/auth/authenticate") == 2
+
+
+async def test_calls_that_are_refused_at_once_sign_in_once(password):
+    guard = Guarded()
+    async with guarded(guard) as (store, server):
+        await asyncio.gather(*(store.put(f"/{i}", b"") for i in range(10)))
+        assert guard.seen.count("token.1") == 10
+        assert server.paths.count("/v3/auth/authenticate") == 1
+
+
+async def test_a_token_that_is_refused_again_is_not_fetched_for_ever(password):
+    guard = Guarded(signs_in=answer({"token": "another"}))
+    async with guarded(guard) as (store, _server):
+        with pytest.raises(ConfigError):
+            await store.put("/a", b"1")
+        assert guard.seen == ["", "another"]
+
+
+@pytest.mark.parametrize("token", ["", "a\r\nX-Injected: 1", "\u00e9", "x" * 10_000])
+async def test_a_token_that_could_not_stand_in_a_header_is_refused(password, token):
+    async with guarded(Guarded(signs_in=answer({"token": token}))) as (store, _server):
+        with pytest.raises(ProtocolError, match="token"):
+            await store.put("/a", b"1")
+
+
+async def test_a_wrong_password_says_where_it_came_from_and_is_not_told(password):
+    refusal = answer({"code": 3, "message": "etcdserver: authentication failed"}, "400 No")
+    async with guarded(Guarded(signs_in=refusal)) as (store, _server):
+        with pytest.raises(ConfigError, match=f"does not sign in user 'me'.*{PASSWORD_ENV}") as caught:
+            await store.put("/a", b"1")
+        assert password not in str(caught.value)
+        assert password not in repr(store._options)
 
 
 # ---------------------------------------------------------------- damage
@@ -287,7 +383,10 @@ def test_an_address_names_servers_namespace_and_files():
         ("etcd://a:0?insecure=true", "no host:port"),
         ("etcd://127.0.0.1:70000", "no host:port"),
         ("etcd://127.0.0.1:1,", "no host:port"),
-        ("etcd://user:secret@127.0.0.1:1", "no host:port"),
+        ("etcd://user:secret@127.0.0.1:1", "others can read a password"),
+        ("etcd://a b@127.0.0.1:1", "a user is made of"),
+        ("etcd://127.0.0.1?password_file=x", "means nothing here"),
+        ("etcd://user@127.0.0.1?password=x", "means nothing here"),
         ("etcd://" + ",".join(["127.0.0.1"] * 10), "at most 9"),
         ("etcd://10.0.0.1:2379", "others can read"),
         ("etcd://127.0.0.1,10.0.0.1", "others can read"),
@@ -306,6 +405,28 @@ def test_a_wrong_address_is_refused_with_its_reason(text, reason):
         parse_etcd(text)
 
 
+@pytest.mark.parametrize("secret", ["hunter2", "hunter2@x", "hunter2/y", "a?hunter2", "#hunter2"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(secret):
+    with pytest.raises(ConfigError) as caught:
+        parse_etcd(f"etcd://me:{secret}@127.0.0.1:1")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_address_names_a_user_and_where_the_password_is(tmp_path, monkeypatch):
+    monkeypatch.delenv(PASSWORD_ENV, raising=False)
+    file = tmp_path / "password"
+    file.write_text("s e/cret\nnot this line\n")
+    found = parse_etcd(f"etcd://me@127.0.0.1:1,127.0.0.1:2?password_file={file}")
+    assert (found.user, found.password(), len(found.endpoints)) == ("me", "s e/cret", 2)
+    check_metadata("etcd://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=f"'me' has no password.*{PASSWORD_ENV}"):
+        check_metadata("etcd://me@127.0.0.1:1")
+    monkeypatch.setenv(PASSWORD_ENV, "from outside")
+    assert parse_etcd(check_metadata("etcd://me@127.0.0.1:1")).password() == "from outside"
+    with pytest.raises(ConfigError, match="password_file = '/nowhere'"):
+        check_metadata("etcd://me@127.0.0.1:1?password_file=/nowhere")
+
+
 @given(st.text(max_size=60))
 def test_any_other_text_is_refused_and_nothing_worse(text):
     with contextlib.suppress(ConfigError):
@@ -318,7 +439,7 @@ async def test_one_text_names_either_store(tmp_path):
         assert type(store) is kind
         await store.close()
     assert not is_etcd("tcp://127.0.0.1:7700")
-    with pytest.raises(ConfigError, match="control sockets"):
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1"):
         open_metadata("tcp://10.0.0.1:7700")
 
 
