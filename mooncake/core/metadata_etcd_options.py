@@ -123,7 +123,7 @@ def parse_etcd(text: str) -> EtcdOptions:
         if not _PERHAPS_PASSWORD.match(text):
             return ConfigError(f"metadata = {text!r}: {advice}")
         return ConfigError(
-            f"metadata = '{text.partition('://')[0]}://...@{text.rpartition('@')[2]}': no address that I know; "
+            f"metadata = '{text.partition('://')[0]}://...@{text.rpartition('@')[2]}': not understood; "
             f"others can read a password here: use ?password_file=FILE or {PASSWORD_ENV}"
         )
 
