@@ -36,6 +36,7 @@ from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.node import Node, id_base
 from kvstore.outside import Outside
 from kvstore.pool_door import Door
+from kvstore.pull_metrics import PullCollector
 from kvstore.pulls import Pulls
 from kvstore.ssd import SsdTier
 from kvstore.ssd_model import SsdConfig
@@ -254,6 +255,8 @@ class StoreService:
         registry = CollectorRegistry()
         if self._outside:
             registry.register(self._outside.engine.collector())
+        if self.pulls:
+            registry.register(PullCollector(self.config.node, self.pulls.stats))
         if self.tiering:
             registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
         registry.register(
