@@ -4,6 +4,7 @@ Sizes are rounded up to 4096 bytes, so that no two blocks share a memory page: O
 writes of the SSD tier need that alignment, and so do registration and release of single blocks.
 For a 3 MB block it costs at most 0.14 %. Equal blocks, the common case, fill the segment to the
 last whole block; ranges of one size form a stack, so the warmest memory is used again first.
+Live ranges cost nothing here: who holds one knows its size.
 """
 
 from bisect import bisect_left, insort
@@ -15,7 +16,8 @@ ALIGN_BYTES = 4096
 
 def aligned(size_bytes: int) -> int:
     """Return `size_bytes` rounded up to whole pages."""
-    return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
+    over = size_bytes % ALIGN_BYTES
+    return size_bytes + ALIGN_BYTES - over if over else size_bytes
 
 
 class OffsetAllocator:
@@ -34,7 +36,6 @@ class OffsetAllocator:
             raise ConfigError(f"capacity {capacity_bytes} must be a positive multiple of {ALIGN_BYTES}")
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
-        self._live: dict[int, int] = {}  # offset -> size
         self._free: dict[int, int] = {}  # offset -> size
         self._ends: dict[int, int] = {}  # end -> offset, of free ranges
         self._by_size: dict[int, dict[int, None]] = {}  # size -> offsets, an ordered set
@@ -53,14 +54,15 @@ class OffsetAllocator:
         self._remove_free(offset, found)
         if found > size:
             self._add_free(offset + size, found - size)
-        self._live[offset] = size
         self.used_bytes += size
         return offset
 
-    def free(self, offset: int) -> None:
-        """Give the range at `offset` back; it merges with free neighbours."""
-        size = self._live.pop(offset)
+    def free(self, offset: int, size_bytes: int) -> None:
+        """Give back a range of `allocate`, with the size it was asked for; it merges with free neighbours."""
+        size = aligned(size_bytes)
         self.used_bytes -= size
+        assert self.used_bytes >= 0, "freed twice"
+        assert offset not in self._free, "freed twice"
         before = self._ends.get(offset)
         if before is not None:
             size += offset - before
@@ -71,10 +73,6 @@ class OffsetAllocator:
             self._remove_free(offset + size, after)
             size += after
         self._add_free(offset, size)
-
-    def size_of(self, offset: int) -> int:
-        """Return the allocated bytes (rounded up) of the live range at `offset`."""
-        return self._live[offset]
 
     @property
     def free_bytes(self) -> int:

@@ -17,6 +17,7 @@ measured with CPython 3.11 on 100,000 blocks, without the key: freshly filled to
 import heapq
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from kvstore.limits import LEASED_BLOCKS_MAX
@@ -26,6 +27,12 @@ REMEMBERED_MAX = LEASED_BLOCKS_MAX
 """Removed blocks that a policy remembers: as many as can be leased. The oldest memory goes first."""
 STALE_MIN = 64
 """Superseded heap entries that are always tolerated: a sweep costs as much as the heap is long."""
+OLDEST_MAX = 1_024
+"""Kept apart by Lru. To find the oldest entry of a dict is a walk over the gaps of removed ones, a
+millisecond for a million: once for so many victims."""
+TAIL_BUDGET_BLOCKS, TAIL_NEXT_BLOCKS = 256, 192
+"""Of `tail` when it is chosen by name: 8,192 tokens, a second of prefill for a 70B model on eight A800
+(FAST'25, Figure 14), and 6,144 tokens, what a turn of its traces adds; in blocks of 32 tokens."""
 
 
 class EvictionPolicy(Protocol):
@@ -60,28 +67,22 @@ class EvictionPolicy(Protocol):
         The keys stay held until `remove`.
         """
 
+    def size_of(self, key: bytes) -> int:
+        """Return the size a held key was inserted with."""
+
     def __contains__(self, key: bytes) -> bool: ...
 
     def __len__(self) -> int: ...
 
 
-def _first(order: OrderedDict[bytes, int], need_bytes: int) -> list[bytes]:
-    keys: list[bytes] = []
-    for key, size_bytes in order.items():
-        if need_bytes <= 0:
-            break
-        keys.append(key)
-        need_bytes -= size_bytes
-    return keys
-
-
 class Lru:
-    """Least recently used first. O(1); 105 to 180 bytes per block."""
+    """Least recently used first. O(1) amortised; 30 to 120 bytes per block."""
 
     def __init__(self) -> None:
         """Start empty."""
-        # OrderedDict, not dict: the oldest of a dict costs a walk over all deleted entries
-        self._sizes: OrderedDict[bytes, int] = OrderedDict()
+        # a plain dict, in the order of use: an OrderedDict takes twice the memory
+        self._sizes: dict[bytes, int] = {}
+        self._oldest: OrderedDict[bytes, int] = OrderedDict()  # what _sizes begins with
         self._held_bytes = 0
 
     @property
@@ -103,24 +104,48 @@ class Lru:
 
     def touch(self, key: bytes, below: int | None = None) -> None:  # noqa: ARG002 - recency alone decides
         """See EvictionPolicy."""
-        self._sizes.move_to_end(key)
+        self._sizes[key] = self._sizes.pop(key)
+        self._oldest.pop(key, None)
 
     def remove(self, key: bytes) -> None:
         """See EvictionPolicy."""
         self._held_bytes -= self._sizes.pop(key)
+        self._oldest.pop(key, None)
 
     def forget(self, key: bytes) -> None:
         """See EvictionPolicy: nothing outlives `remove`."""
 
     def victims(self, need_bytes: int) -> list[bytes]:
         """See EvictionPolicy."""
-        return _first(self._sizes, need_bytes)
+        if (keys := _first(self._oldest, need_bytes)) is not None:
+            return keys
+        self._oldest = OrderedDict(itertools.islice(self._sizes.items(), OLDEST_MAX))
+        if (keys := _first(self._oldest, need_bytes)) is None:
+            keys = _first(self._sizes, need_bytes)
+        return list(self._sizes) if keys is None else keys
+
+    def size_of(self, key: bytes) -> int:
+        """See EvictionPolicy."""
+        return self._sizes[key]
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._sizes
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+
+def _first(order: dict[bytes, int], need_bytes: int) -> list[bytes] | None:
+    """Return the first keys of `order` whose sizes sum up to `need_bytes`; None: all of them do not."""
+    keys: list[bytes] = []
+    if need_bytes <= 0:
+        return keys
+    for key, size_bytes in order.items():
+        keys.append(key)
+        need_bytes -= size_bytes
+        if need_bytes <= 0:
+            return keys
+    return None
 
 
 _Fact = TypeVar("_Fact")
@@ -207,6 +232,10 @@ class Lfu:
             heapq.heappush(self._heap, entry)
         return [entry[3] for entry in chosen]
 
+    def size_of(self, key: bytes) -> int:
+        """See EvictionPolicy."""
+        return self._held[key][4]
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
@@ -265,16 +294,14 @@ class TailLru:
         if budget_blocks < 0 or next_blocks < 0:
             raise ConfigError(f"budget_blocks={budget_blocks}, next_blocks={next_blocks}: must be at least 0")
         self._slack_blocks = max(0, budget_blocks - next_blocks)
-        self._spare: OrderedDict[bytes, int] = OrderedDict()
-        self._needed: OrderedDict[bytes, int] = OrderedDict()
+        self._spare, self._needed = Lru(), Lru()
         self._below: dict[bytes, int] = {}  # of held blocks, where known
         self._away: _Memory[int] = _Memory()
-        self._held_bytes = 0
 
     @property
     def held_bytes(self) -> int:
         """See EvictionPolicy."""
-        return self._held_bytes
+        return self._spare.held_bytes + self._needed.held_bytes
 
     def insert(
         self,
@@ -288,17 +315,18 @@ class TailLru:
         known = self._away.take(key)
         if known is not None:
             self._below[key] = known
-        self._half(key, below)[key] = size_bytes
-        self._held_bytes += size_bytes
+        self._half(key, below).insert(key, size_bytes)
 
     def touch(self, key: bytes, below: int | None = None) -> None:
         """See EvictionPolicy."""
-        size_bytes = self._take(key)
-        self._half(key, below)[key] = size_bytes
+        old = self._holder(key)
+        size_bytes = old.size_of(key)
+        old.remove(key)
+        self._half(key, below).insert(key, size_bytes)
 
     def remove(self, key: bytes) -> None:
         """See EvictionPolicy."""
-        self._held_bytes -= self._take(key)
+        self._holder(key).remove(key)
         if (below := self._below.pop(key, None)) is not None:
             self._away.keep(key, below)
 
@@ -308,9 +336,13 @@ class TailLru:
 
     def victims(self, need_bytes: int) -> list[bytes]:
         """See EvictionPolicy."""
-        keys = _first(self._spare, need_bytes)
-        need_bytes -= sum(self._spare[key] for key in keys)
-        return keys + _first(self._needed, need_bytes)
+        keys = self._spare.victims(need_bytes)
+        need_bytes -= sum(map(self._spare.size_of, keys))
+        return keys + self._needed.victims(need_bytes)
+
+    def size_of(self, key: bytes) -> int:
+        """See EvictionPolicy."""
+        return self._holder(key).size_of(key)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._spare or key in self._needed
@@ -318,12 +350,21 @@ class TailLru:
     def __len__(self) -> int:
         return len(self._spare) + len(self._needed)
 
-    def _take(self, key: bytes) -> int:
-        return (self._spare if key in self._spare else self._needed).pop(key)
+    def _holder(self, key: bytes) -> Lru:
+        return self._spare if key in self._spare else self._needed
 
-    def _half(self, key: bytes, below: int | None) -> OrderedDict[bytes, int]:
+    def _half(self, key: bytes, below: int | None) -> Lru:
         """Return where `key` belongs, having learnt that `below` blocks follow it."""
         known = self._below.get(key)
         if below is not None and (known is None or below > known):
             self._below[key] = known = below
         return self._needed if known is None or known >= self._slack_blocks else self._spare
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "length": LengthAware,
+    "tail": lambda: TailLru(TAIL_BUDGET_BLOCKS, TAIL_NEXT_BLOCKS),
+}
+"""By the names of the setting `eviction` (core.config.EVICTIONS)."""

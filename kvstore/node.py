@@ -7,6 +7,9 @@ Where its memory is:
                    |                   '--drop while leased--> hidden --last lease ends--> free
                    '--abandon or write deadline--> quarantine --QUARANTINE_S--> free
 
+What is hit, pinned, grouped or over its quota is the policy's to know (kvstore.pins); the node tells it
+of every use and evicts what it names. A lease on one block of a group holds the whole group.
+
 A lost writer may be stopped, not dead, and write late; a range it may still hit rests in quarantine
 before it is used again. Only complete, unleased blocks are evicted. Ids (leases, tickets) carry the
 node's epoch, so those of an earlier start are recognised by both sides (`id_base`).
@@ -14,7 +17,6 @@ node's epoch, so those of an earlier start are recognised by both sides (`id_bas
 No clock here: `now_s` is any monotonic time; every call first does what has become due.
 """
 
-import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
@@ -23,9 +25,12 @@ from hashlib import sha256
 
 import msgspec
 
-from kvstore.allocator import OffsetAllocator
-from kvstore.eviction import EvictionPolicy, Lru
+from kvstore.ages import AgeHistogram
+from kvstore.allocator import OffsetAllocator, aligned
+from kvstore.blocks import Entry, Write
+from kvstore.leases import Leases
 from kvstore.limits import EVICTIONS_PER_KEY_MAX, WRITER_CHARS_MAX, NodeLimits
+from kvstore.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
@@ -37,6 +42,10 @@ FULL = -2
 """In Reserved.offsets (wire contract): no room."""
 ID_BITS = 40
 """Ids of one epoch: 2**40, a million a second for twelve days."""
+SIZES_MAX = 64
+"""Block sizes whose number is stored once for all blocks, not 32 bytes each: those of so many models."""
+HARD_PIN_RATIO = 0.5
+"""Of the segment: the other half stays a cache, whatever is pinned."""
 
 
 def id_base(epoch: str) -> int:
@@ -51,29 +60,6 @@ class NodeEvents(msgspec.Struct, frozen=True):
     removed: list[bytes]
 
 
-class _Entry(msgspec.Struct, gc=False):
-    """A block that was committed; `hidden` once dropped while `leases` > 0."""
-
-    key: bytes
-    block: Block
-    leases: int = 0
-    hidden: bool = False
-
-
-class _Write(msgspec.Struct, frozen=True, gc=False):
-    ticket: int
-    writer: str
-    key: bytes
-    offset: int
-    size_bytes: int
-    expires_s: float
-
-
-class _Lease(msgspec.Struct, frozen=True):
-    entries: list[_Entry]
-    expires_s: float
-
-
 class Node:
     """Owns the truth about one segment of `capacity_bytes`. Not thread-safe: one loop drives it."""
 
@@ -81,7 +67,7 @@ class Node:
         self,
         capacity_bytes: int,
         limits: NodeLimits | None = None,
-        policy: EvictionPolicy | None = None,
+        policy: Guarded | None = None,
         first_id: int = 1,
     ) -> None:
         """Start empty.
@@ -89,24 +75,26 @@ class Node:
         Args:
             capacity_bytes: multiple of 4096.
             limits: see kvstore.limits.
-            policy: eviction order, LRU by default.
+            policy: eviction order; by default LRU, and hard pins up to HARD_PIN_RATIO.
             first_id: `id_base(epoch)` in production.
         """
         self.limits = limits or NodeLimits()
         self._allocator = OffsetAllocator(capacity_bytes)
-        self._policy: EvictionPolicy = policy if policy is not None else Lru()
+        self.policy = policy if policy is not None else Guarded(int(capacity_bytes * HARD_PIN_RATIO))
         self._ids = itertools.count(first_id)
         self._now_s = -math.inf
-        self._complete: dict[bytes, _Entry] = {}
-        self._writes: OrderedDict[int, _Write] = OrderedDict()  # by ticket, oldest first
+        self._complete: dict[bytes, Entry] = {}
+        self._leases = Leases(self.limits, self.policy, self._complete)
+        self._writes: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first
         self._writing: dict[bytes, int] = {}  # key -> ticket
-        self._leases: dict[int, _Lease] = {}
-        self._lease_heap: list[tuple[float, int]] = []  # may hold released leases
-        self._leased_blocks = 0
-        self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, offset), ascending
+        self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
         self.quarantined_bytes = 0
-        self.hits = self.misses = self.evictions = self.checksum_failures = self.commits = 0
+        self._second = 0
+        self._sizes: dict[int, int] = {}
+        self.hits = self.misses = self.commits = self.pins_refused = 0
+        self.evictions = self.drops = self.checksum_failures = 0  # why blocks went
+        self.ages = AgeHistogram()  # of evicted ones
 
     # ------------------------------------------------------------ readers
 
@@ -120,7 +108,7 @@ class Node:
         self.tick(now_s)
         self._check_keys(keys)
         entries = self._prefix(keys)
-        reply = self._lease(entries, lease_s)
+        reply = self._lease(keys, entries, lease_s, len(keys) - 1)
         self.hits += len(entries)
         self.misses += len(keys) - len(entries)
         return reply
@@ -141,27 +129,39 @@ class Node:
     def release(self, now_s: float, lease_id: int) -> None:
         """End a lease; unknown and expired ones are fine."""
         self.tick(now_s)
-        self._end_lease(lease_id)
+        self._free(self._leases.end(lease_id))
 
     # ------------------------------------------------------------ writers
 
-    def reserve(self, now_s: float, writer: str, keys: Sequence[bytes], size_bytes: int) -> Reserved:
+    def reserve(
+        self, now_s: float, writer: str, keys: Sequence[bytes], size_bytes: int, tags: Tags = PLAIN
+    ) -> Reserved:
         """Allocate `size_bytes` for each key, evicting as needed.
 
+        `tags` hold for the blocks once they are committed; pins also for those that are there already.
+
         Raises:
-            RequestError: malformed keys or writer; a size that could never fit.
+            RequestError: malformed keys, writer or tags; a size that could never fit.
         """
         self.tick(now_s)
         self._check_keys(keys)
         _check_writer(writer)
+        tags.check()
         if not 0 < size_bytes <= self._allocator.capacity_bytes:
             raise RequestError(f"size_bytes={size_bytes}: must be 1 to {self._allocator.capacity_bytes}")
+        size_bytes = self._shared_size(size_bytes)
+        expires_s = self._now_s + self.limits.write_s
         offsets, tickets, full = [], [], False
-        for key in keys:
+        depth, below = (None, None) if tags.depth < 0 else (tags.depth, len(keys) - 1)
+        for at, key in enumerate(keys):
             ticket, offset = 0, PRESENT
+            if depth is not None:
+                depth, below = tags.depth + at, len(keys) - 1 - at
             if (entry := self._complete.get(key)) is not None:
-                if not entry.leases:
-                    self._policy.touch(key)
+                if key not in self._leases:
+                    self.policy.touch(key, below)
+                if tags is not PLAIN:
+                    self._pin(key, entry.size_bytes, tags)
             elif key not in self._writing:
                 found = None if full else self._place(size_bytes)
                 # once one did not fit, the others of this request will not either
@@ -169,9 +169,9 @@ class Node:
                 offset = FULL if found is None else found
                 if found is not None:
                     ticket = next(self._ids)
-                    expires_s = self._now_s + self.limits.write_s
-                    write = _Write(ticket, writer, key, found, size_bytes, expires_s)
-                    self._writes[ticket] = write
+                    self._writes[ticket] = Write(
+                        ticket, writer, key, found, size_bytes, expires_s, tags, depth, below
+                    )
                     self._writing[key] = ticket
             offsets.append(offset)
             tickets.append(ticket)
@@ -187,19 +187,24 @@ class Node:
         self._check_count(tickets)
         if len(tickets) != len(checksums) or any(len(c) != CHECKSUM_BYTES for c in checksums):
             raise RequestError(f"commit needs one checksum of {CHECKSUM_BYTES} bytes per ticket")
-        done, entries = [], []
+        if self._now_s >= self._second + 1:
+            self._second = math.floor(self._now_s)
+        done, written = [], []
         for ticket, checksum in zip(tickets, checksums, strict=True):
             write = self._writes.pop(ticket, None)
             done.append(write is not None)
             if write is None:
                 continue
             del self._writing[write.key]
-            entry = _Entry(write.key, Block(write.offset, write.size_bytes, checksum))
-            self._complete[write.key] = entry
+            self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
             self._note(write.key, stored=True)
-            entries.append(entry)
-        self._hold(entries)
-        self.commits += len(entries)
+            written.append(write)
+        # the end of a prefix first: it is useless without its beginning
+        for write in reversed(written):
+            if write.tags is not PLAIN:
+                self._admit(write.key, write.size_bytes, write.tags)
+            self.policy.bulk.insert(write.key, aligned(write.size_bytes), write.depth, write.below)
+        self.commits += len(written)
         return Committed(done)
 
     def abandon(self, now_s: float, writer: str, tickets: Sequence[int]) -> None:
@@ -216,13 +221,56 @@ class Node:
             if write is not None and write.writer == writer:
                 self._give_up(write)
 
+    # ------------------------------------------------------------ pins and quotas
+
+    def pin(self, now_s: float, keys: Sequence[bytes], ttl_s: float) -> int:
+        """Pin those of `keys` that are complete; return how many are as it was asked for.
+
+        Args:
+            now_s: see the module.
+            keys: any.
+            ttl_s: until they have not been hit for that long; infinity: until they are unpinned; 0: unpin.
+
+        Raises:
+            RequestError: malformed keys or ttl_s.
+        """
+        self.tick(now_s)
+        self._check_keys(keys)
+        check_pin_s(ttl_s)
+        done = 0
+        for key in keys:
+            entry = self._complete.get(key)
+            if entry is None:
+                continue
+            if ttl_s:
+                hard = math.isinf(ttl_s)
+                done += self._pin(key, entry.size_bytes, Tags(soft_pin_s=0 if hard else ttl_s, hard_pin=hard))
+            else:
+                self.policy.unpin(key)
+                done += 1
+        return done
+
+    def set_quota(self, now_s: float, tenant: str, quota_bytes: int | None) -> TenantUse:
+        """Give a tenant a share under pressure, None ends it; see kvstore.pins. Returns what it has.
+
+        Raises:
+            RequestError: no name, or a negative quota.
+            CapacityError: too many quotas.
+        """
+        self.tick(now_s)
+        Tags(tenant).check()
+        if not tenant:
+            raise RequestError("a quota needs the name of a tenant")
+        self.policy.set_quota(tenant, quota_bytes)
+        return self.policy.use(tenant)
+
     # ------------------------------------------------------------ bad and unwanted blocks
 
     def lease_for_check(self, now_s: float, key: bytes, lease_s: float) -> Acquired:
         """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
         self.tick(now_s)
         self._check_keys([key])
-        return self._lease(self._prefix([key]), lease_s)
+        return self._lease([key], self._prefix([key]), lease_s)
 
     def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
         """Keep those of `keys` that are complete in place for `lease_s`; counts neither hit nor miss.
@@ -235,16 +283,16 @@ class Node:
         """
         self.tick(now_s)
         self._check_keys(keys)
-        entries = [entry for key in keys if (entry := self._complete.get(key))]
-        return self._lease(entries, lease_s).lease_id, [entry.key for entry in entries]
+        found = [key for key in keys if key in self._complete]
+        return self._lease(found, self._prefix(found), lease_s).lease_id, found
 
     def drop_bad(self, now_s: float, key: bytes, block: Block) -> None:
-        """Drop `key` if it still is that `block`, whose bytes were found to be wrong."""
+        """Drop `key` if it still is that `block` of lease_for_check, whose bytes were found to be wrong."""
         self.tick(now_s)
         entry = self._complete.get(key)
-        if entry is not None and entry.block == block:
+        if entry is not None and entry == block:
             self.checksum_failures += 1
-            self._drop(entry)
+            self._drop(key)
 
     def drop(self, now_s: float, keys: Sequence[bytes]) -> int:
         """Remove complete blocks at once; leased ones are hidden now and freed later. Returns how many.
@@ -254,24 +302,25 @@ class Node:
         """
         self.tick(now_s)
         self._check_keys(keys)
-        entries = [entry for key in dict.fromkeys(keys) if (entry := self._complete.get(key))]
-        for entry in entries:
-            self._drop(entry)
-        return len(entries)
+        found = [key for key in dict.fromkeys(keys) if key in self._complete]
+        for key in found:
+            self._drop(key)
+        self.drops += len(found)
+        return len(found)
 
     # ------------------------------------------------------------ time, events, numbers
 
     def tick(self, now_s: float) -> None:
         """Do what is due: leases end, writes without commit enter quarantine, quarantine ends."""
         self._now_s = now_s = max(now_s, self._now_s)
-        while self._lease_heap and self._lease_heap[0][0] <= now_s:
-            self._end_lease(heapq.heappop(self._lease_heap)[1])
+        self.policy.tick(now_s)
+        self._free(self._leases.expire(now_s))
         while self._writes and (write := next(iter(self._writes.values()))).expires_s <= now_s:
             self._give_up(write)
         while self._quarantine and self._quarantine[0][0] <= now_s:
-            offset = self._quarantine.popleft()[1]
-            self.quarantined_bytes -= self._allocator.size_of(offset)
-            self._allocator.free(offset)
+            _, offset, size_bytes = self._quarantine.popleft()
+            self.quarantined_bytes -= aligned(size_bytes)
+            self._allocator.free(offset, size_bytes)
 
     def drain_events(self) -> NodeEvents:
         """Return the net changes since the last drain and forget them."""
@@ -286,8 +335,7 @@ class Node:
 
     def block_of(self, key: bytes) -> Block | None:
         """Return the visible block under `key`; counts neither hit nor miss."""
-        entry = self._complete.get(key)
-        return entry.block if entry else None
+        return self._complete.get(key)
 
     def complete_keys(self) -> list[bytes]:
         """Return every visible key, in commit order."""
@@ -306,11 +354,13 @@ class Node:
             evictions=self.evictions,
             checksum_failures=self.checksum_failures,
             commits=self.commits,
+            hard_pinned_bytes=self.policy.hard_bytes,
+            soft_pinned_bytes=self.policy.soft_bytes,
         )
 
     # ------------------------------------------------------------ inside
 
-    def _prefix(self, keys: Sequence[bytes]) -> list[_Entry]:
+    def _prefix(self, keys: Sequence[bytes]) -> list[Entry]:
         entries = []
         for key in keys:
             entry = self._complete.get(key)
@@ -319,82 +369,74 @@ class Node:
             entries.append(entry)
         return entries
 
-    def _lease(self, entries: list[_Entry], lease_s: float) -> Acquired:
-        if not (math.isfinite(lease_s) and lease_s > 0):
-            raise RequestError(f"lease_s={lease_s}: must be positive")
+    def _lease(
+        self, keys: Sequence[bytes], entries: list[Entry], lease_s: float, below: int = -1
+    ) -> Acquired:
+        self._leases.check(lease_s, len(entries))
         if not entries:
             return Acquired(0, [])
-        room = self.limits.leased_blocks_max - self._leased_blocks
-        if len(self._leases) >= self.limits.leases_max or len(entries) > room:
-            raise CapacityError(f"{len(self._leases)} leases on {self._leased_blocks} blocks: no more here")
         lease_id = next(self._ids)
-        expires_s = self._now_s + min(lease_s, self.limits.lease_s_max)
-        self._leases[lease_id] = _Lease(entries, expires_s)
-        if len(self._lease_heap) > 2 * self.limits.leases_max:  # released ones: sweep them out
-            self._lease_heap = [(lease.expires_s, known) for known, lease in self._leases.items()]
-            heapq.heapify(self._lease_heap)
-        else:
-            heapq.heappush(self._lease_heap, (expires_s, lease_id))
-        self._leased_blocks += len(entries)
+        self._leases.begin(self._now_s, lease_id, keys, entries, lease_s, below)
+        return Acquired(lease_id, list[Block](entries))
+
+    def _free(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            if not entry.leases:
-                self._policy.remove(entry.key)
-            entry.leases += 1
-        return Acquired(lease_id, [entry.block for entry in entries])
+            self._allocator.free(entry.offset, entry.size_bytes)
 
-    def _end_lease(self, lease_id: int) -> None:
-        lease = self._leases.pop(lease_id, None)
-        if lease is None:
-            return
-        self._leased_blocks -= len(lease.entries)
-        free_again = []
-        for entry in lease.entries:
-            entry.leases -= 1
-            if entry.leases:
-                continue
-            if entry.hidden:
-                self._allocator.free(entry.block.offset)
-            else:
-                free_again.append(entry)
-        self._hold(free_again)
+    def _admit(self, key: bytes, size_bytes: int, tags: Tags) -> None:
+        if tags.tenant or tags.group:
+            self.policy.admit(key, aligned(size_bytes), tags.tenant or None, tags.group or None)
+        self._pin(key, size_bytes, tags)
 
-    def _hold(self, entries: list[_Entry]) -> None:
-        """Make blocks evictable, the end of a prefix first: it is useless without its beginning."""
-        for entry in reversed(entries):
-            self._policy.insert(entry.key, self._allocator.size_of(entry.block.offset))
+    def _pin(self, key: bytes, size_bytes: int, tags: Tags) -> bool:
+        """Pin as the tags say, if there is room for it; a block is cached all the same."""
+        try:
+            if tags.hard_pin:
+                self.policy.pin_hard(key, aligned(size_bytes))
+            elif tags.soft_pin_s:
+                self.policy.pin_soft(key, aligned(size_bytes), tags.soft_pin_s)
+        except CapacityError:
+            self.pins_refused += 1
+            return False
+        return True
+
+    def _shared_size(self, size_bytes: int) -> int:
+        if len(self._sizes) < SIZES_MAX:
+            return self._sizes.setdefault(size_bytes, size_bytes)
+        return self._sizes.get(size_bytes, size_bytes)
 
     def _place(self, size_bytes: int) -> int | None:
         """Return an offset, after evicting what is needed; None = no room."""
         if len(self._writes) >= self.limits.writes_max:
             return None
+        policy = self.policy.bulk
         budget = EVICTIONS_PER_KEY_MAX
         while (offset := self._allocator.allocate(size_bytes)) is None:
-            if self._allocator.free_bytes + self._policy.held_bytes < size_bytes:
+            if self._allocator.free_bytes + policy.held_bytes < size_bytes:
                 return None  # hopeless: evicting would only cost hits
-            victims = self._policy.victims(size_bytes)[:budget]
+            victims = policy.victims(size_bytes)[:budget]
             if not victims:
                 return None
             budget -= len(victims)
             for key in victims:
-                self._drop(self._complete[key])
+                self.ages.add(max(0.0, self._now_s - self._complete[key].since_s))
+                self._drop(key)
             self.evictions += len(victims)
         return offset
 
-    def _drop(self, entry: _Entry) -> None:
-        del self._complete[entry.key]
-        self._note(entry.key, stored=False)
-        if entry.leases:
-            entry.hidden = True
-        else:
-            self._policy.remove(entry.key)
-            self._allocator.free(entry.block.offset)
-        self._policy.forget(entry.key)
+    def _drop(self, key: bytes) -> None:
+        entry = self._complete.pop(key)
+        self._note(key, stored=False)
+        if not self._leases.hide(key):
+            self.policy.bulk.remove(key)
+            self._allocator.free(entry.offset, entry.size_bytes)
+        self.policy.bulk.forget(key)
 
-    def _give_up(self, write: _Write) -> None:
+    def _give_up(self, write: Write) -> None:
         del self._writes[write.ticket]
         del self._writing[write.key]
-        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset))
-        self.quarantined_bytes += self._allocator.size_of(write.offset)
+        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
+        self.quarantined_bytes += aligned(write.size_bytes)
 
     def _note(self, key: bytes, *, stored: bool) -> None:
         # a key that came and went (or went and came) since the last drain has no net change

@@ -12,10 +12,11 @@ quota the one furthest over gives first, its blocks in the policy's order, until
 tenant pins must fit into its quota, so it can always be brought back to it.
 A group's blocks are of use only together: one victim takes along those that are as free to go.
 
-The owner tells of each block when it is complete (`admit`) and gone (`forget`), calls `tick` before
-anything else and leases `companions` along. Costs O(1) per block and O(log n) per soft pin beside
-those of the inner policy, twice those for a block of a tenant with a quota. A block needs about
-130 bytes beside the inner policy's, a soft pin 65 more.
+The owner tells of a block of a tenant or group when it is complete (`admit`), of each block that is
+gone (`forget`), calls `tick` before anything else and leases `companions` along. Costs O(1) per block
+and O(log n) per soft pin beside those of the inner policy, twice those for a block of a tenant with a
+quota. A block with tenant, group or pin needs about 130 bytes beside the inner policy's, a soft pin 65
+more; any other leaves no trace here.
 """
 
 import enum
@@ -35,6 +36,10 @@ SOFT_TTL_S_MIN = TICK_S
 """A node does not notice time more exactly than that."""
 GROUP_KEYS_MAX = KEYS_PER_REQUEST_MAX
 """One lease or one put holds a whole group. Groups are best effort: later members stand alone."""
+NAME_CHARS_MAX = 128
+"""Of a tenant and of a group."""
+DEPTH_MAX = 1 << 24
+"""Blocks of one prompt: more than any model's context."""
 QUOTAS_MAX = 1_024
 """Tenants with a quota of their own on one node; each eviction looks at those that are over."""
 STALE_MIN = 64
@@ -55,6 +60,36 @@ class TenantUse(msgspec.Struct, frozen=True):
     used_bytes: int
     pinned_bytes: int
     quota_bytes: int | None
+
+
+class Tags(msgspec.Struct, frozen=True):
+    """What the writer of blocks says of them: for whom, what goes together, how long to keep it."""
+
+    tenant: str = ""
+    """Who pays; "" = nobody."""
+    group: str = ""
+    """Blocks of one group are of use only together; "" = none."""
+    depth: int = -1
+    """Blocks before the first one in its prompt, the others follow it; -1 = unknown."""
+    soft_pin_s: float = 0.0
+    hard_pin: bool = False
+
+    def check(self) -> None:
+        """Pass if it can be followed.
+
+        Raises:
+            RequestError: names what is out of bounds.
+        """
+        for name, text in (("tenant", self.tenant), ("group", self.group)):
+            if len(text) > NAME_CHARS_MAX:
+                raise RequestError(f"{name} has {len(text)} characters: at most {NAME_CHARS_MAX}")
+        if not -1 <= self.depth <= DEPTH_MAX:
+            raise RequestError(f"depth={self.depth}: must be -1 to {DEPTH_MAX}")
+        if self.soft_pin_s:
+            _check_ttl(self.soft_pin_s)
+
+
+PLAIN = Tags()
 
 
 class _Tenant(msgspec.Struct):
@@ -99,6 +134,7 @@ class Guarded:
         self._soft = Lru()
         self._hard = Lru()
         self._hard_bytes = 0
+        self._soft_bytes = 0
         self._tenants: dict[str, _Tenant] = {}
         self._over: dict[str, _Tenant] = {}
         self._groups: dict[str, dict[bytes, None]] = {}
@@ -127,7 +163,10 @@ class Guarded:
             block.place = self._lapsed
 
     def admit(self, key: bytes, size_bytes: int, tenant: str | None = None, group: str | None = None) -> None:
-        """Learn of a complete block, before its first insert. The tenant of its first writer pays for it."""
+        """Learn of a complete block, before its first insert. The tenant of its first writer pays for it.
+
+        Needed for blocks of a tenant or a group only.
+        """
         assert key not in self._blocks, "admitted twice"
         block = self._blocks[key] = _Block(size_bytes)
         if tenant is not None:
@@ -138,12 +177,14 @@ class Guarded:
             if len(members) < GROUP_KEYS_MAX:
                 members[key] = None
                 block.group = group
+        self._spare(key, block)
 
     def insert(self, key: bytes, size_bytes: int, depth: int | None = None, below: int | None = None) -> None:
         """See EvictionPolicy. A block that was not admitted has neither tenant nor group."""
-        if key not in self._blocks:
-            self.admit(key, size_bytes)
-        block = self._blocks[key]
+        block = self._blocks.get(key)
+        if block is None:
+            self._plain.insert(key, size_bytes, depth, below)
+            return
         assert block.place is None, "inserted twice"
         assert block.size_bytes == size_bytes, "another size"
         self._refresh(block)
@@ -151,12 +192,16 @@ class Guarded:
 
     def touch(self, key: bytes, below: int | None = None) -> None:
         """See EvictionPolicy. A hit starts the time of a soft pin anew; a lapsed one stays lapsed."""
-        block = self._blocks[key]
+        block = self._blocks.get(key)
+        if block is None:
+            self._plain.touch(key, below)
+            return
         assert block.place is not None, "touched while leased"
         self._refresh(block)
         if block.place is self._lapsed:
             self._leave(key, block)
             self._enter(key, block, None, below)
+            self._spare(key, block)
             return
         block.place.touch(key, below)
         if (own := self._own(block)) is not None:
@@ -164,18 +209,22 @@ class Guarded:
 
     def remove(self, key: bytes) -> None:
         """See EvictionPolicy. Counts as a hit: it is what a lease begins with."""
-        block = self._blocks[key]
+        block = self._blocks.get(key)
+        if block is None:
+            self._plain.remove(key)
+            return
         self._leave(key, block)
         self._refresh(block)
+        self._spare(key, block)
 
     def forget(self, key: bytes) -> None:
         """End everything about a removed block: it is gone. Needed for each, or quotas count ghosts."""
+        self._plain.forget(key)
         block = self._blocks.pop(key, None)
         if block is None:
             return
         assert block.place is None, "remove it first"
         self._set_pin(block, Pin.NONE)
-        self._plain.forget(key)
         if block.tenant is not None:
             if block.tenant.plain is not None:
                 block.tenant.plain.forget(key)
@@ -211,27 +260,39 @@ class Guarded:
             return []
         return [member for member in self._groups[block.group] if member != key]
 
+    def size_of(self, key: bytes) -> int:
+        """See EvictionPolicy."""
+        block = self._blocks.get(key)
+        return self._plain.size_of(key) if block is None else block.size_bytes
+
+    @property
+    def bulk(self) -> EvictionPolicy:
+        """What to tell of uses now: the inner policy as long as no block has tenant, group or pin."""
+        return self if self._blocks else self._plain
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether any block has companions."""
+        return bool(self._groups)
+
     def __contains__(self, key: bytes) -> bool:
         block = self._blocks.get(key)
-        return block is not None and block.place is not None
+        return key in self._plain if block is None else block.place is not None
 
     def __len__(self) -> int:
         return len(self._lapsed) + len(self._plain) + len(self._soft) + len(self._hard)
 
     # ------------------------------------------------------------ pins
 
-    def pin_soft(self, key: bytes, ttl_s: float) -> bool:
-        """Keep `key` until it has not been hit for `ttl_s`. A hard pin stays hard. False: no such block.
+    def pin_soft(self, key: bytes, size_bytes: int, ttl_s: float) -> None:
+        """Keep a complete block until it has not been hit for `ttl_s`. A hard pin stays hard.
 
         Raises:
             RequestError: ttl_s out of bounds.
             CapacityError: it would not fit into the tenant's quota.
         """
-        if not SOFT_TTL_S_MIN <= ttl_s <= SOFT_TTL_S_MAX:
-            raise RequestError(f"ttl_s={ttl_s}: must be {SOFT_TTL_S_MIN} to {SOFT_TTL_S_MAX:.0f}")
-        block = self._blocks.get(key)
-        if block is None:
-            return False
+        _check_ttl(ttl_s)
+        block = self._known(key, size_bytes)
         if block.pin is not Pin.HARD:
             self._check_quota(block)
             self._change_pin(key, block, Pin.SOFT)
@@ -239,29 +300,26 @@ class Guarded:
             block.until_s = self._now_s + ttl_s
             if block.until_s < block.timer_s:
                 self._set_timer(key, block)
-        return True
 
-    def pin_hard(self, key: bytes) -> bool:
-        """Keep `key` until `unpin`. False: no such block.
+    def pin_hard(self, key: bytes, size_bytes: int) -> None:
+        """Keep a complete block until `unpin`.
 
         Raises:
             CapacityError: it would not fit into the tenant's quota or among the hard pins.
         """
-        block = self._blocks.get(key)
-        if block is None:
-            return False
+        block = self._known(key, size_bytes)
         if block.pin is not Pin.HARD:
-            if self._hard_bytes + block.size_bytes > self.hard_bytes_max:
+            if self._hard_bytes + size_bytes > self.hard_bytes_max:
                 raise CapacityError(f"hard pins hold {self._hard_bytes} of {self.hard_bytes_max} bytes")
             self._check_quota(block)
             self._change_pin(key, block, Pin.HARD)
-        return True
 
     def unpin(self, key: bytes) -> None:
         """End any pin of `key`; this counts as a use."""
         block = self._blocks.get(key)
         if block is not None:
             self._change_pin(key, block, Pin.NONE)
+            self._spare(key, block)
 
     def pin(self, key: bytes) -> Pin:
         """Return how firmly `key` is held."""
@@ -272,6 +330,11 @@ class Guarded:
     def hard_bytes(self) -> int:
         """Sum of sizes of hard pins, leased ones too."""
         return self._hard_bytes
+
+    @property
+    def soft_bytes(self) -> int:
+        """Sum of sizes of soft pins, leased ones too."""
+        return self._soft_bytes
 
     @property
     def soft_pins(self) -> int:
@@ -300,8 +363,9 @@ class Guarded:
         elif known.plain is None:
             known.plain = self._make()
             for key in self._plain.victims(self._plain.held_bytes):
-                if self._blocks[key].tenant is known:
-                    known.plain.insert(key, self._blocks[key].size_bytes)
+                block = self._blocks.get(key)
+                if block is not None and block.tenant is known:
+                    known.plain.insert(key, block.size_bytes)
         self._charge(known, 0)
 
     def use(self, tenant: str) -> TenantUse:
@@ -309,7 +373,24 @@ class Guarded:
         known = self._tenants.get(tenant, _Tenant(tenant))
         return TenantUse(known.used_bytes, known.pinned_bytes, known.quota_bytes)
 
+    def tenants(self) -> dict[str, int]:
+        """Return the bytes of each tenant that has a block or a quota. Safe from another thread."""
+        return {name: known.used_bytes for name, known in list(self._tenants.items())}
+
     # ------------------------------------------------------------ inside
+
+    def _known(self, key: bytes, size_bytes: int) -> _Block:
+        """Return the record of a complete block that is to be pinned; a plain one gets it now."""
+        block = self._blocks.get(key)
+        if block is None:
+            block = _Block(size_bytes, place=self._plain if key in self._plain else None)
+        return block
+
+    def _spare(self, key: bytes, block: _Block) -> None:
+        """End the record of a block that is like any other now."""
+        plain = block.pin is Pin.NONE and block.place is not self._lapsed
+        if plain and block.tenant is None and block.group is None:
+            del self._blocks[key]
 
     def _own(self, block: _Block) -> EvictionPolicy | None:
         """Return the tenant's own policy, if the block is in it too."""
@@ -332,6 +413,7 @@ class Guarded:
     def _change_pin(self, key: bytes, block: _Block, pin: Pin) -> None:
         if pin is block.pin:
             return
+        self._blocks[key] = block
         held = block.place is not None
         if held:
             self._leave(key, block)
@@ -341,7 +423,9 @@ class Guarded:
 
     def _set_pin(self, block: _Block, pin: Pin) -> None:
         self._hard_bytes += block.size_bytes * ((pin is Pin.HARD) - (block.pin is Pin.HARD))
-        self._soft_pins += (pin is Pin.SOFT) - (block.pin is Pin.SOFT)
+        softer = (pin is Pin.SOFT) - (block.pin is Pin.SOFT)
+        self._soft_pins += softer
+        self._soft_bytes += block.size_bytes * softer
         if block.tenant is not None:
             block.tenant.pinned_bytes += block.size_bytes * ((block.pin is Pin.NONE) - (pin is Pin.NONE))
         block.pin = pin
@@ -394,12 +478,30 @@ class Guarded:
                 continue
             for each in (key, *self._joined(key)):
                 if each not in chosen:
-                    chosen[each] = self._blocks[each].size_bytes
+                    chosen[each] = self.size_of(each)
                     gained += chosen[each]
         return gained
 
     def _joined(self, key: bytes) -> list[bytes]:
         """Return the companions that go with a victim: held, and pinned only if it is."""
-        place = self._blocks[key].place
+        block = self._blocks.get(key)
+        if block is None or block.group is None:
+            return []
+        place = block.place
         free = (self._lapsed, self._plain, self._soft) if place is self._soft else (self._lapsed, self._plain)
         return [each for each in self.companions(key) if self._blocks[each].place in free]
+
+
+def check_pin_s(ttl_s: float) -> None:
+    """Pass if a pin can last that long; 0 stands for none, infinity for a hard one.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if ttl_s not in (0, math.inf):
+        _check_ttl(ttl_s)
+
+
+def _check_ttl(ttl_s: float) -> None:
+    if not SOFT_TTL_S_MIN <= ttl_s <= SOFT_TTL_S_MAX:
+        raise RequestError(f"ttl_s={ttl_s}: must be {SOFT_TTL_S_MIN} to {SOFT_TTL_S_MAX:.0f}")

@@ -31,8 +31,7 @@ def replay(allocator: OffsetAllocator, steps) -> dict[int, int]:
                 live[offset] = aligned(value)
         elif live:
             offset = sorted(live)[value % len(live)]
-            allocator.free(offset)
-            del live[offset]
+            allocator.free(offset, live.pop(offset))
     return live
 
 
@@ -64,10 +63,10 @@ def test_free_neighbours_are_always_merged(steps):
 @given(operations, st.randoms(use_true_random=False))
 def test_freeing_everything_in_any_order_returns_to_one_range(steps, random):
     allocator = OffsetAllocator(CAPACITY)
-    offsets = list(replay(allocator, steps))
-    random.shuffle(offsets)
-    for offset in offsets:
-        allocator.free(offset)
+    ranges = list(replay(allocator, steps).items())
+    random.shuffle(ranges)
+    for offset, size in ranges:
+        allocator.free(offset, size)
     assert allocator.free_ranges() == [(0, CAPACITY)]
     assert allocator.used_bytes == 0
 
@@ -88,7 +87,7 @@ def test_churn_of_equal_blocks_does_not_fragment():
     while (offset := allocator.allocate(KV_BLOCK_BYTES)) is not None:
         offsets.append(offset)
     for turn in range(2000):
-        allocator.free(offsets[turn * 7 % len(offsets)])
+        allocator.free(offsets[turn * 7 % len(offsets)], KV_BLOCK_BYTES)
         offsets[turn * 7 % len(offsets)] = allocator.allocate(KV_BLOCK_BYTES)
         assert None not in offsets
 
@@ -96,8 +95,8 @@ def test_churn_of_equal_blocks_does_not_fragment():
 def test_best_fit_takes_the_smallest_range_that_holds_it():
     allocator = OffsetAllocator(CAPACITY)
     small, _, _large, _ = (allocator.allocate(n * PAGE) for n in (2, 1, 8, 1))
-    allocator.free(small)
-    allocator.free(_large)
+    allocator.free(small, 2 * PAGE)
+    allocator.free(_large, 8 * PAGE)
     assert allocator.allocate(2 * PAGE) == small
     assert allocator.allocate(7 * PAGE) == _large
 
@@ -105,15 +104,19 @@ def test_best_fit_takes_the_smallest_range_that_holds_it():
 @pytest.mark.parametrize(("size", "expected"), [(1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])
 def test_sizes_round_up_to_whole_pages(size, expected):
     allocator = OffsetAllocator(CAPACITY)
-    assert allocator.size_of(allocator.allocate(size)) == expected == allocator.used_bytes
+    offset = allocator.allocate(size)
+    assert aligned(size) == expected == allocator.used_bytes
+    allocator.free(offset, size)
+    assert allocator.free_ranges() == [(0, CAPACITY)]
 
 
 def test_freeing_what_is_not_live_is_a_bug_and_shows():
     allocator = OffsetAllocator(CAPACITY)
     offset = allocator.allocate(PAGE)
-    allocator.free(offset)
-    with pytest.raises(KeyError):
-        allocator.free(offset)
+    allocator.allocate(PAGE)
+    allocator.free(offset, PAGE)
+    with pytest.raises(AssertionError, match="twice"):
+        allocator.free(offset, PAGE)
 
 
 @pytest.mark.parametrize("capacity", [0, -PAGE, PAGE - 1, PAGE + 1])

@@ -5,6 +5,7 @@ import pytest
 from kvstore.eviction import Lru
 from kvstore.limits import QUARANTINE_S, WRITE_S_MAX, NodeLimits
 from kvstore.node import FULL, ID_BITS, PRESENT, Node, id_base
+from kvstore.pins import Guarded
 from mooncake.core.errors import CapacityError, ConfigError, RequestError
 
 SIZE = 8192
@@ -401,7 +402,7 @@ def test_released_leases_leave_nothing_behind():
     put(node, 1)
     for _ in range(200):
         node.release(0, node.acquire(0, keys(1), 50).lease_id)
-    assert len(node._lease_heap) <= 2 * 8 + 1
+    assert len(node._leases._heap) <= 2 * 8 + 1
 
 
 def test_a_limit_that_is_not_positive_names_itself():
@@ -424,7 +425,7 @@ def test_a_policy_forgets_what_the_node_has_given_up():
         def forget(self, key):
             told.append(key)
 
-    node = Node(2 * SIZE, policy=Watched())
+    node = Node(2 * SIZE, policy=Guarded(0, Watched))
     for number in range(3):
         reserved = node.reserve(0.0, "w", [key(number)], SIZE)
         node.commit(0.0, reserved.tickets, [bytes(16)])

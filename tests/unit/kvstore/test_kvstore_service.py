@@ -56,7 +56,7 @@ class Harness:
         assert all((await self.ask(Commit(reserved.tickets, sums))).done)
 
     def corrupt(self, n: int) -> None:
-        offset = self.service.node._complete[key(n)].block.offset
+        offset = self.service.node.block_of(key(n)).offset
         self.service._segment.view(offset, 1)[0] ^= 1
 
 

@@ -1,5 +1,7 @@
 """Pins, groups and quotas decide who is spared before the inner policy decides who is old."""
 
+import math
+
 import pytest
 
 from kvstore import pins
@@ -66,14 +68,14 @@ def test_without_pins_groups_and_quotas_the_inner_policy_decides(make):
 
 def test_a_hard_pin_is_never_given_up_and_promises_no_room():
     policy = guarded("ab")
-    assert policy.pin_hard(b"a")
+    policy.pin_hard(b"a", 10)
     assert order(policy) == "b"
     assert (policy.held_bytes, policy.hard_bytes, policy.pin(b"a")) == (10, 10, Pin.HARD)
 
 
 def test_a_hard_pin_outlives_leases_and_time_and_ends_with_unpin():
     policy = guarded("ab")
-    policy.pin_hard(b"a")
+    policy.pin_hard(b"a", 10)
     policy.remove(b"a")
     policy.tick(10 * SOFT_TTL_S_MAX)
     policy.insert(b"a", 10)
@@ -85,21 +87,22 @@ def test_a_hard_pin_outlives_leases_and_time_and_ends_with_unpin():
 
 def test_hard_pins_leave_room_for_the_cache():
     policy = guarded("abc", hard_bytes_max=20)
-    policy.pin_hard(b"a")
-    policy.pin_hard(b"b")
+    policy.pin_hard(b"a", 10)
+    policy.pin_hard(b"b", 10)
     policy.remove(b"a")  # leased: it counts as before
-    policy.pin_hard(b"a")  # pinned already: counts once
+    policy.pin_hard(b"a", 10)  # pinned already: counts once
     with pytest.raises(CapacityError, match="20 of 20"):
-        policy.pin_hard(b"c")
+        policy.pin_hard(b"c", 10)
     policy.forget(b"a")
-    assert policy.pin_hard(b"c")
+    policy.pin_hard(b"c", 10)
+    assert policy.hard_bytes == 20
 
 
 def test_a_soft_pin_does_not_weaken_a_hard_one_and_a_hard_one_ends_the_soft():
     policy = guarded("a")
-    policy.pin_soft(b"a", 5)
-    policy.pin_hard(b"a")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
+    policy.pin_hard(b"a", 10)
+    policy.pin_soft(b"a", 10, 5)
     policy.tick(6)
     assert policy.pin(b"a") is Pin.HARD
     assert (order(policy), policy.soft_pins) == ("", 0)
@@ -110,15 +113,15 @@ def test_a_soft_pin_does_not_weaken_a_hard_one_and_a_hard_one_ends_the_soft():
 
 def test_soft_pins_go_last():
     policy = guarded("abcd")
-    policy.pin_soft(b"b", 60)
-    policy.pin_soft(b"a", 60)
+    policy.pin_soft(b"b", 10, 60)
+    policy.pin_soft(b"a", 10, 60)
     assert order(policy) == "cdba"
     assert policy.held_bytes == 40
 
 
 def test_a_soft_pin_lapses_when_it_was_not_hit_for_its_time_and_then_goes_first():
     policy = guarded("abc")
-    policy.pin_soft(b"c", 5)
+    policy.pin_soft(b"c", 10, 5)
     policy.tick(4.9)
     assert (order(policy), policy.pin(b"c")) == ("abc", Pin.SOFT)
     policy.tick(5)
@@ -127,7 +130,7 @@ def test_a_soft_pin_lapses_when_it_was_not_hit_for_its_time_and_then_goes_first(
 
 def test_a_hit_starts_the_time_anew():
     policy = guarded("ab")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     for now_s in (4, 8, 12):
         policy.tick(now_s)
         policy.touch(b"a")
@@ -140,7 +143,7 @@ def test_a_hit_starts_the_time_anew():
 
 def test_a_leased_block_keeps_its_pin_and_the_end_of_the_lease_is_a_hit():
     policy = guarded("ab")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     policy.remove(b"a")
     policy.tick(100)
     policy.insert(b"a", 10)
@@ -152,7 +155,7 @@ def test_a_leased_block_keeps_its_pin_and_the_end_of_the_lease_is_a_hit():
 
 def test_a_lease_within_the_time_starts_it_anew_at_its_end():
     policy = guarded("a")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     policy.remove(b"a")
     policy.tick(4)
     policy.insert(b"a", 10)
@@ -162,7 +165,7 @@ def test_a_lease_within_the_time_starts_it_anew_at_its_end():
 
 def test_a_hit_after_its_time_makes_it_a_block_like_others():
     policy = guarded("ab")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     policy.tick(5)
     policy.touch(b"a")
     assert order(policy) == "ba"
@@ -171,7 +174,7 @@ def test_a_hit_after_its_time_makes_it_a_block_like_others():
 def test_of_lapsed_pins_the_one_that_lapsed_first_goes_first():
     policy = guarded("abc")
     for name, ttl_s in ((b"a", 9), (b"b", 4), (b"c", 5)):
-        policy.pin_soft(name, ttl_s)
+        policy.pin_soft(name, 10, ttl_s)
     policy.tick(3)
     policy.touch(b"b")  # so it would lapse at 7
     policy.tick(20)
@@ -180,10 +183,10 @@ def test_of_lapsed_pins_the_one_that_lapsed_first_goes_first():
 
 def test_a_new_soft_pin_replaces_the_time_of_the_old_one_either_way():
     policy = guarded("ab")
-    policy.pin_soft(b"a", 100)
-    policy.pin_soft(b"a", 5)
-    policy.pin_soft(b"b", 5)
-    policy.pin_soft(b"b", 100)
+    policy.pin_soft(b"a", 10, 100)
+    policy.pin_soft(b"a", 10, 5)
+    policy.pin_soft(b"b", 10, 5)
+    policy.pin_soft(b"b", 10, 100)
     policy.tick(5)
     assert (policy.pin(b"a"), policy.pin(b"b"), policy.soft_pins) == (Pin.NONE, Pin.SOFT, 1)
 
@@ -191,20 +194,50 @@ def test_a_new_soft_pin_replaces_the_time_of_the_old_one_either_way():
 @pytest.mark.parametrize("ttl_s", [0, -1, 1e-9, SOFT_TTL_S_MAX + 1, float("nan"), float("inf")])
 def test_a_time_out_of_bounds_is_refused(ttl_s):
     with pytest.raises(RequestError, match="ttl_s"):
-        guarded("a").pin_soft(b"a", ttl_s)
+        guarded("a").pin_soft(b"a", 10, ttl_s)
 
 
-def test_only_what_is_there_can_be_pinned():
-    policy = guarded("a")
-    assert not policy.pin_soft(b"x", 5)
-    assert not policy.pin_hard(b"x")
-    policy.unpin(b"x")
-    assert policy.pin(b"x") is Pin.NONE
+def test_a_leased_block_can_be_pinned():
+    policy = guarded("abc")
+    policy.remove(b"a")
+    policy.remove(b"b")
+    policy.pin_hard(b"a", 10)
+    policy.pin_soft(b"b", 10, 5)
+    policy.insert(b"b", 10)
+    policy.insert(b"a", 10)
+    assert (order(policy), policy.hard_bytes, policy.soft_bytes) == ("cb", 10, 10)
+
+
+def test_a_block_without_pin_group_and_tenant_leaves_no_record():
+    policy = guarded("abcd")
+    assert policy._blocks == {}
+    policy.pin_soft(b"a", 10, 5)
+    policy.pin_soft(b"b", 10, 5)
+    policy.pin_hard(b"c", 10)
+    policy.pin_soft(b"d", 10, 60)
+    policy.tick(6)  # a and b lapsed
+    policy.touch(b"a")
+    policy.remove(b"b")
+    policy.insert(b"b", 10)
+    policy.unpin(b"c")
+    policy.unpin(b"d")
+    assert policy._blocks == {}
+    assert order(policy) == "abcd"
+
+
+def test_a_lapsed_block_that_is_unpinned_stays_first_to_go():
+    policy = guarded("ab")
+    policy.pin_soft(b"b", 10, 5)
+    policy.tick(5)
+    policy.unpin(b"b")
+    assert order(policy) == "ba"
+    policy.unpin(b"unknown")
+    assert policy.pin(b"unknown") is Pin.NONE
 
 
 def test_a_pin_ends_with_the_block():
     policy = guarded("a")
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     assert evict(policy, 10) == "a"
     add(policy, "ba")
     assert (order(policy), policy.soft_pins) == ("ba", 0)
@@ -215,10 +248,10 @@ def test_a_pin_ends_with_the_block():
 def test_superseded_timers_are_swept():
     policy = guarded("a")
     for _ in range(10 * pins.STALE_MIN):
-        policy.pin_soft(b"a", 5)
+        policy.pin_soft(b"a", 10, 5)
         policy.unpin(b"a")
     assert len(policy._timers) <= pins.STALE_MIN + 3
-    policy.pin_soft(b"a", 5)
+    policy.pin_soft(b"a", 10, 5)
     policy.tick(5)
     assert policy.pin(b"a") is Pin.NONE
 
@@ -240,16 +273,16 @@ def test_one_victim_takes_its_group_along():
 def test_what_is_leased_or_held_more_firmly_stays_when_its_group_goes():
     policy = guarded("abcde", group="g")
     policy.remove(b"b")
-    policy.pin_soft(b"c", 60)
-    policy.pin_hard(b"d")
+    policy.pin_soft(b"c", 10, 60)
+    policy.pin_hard(b"d", 10)
     assert order(policy, 1) == "ae"
 
 
 def test_a_soft_pinned_victim_takes_soft_pinned_companions():
     policy = guarded("abc", group="g")
     for name in (b"a", b"b", b"c"):
-        policy.pin_soft(name, 60)
-    policy.pin_hard(b"c")
+        policy.pin_soft(name, 10, 60)
+    policy.pin_hard(b"c", 10)
     assert order(policy, 1) == "ab"
 
 
@@ -343,15 +376,16 @@ def test_leases_count_for_a_tenant_until_the_block_is_gone():
 def test_what_a_tenant_pins_must_fit_into_its_quota():
     policy = guarded("abcd", tenant="t")
     policy.set_quota("t", 20)
-    policy.pin_soft(b"a", 60)
-    policy.pin_hard(b"b")
-    policy.pin_hard(b"a")  # its bytes are pinned already
-    for pin in (lambda: policy.pin_soft(b"c", 60), lambda: policy.pin_hard(b"c")):
+    policy.pin_soft(b"a", 10, 60)
+    policy.pin_hard(b"b", 10)
+    policy.pin_hard(b"a", 10)  # its bytes are pinned already
+    for pin in (lambda: policy.pin_soft(b"c", 10, 60), lambda: policy.pin_hard(b"c", 10)):
         with pytest.raises(CapacityError, match="'t' has pinned 20 of 20"):
             pin()
     assert policy.use("t") == TenantUse(40, 20, 20)
     policy.unpin(b"a")
-    assert policy.pin_soft(b"c", 60)
+    policy.pin_soft(b"c", 10, 60)
+    assert policy.use("t") == TenantUse(40, 20, 20)
 
 
 def test_quotas_are_bounded_and_sane(monkeypatch):
@@ -387,8 +421,8 @@ def test_a_node_evicts_around_pins():
         return node.commit(0, reply.tickets, [bytes(16)]).done[0]
 
     assert all(put(n) for n in range(4))
-    policy.pin_hard(keys[0])
-    policy.pin_soft(keys[1], 60)
+    assert node.pin(0, keys[:1], math.inf) == 1
+    assert node.pin(0, keys[1:2], 60) == 1
     assert all(put(n) for n in range(4, 7))
     assert sorted(node.complete_keys()) == [keys[0], keys[1], keys[5], keys[6]]
     assert node.acquire(0, keys[:1], 1).blocks

@@ -136,12 +136,14 @@ class Model(RuleBasedStateMachine):
     @rule(number=numbers, ttl_s=st.integers(1, 9))
     def pin_soft(self, number, ttl_s):
         block = self.blocks.get(bytes([number]))
+        if block is None:
+            return
         try:
-            assert self.policy.pin_soft(bytes([number]), ttl_s) == (block is not None)
+            self.policy.pin_soft(block.key, block.size_bytes, ttl_s)
         except CapacityError:
             assert not self.fits(block, hard=False)
             return
-        if block and block.pin is not Pin.HARD:
+        if block.pin is not Pin.HARD:
             assert self.fits(block, hard=False)
             block.ttl_s = ttl_s
             self.hit(block)
@@ -150,12 +152,14 @@ class Model(RuleBasedStateMachine):
     @rule(number=numbers)
     def pin_hard(self, number):
         block = self.blocks.get(bytes([number]))
+        if block is None:
+            return
         try:
-            assert self.policy.pin_hard(bytes([number])) == (block is not None)
+            self.policy.pin_hard(block.key, block.size_bytes)
         except CapacityError:
             assert not self.fits(block, hard=True)
             return
-        if block and block.pin is not Pin.HARD:
+        if block.pin is not Pin.HARD:
             assert self.fits(block, hard=True)
             self.change(block, Pin.HARD)
 
@@ -209,12 +213,26 @@ class Model(RuleBasedStateMachine):
         assert len(self.policy) == len(self.held("lapsed", "plain", "soft", "hard"))
         assert self.policy.hard_bytes == self.hard_bytes() <= HARD_BYTES_MAX
         assert self.policy.soft_pins == sum(b.pin is Pin.SOFT for b in self.blocks.values())
+        assert self.policy.soft_bytes == size(b for b in self.blocks.values() if b.pin is Pin.SOFT)
+        assert self.policy.tenants() == {
+            tenant: self.sums(tenant)[0]
+            for tenant in TENANTS[1:]
+            if self.sums(tenant)[0] or tenant in self.quotas
+        }
         for tenant in TENANTS[1:]:
             use = self.policy.use(tenant)
             assert (use.used_bytes, use.pinned_bytes) == self.sums(tenant)
         for key, block in self.blocks.items():
             assert (key in self.policy) == (block.place is not None)
             assert self.policy.pin(key) is block.pin
+            if block.place:
+                assert self.policy.size_of(key) == block.size_bytes
+
+    @invariant()
+    def only_what_differs_from_others_has_a_record(self):
+        known = [b.key for b in self.blocks.values() if b.tenant or b.group or b.pin is not Pin.NONE]
+        assert set(self.policy._blocks) == {*known, *(b.key for b in self.held("lapsed"))}
+        assert self.policy.bulk is (self.policy if self.policy._blocks else self.policy._plain)
 
 
 def size(blocks):
