@@ -55,6 +55,7 @@ def test_only_errors_that_a_retry_can_help_are_retryable():
         "PeerTimeout",
         "PeerGone",
         "CapacityError",
+        "NotLeader",
     }
 
 

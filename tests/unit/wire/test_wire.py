@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import types
 
 import msgspec
 import pytest
@@ -40,6 +41,8 @@ def value_of(kind: object) -> st.SearchStrategy:
         return values_of(kind)
     if getattr(kind, "__origin__", None) is list:
         return st.lists(value_of(kind.__args__[0]), max_size=4)
+    if isinstance(kind, types.UnionType):
+        return st.one_of(*map(value_of, kind.__args__))
     return st.from_type(kind)
 
 
