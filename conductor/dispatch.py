@@ -310,7 +310,8 @@ class Dispatcher:
         source = self._source(client, command)
         if shared:
             first = client.machine.facts.first_token
-            link.add(legs.prefill_leg(request, command.eid, slot, source, first=first))
+            target = self._target(client, command)
+            link.add(legs.prefill_leg(request, command.eid, slot, source, target, first))
             return
         make = legs.decode_leg if command.leg is Leg.DECODE else legs.whole_leg
         emitted = client.emitted[: command.resume_n]
@@ -324,6 +325,13 @@ class Dispatcher:
         if not known and not command.resume_n:
             return ""  # the plan found computing quicker
         return self._scheduler.source(client.machine.facts, self._node_of(command.instance_id), known)
+
+    def _target(self, client: Client, command: Send) -> str:
+        """Return the node that is going to decode what this leg 1 computes, if it is another one."""
+        decode = client.plan.decode if client.plan is not None else None
+        if decode is None:
+            return ""
+        return self._scheduler.target(self._node_of(command.instance_id), self._node_of(decode))
 
     def _node_of(self, instance_id: str) -> str:
         record = self._members.view.record(instance_id)

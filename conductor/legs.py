@@ -161,20 +161,31 @@ def _with_kv(params: SamplingParams, kv: KvParams) -> SamplingParams:
 
 
 def _leg(
-    request: EngineCoreRequest, engine_id: str, slot: int, leg: str, emitted: Sequence[int], source: str
+    request: EngineCoreRequest,
+    engine_id: str,
+    slot: int,
+    leg: str,
+    emitted: Sequence[int],
+    source: str,
+    target: str = "",
 ) -> EngineCoreRequest:
     out = copy(request)
     out.request_id = engine_id
     out.client_index = slot
     if out.sampling_params is not None:
         prompt_len = len(out.prompt_token_ids or ())
-        kv = KvParams(leg=leg, prompt_len=prompt_len, emitted=list(emitted), source=source)
+        kv = KvParams(leg=leg, prompt_len=prompt_len, emitted=list(emitted), source=source, target=target)
         out.sampling_params = _with_kv(out.sampling_params, kv)
     return out
 
 
 def prefill_leg(
-    request: EngineCoreRequest, engine_id: str, slot: int, source: str = "", first: bool = False
+    request: EngineCoreRequest,
+    engine_id: str,
+    slot: int,
+    source: str = "",
+    target: str = "",
+    first: bool = False,
 ) -> EngineCoreRequest:
     """Return leg 1 of `request`.
 
@@ -183,9 +194,10 @@ def prefill_leg(
         engine_id: the id the engine knows this leg by.
         slot: this gateway's client_index at the engine's relay.
         source: node whose store has what the engine's own may lack; "" = none.
+        target: node that is going to decode; "" = the same.
         first: keep the sampling fields, because the token goes to the client (see exact_first).
     """
-    out = _leg(request, engine_id, slot, "prefill", (), source)
+    out = _leg(request, engine_id, slot, "prefill", (), source, target)
     params = out.sampling_params
     assert params is not None
     if first:

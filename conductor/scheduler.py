@@ -187,6 +187,11 @@ class Scheduler:
         depth, node = self._deepest_open(hits)
         return node if depth > hits.get(target, 0) else ""
 
+    def target(self, prefill: str, decode: str) -> str:
+        """Return `decode` if blocks can be handed over from node `prefill` to it, else ""."""
+        both = self._cluster.is_open(prefill) and self._cluster.is_open(decode)
+        return decode if both and prefill != decode else ""
+
     def _deepest_open(self, hits: dict[str, int]) -> tuple[int, str]:
         """Return (blocks, node) of the longest prefix that other hosts can fetch; (0, "") = none."""
         return max(((n, node) for node, n in hits.items() if self._cluster.is_open(node)), default=(0, ""))

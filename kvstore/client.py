@@ -27,6 +27,7 @@ from mooncake.core.messages import (
     Block,
     Commit,
     Committed,
+    HandOver,
     Release,
     ReportBad,
     Reserve,
@@ -242,6 +243,10 @@ class PoolClient:
         if len(reply.done) != len(tickets):
             raise ProtocolError(f"store {self._node}: {len(reply.done)} results for {len(tickets)} tickets")
         return reply.done
+
+    def hand_over(self, keys: Sequence[bytes], target: str) -> None:
+        """Let the store of node `target` copy these blocks, without waiting; raises as report_bad."""
+        self._live_link().send(HandOver(list(keys), target))
 
     def abandon(self, tickets: Sequence[int]) -> None:
         """Give up some tickets, without waiting; raises as report_bad."""

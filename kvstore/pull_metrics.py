@@ -15,6 +15,8 @@ _COUNTERS = {
     "missing": "Blocks that their owner did not have (any more).",
     "bad": "Copies cut short by bytes that were not what was committed.",
     "failures": "Copies cut short because the other store was away.",
+    "handed_over": "Blocks that another store was told to copy from here, because it decodes next.",
+    "handovers_failed": "Times that another store could not be told so.",
     "refused": "Copies not begun because as many as allowed were under way.",
 }
 

@@ -52,6 +52,8 @@ class PullStats(msgspec.Struct):
     bad: int = 0
     failures: int = 0
     refused: int = 0
+    handed_over: int = 0
+    handovers_failed: int = 0
     running: int = 0
 
 

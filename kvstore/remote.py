@@ -26,6 +26,8 @@ from mooncake.core.messages import (
     Block,
     Commit,
     Committed,
+    Pull,
+    Pulled,
     Release,
     ReportBad,
     Reserve,
@@ -152,6 +154,14 @@ class RemoteStore:
                 self._tell(ReportBad([keys[at]]))
                 return at
         return len(blocks)
+
+    def pull(self, keys: Sequence[bytes], source: str) -> None:
+        """Let the store begin to copy `keys` from that of node `source`.
+
+        Raises:
+            PeerError: it is away. RequestError: it copies from nobody.
+        """
+        self._ask(Pull(list(keys), source, 0.0), Pulled, UNDO_S)
 
     def release(self, lease_id: int) -> None:
         """Give a lease back; one that cannot be given back ends by its term."""

@@ -56,6 +56,7 @@ from mooncake.core.messages import (
     DropKeys,
     Find,
     Findings,
+    HandOver,
     KeysDropped,
     Ok,
     Orders,
@@ -346,6 +347,8 @@ class StoreService:
                 return await self._pull(request)
             if isinstance(request, DropKeys):
                 return await self._drop(request)
+            if isinstance(request, HandOver):
+                return self._hand_over(request)
             return self._handlers[type(request)](request)
         finally:
             self._after_change()
@@ -412,6 +415,12 @@ class StoreService:
         wait_s = min(request.wait_s, PULL_WAIT_S_MAX)
         await self.pulls.fetch(request.keys, request.source, wait_s, prefix=False)
         return Pulled([self.node.block_of(key) is not None for key in request.keys])
+
+    def _hand_over(self, request: HandOver) -> Ok:
+        _check_keys(request.keys)
+        if self._outside:
+            self._outside.hand_over(request.keys, request.target)
+        return Ok()
 
     async def _drop(self, request: DropKeys) -> KeysDropped:
         self._check_orders(request.orders)

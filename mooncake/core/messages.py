@@ -167,6 +167,13 @@ class Pulled(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pulld"
     held: list[bool]
 
 
+class HandOver(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hand"):
+    """Let the store of node `target` copy blocks from this one, soon; nobody waits for it. Answer: Ok."""
+
+    keys: list[bytes]
+    target: str
+
+
 class DropKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop"):
     """Remove complete blocks from every tier; leased ones are freed later. Answer: KeysDropped."""
 
@@ -253,6 +260,7 @@ StoreRequest = (
     | Abandon
     | ReportBad
     | Pull
+    | HandOver
     | DropKeys
     | Pin
     | SetQuota
@@ -463,12 +471,14 @@ class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
     exactly where they stopped. The engine's outputs then contain only NEW tokens.
     prompt_len: len(prompt_token_ids).
     source: node whose store has (more of) the blocks, where this engine's own store may fetch them.
+    target: node that is going to decode: blocks are handed over to its store while they are computed.
     """
 
     leg: str
     prompt_len: int
     emitted: list[int] = []
     source: str = ""
+    target: str = ""
 
 
 # ---------------------------------------------------------------- records in the metadata store

@@ -22,6 +22,7 @@ class SaveJob:
 
     keys: list[bytes]
     block_ids: list[int]
+    target: str = ""  # node whose store is to copy them, because it decodes
 
 
 @dataclass

@@ -46,6 +46,7 @@ class Tracked:
     tail_key: bytes | None
     saves: bool
     source: str = ""  # node that has more of the blocks
+    target: str = ""  # node that is going to decode
     call: bytes | None = None
     call_s: float = 0.0
     lease_id: int = 0
@@ -99,6 +100,7 @@ class SchedulerHalf:
             tail_key=tail,
             saves=True,
             source=str(ours.get("source", "")),
+            target=str(ours.get("target", "")),
             # the last token is computed anyway; vLLM would ask, load and ask again for ever
             no_load=bool(request.skip_reading_prefix_cache) or len(request.prompt_token_ids) < 2,
         )
@@ -160,7 +162,16 @@ class SchedulerHalf:
         state.lease_id, state.found, state.leased_s = answer.lease_id, answer.blocks, time.monotonic()
         state.saved = self._full_found(state)
         self._pulse.add("lookup_tokens", state.prompt_len)
+        if state.target and state.saved:
+            self._hand_over(state)
         return True
+
+    def _hand_over(self, state: Tracked) -> None:
+        """What was found here is not saved again: the decoding node's store can copy it now."""
+        try:
+            self._pool.hand_over(state.keys[: state.saved], state.target)
+        except MooncakeError as error:
+            log.debug("pool.hand_over_failed", error=str(error))  # it is fetched when it is needed
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer vLLM's get_num_new_matched_tokens; `computed` is the local hit in tokens."""
@@ -255,7 +266,7 @@ class SchedulerHalf:
             self._extend_keys(state, full)
             full = min(full, len(state.keys))
         block_ids = self._block_ids(request_id)
-        job = SaveJob(state.keys[state.saved : full], block_ids[state.saved : full])
+        job = SaveJob(state.keys[state.saved : full], block_ids[state.saved : full], state.target)
         state.saved = max(state.saved, full)
         if with_tail and state.tail_key is not None:
             state.tail_saved = True

@@ -33,11 +33,12 @@ COMMIT_WAIT_S = 0.5
 class Writing:
     """One reserved block: where it goes and what it is."""
 
-    __slots__ = ("block_id", "key", "target", "ticket")
+    __slots__ = ("block_id", "key", "next_node", "target", "ticket")
 
-    def __init__(self, key: bytes, block_id: int, ticket: int, target: Bytes) -> None:
-        """`target` is the writable pool object."""
+    def __init__(self, key: bytes, block_id: int, ticket: int, target: Bytes, next_node: str) -> None:
+        """`target` is the writable pool object; `next_node` is where it is going to be decoded, "" = here."""
         self.key, self.block_id, self.ticket, self.target = key, block_id, ticket, target
+        self.next_node = next_node
 
 
 class WorkerHalf:
@@ -49,7 +50,7 @@ class WorkerHalf:
         self._pulse = pulse
         self._kv: PagedKv | None = None
         self._meta = StepMeta()
-        self._reserving: tuple[Any, list[tuple[bytes, int]]] | None = None
+        self._reserving: tuple[Any, list[tuple[bytes, int, str]]] | None = None
         self._writing: list[Writing] = []
         self._layers_saved = 0
         self._save_started_s = 0.0
@@ -189,10 +190,14 @@ class WorkerHalf:
     # ------------------------------------------------------------ saving
 
     def _begin_reserve(self, saves: list[SaveJob]) -> None:
-        wanted = [pair for job in saves for pair in zip(job.keys, job.block_ids, strict=True)]
+        wanted = [
+            (key, block_id, job.target)
+            for job in saves
+            for key, block_id in zip(job.keys, job.block_ids, strict=True)
+        ]
         self._save_started_s = time.perf_counter()
         try:
-            call = self._pool.begin_reserve([key for key, _ in wanted], self.kv.block_bytes)
+            call = self._pool.begin_reserve([key for key, _, _ in wanted], self.kv.block_bytes)
             self._reserving = (call, wanted)
         except MooncakeError as error:
             self._pulse.add("pool_errors", 1)
@@ -208,10 +213,10 @@ class WorkerHalf:
             self._pulse.add("pool_errors", 1)
             log.warning("pool.reserve_failed", error=str(error))
             return
-        for (key, block_id), slot in zip(wanted, slots, strict=True):
+        for (key, block_id, next_node), slot in zip(wanted, slots, strict=True):
             if slot is not None:
                 target = np.frombuffer(slot.view, dtype=np.uint8)
-                self._writing.append(Writing(key, block_id, slot.ticket, target))
+                self._writing.append(Writing(key, block_id, slot.ticket, target, next_node))
 
     def _end_saves(self, *, intact: bool) -> None:
         """Commit what was reserved if it is `intact` and every layer was copied, else abandon it."""
@@ -235,6 +240,10 @@ class WorkerHalf:
             if late := len(done) - sum(done):
                 self._pulse.add("late_saves", late)
                 log.warning("pool.saved_too_late", blocks=late, advice="smaller --max-num-batched-tokens")
+            for node in dict.fromkeys(item.next_node for item in writing if item.next_node):
+                keys = [i.key for i, ok in zip(writing, done, strict=True) if ok and i.next_node == node]
+                if keys:
+                    self._pool.hand_over(keys, node)
         except MooncakeError as error:
             self._pulse.add("pool_errors", 1)
             log.warning("pool.commit_failed", error=str(error))

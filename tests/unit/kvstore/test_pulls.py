@@ -18,6 +18,7 @@ from mooncake.core.messages import (
     Acquire,
     Commit,
     DropKeys,
+    HandOver,
     Orders,
     Pull,
     Release,
@@ -261,3 +262,31 @@ async def test_no_room_here_leaves_what_fits_and_nothing_in_writing(tmp_path):
 
 def test_limits_are_what_the_node_allows():
     assert NodeLimits().lease_s_max >= pulls_module.PULL_S_MAX + pulls_module.LINGER_S
+
+
+@run
+async def test_blocks_are_handed_over_while_nobody_waits(tmp_path):
+    async with stores(tmp_path, "a", "b") as (a, b):
+        await a.put(*range(4))
+        await a.ask(HandOver([key(n) for n in range(4)], "b"))
+        await until(lambda: b.service.node.stats().blocks == 4)
+        assert await b.get(*range(4)) == 4
+        await until(lambda: a.stats.handed_over == 4)
+
+
+@run
+async def test_a_reader_waits_for_what_is_being_handed_over(tmp_path):
+    async with stores(tmp_path, "a", "b") as (a, b):
+        await a.put(*range(8))
+        await a.ask(HandOver([key(n) for n in range(8)], "b"))
+        assert await b.get(*range(8), source="a") == 8
+        assert b.stats.blocks == 8, "each was copied once"
+
+
+@run
+async def test_a_hand_over_to_nobody_is_counted_and_harms_nothing(tmp_path):
+    async with stores(tmp_path, "a") as (a,):
+        await a.put(0)
+        await a.ask(HandOver([key(0)], "gone"))
+        assert a.stats.handovers_failed == 1
+        assert await a.get(0) == 1

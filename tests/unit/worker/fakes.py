@@ -38,6 +38,7 @@ class FakePool:
         self.calls: dict[bytes, Any] = {}
         self.lookups: list[tuple[list[bytes], float, float]] = []
         self.sources: list[str] = []
+        self.handed_over: list[tuple[list[bytes], str]] = []
         self.leases: set[int] = set()
         self.released: list[int] = []
         self.forgotten: list[bytes] = []
@@ -74,6 +75,10 @@ class FakePool:
         call = self._number().to_bytes(8, "little")
         self.calls[call] = list(keys)
         return call
+
+    def hand_over(self, keys: list[bytes], target: str) -> None:
+        self._maybe_fail("hand_over")
+        self.handed_over.append((list(keys), target))
 
     def poll(self, call: bytes) -> bool:
         assert call in self.calls

@@ -2,9 +2,10 @@
 
 import pytest
 
+from mooncake.core.errors import PeerGone
 from mooncake.worker import connector_scheduler
 from mooncake.worker.connector_scheduler import FETCH_WAIT_S, LEASE_S, LOOKUP_WAIT_S
-from tests.unit.worker.fakes import FakeRequest
+from tests.unit.worker.fakes import FakeRequest, step_output
 from tests.unit.worker.test_connector_scheduler import Clock, Engine, prompt
 
 
@@ -15,9 +16,9 @@ def clock(monkeypatch):
     return clock
 
 
-def request_of(source: str, leg: str) -> FakeRequest:
+def request_of(source: str, leg: str, target: str = "") -> FakeRequest:
     request = FakeRequest(prompt(8), leg=leg)
-    ours = {"leg": leg, "prompt_len": 8, "source": source}
+    ours = {"leg": leg, "prompt_len": 8, "source": source, "target": target}
     request.sampling_params.extra_args = {"kv_transfer_params": {"mooncake": ours}}
     return request
 
@@ -50,3 +51,19 @@ def test_a_request_looked_up_again_still_knows_where_its_blocks_are(clock):
     clock.now_s += LEASE_S  # queued for long
     engine.half.matched(request, 0)
     assert engine.pool.sources == ["n7", "n7"]
+
+
+def test_what_is_found_here_is_handed_over_at_once_and_what_is_computed_when_it_is_saved(clock):
+    request = request_of("", "prefill", target="n9")
+    engine = Engine(hold=request.full[:1])
+    engine.load(request)
+    assert engine.pool.handed_over == [(request.full[:1], "n9")]
+    meta = engine.half.step(step_output({request.request_id: (4, 4)}))
+    assert [(job.keys, job.target) for job in meta.saves] == [(request.full[1:], "n9")]
+
+
+def test_a_hand_over_that_fails_is_no_failure_of_the_request(clock):
+    request = request_of("", "prefill", target="n9")
+    engine = Engine(hold=request.full[:1])
+    engine.pool.errors["hand_over"] = PeerGone("store away")
+    assert engine.arrive(request) == (4, True)

@@ -335,3 +335,12 @@ def test_blocks_of_a_step_that_never_ended_are_not_committed_by_the_next(layers,
 def test_the_order_of_layers_does_not_matter_to_what_is_saved(engine):
     engine.step(saves=[save((0, 3))], layers=LAYERS[::-1])
     assert engine.pool.memory[engine.pool.held[key(0)].offset :][: sum(PAGES)] == engine.block(3)
+
+
+def test_what_is_saved_is_handed_over_to_the_node_that_decodes_it(engine):
+    here, there = save((0, 0)), SaveJob([key(1), key(2)], [1, 2], "n9")
+    engine.step(saves=[here, there])
+    assert engine.pool.handed_over == [([key(1), key(2)], "n9")]
+    engine.pool.late = True
+    engine.step(saves=[SaveJob([key(3)], [3], "n9")])
+    assert engine.pool.handed_over[1:] == []
