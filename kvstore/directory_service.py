@@ -8,7 +8,7 @@ followers feed the Directory, requests read it. Shutdown in reverse.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import structlog
@@ -17,11 +17,14 @@ from kvstore.directory import BLOCKS_MAX, Directory, Mode
 from kvstore.directory_messages import (
     DirectoryReply,
     DirectoryRequest,
+    DirectoryStatus,
     DirectoryStatusIs,
     Locate,
     Located,
     LocatePrefix,
     PrefixLocated,
+    TaskReply,
+    TaskRequest,
 )
 from kvstore.follower import StoreFollower
 from kvstore.limits import KEYS_PER_REQUEST_MAX
@@ -34,6 +37,8 @@ from mooncake.core.rpc import RpcServer
 log = structlog.get_logger(__name__)
 
 OnLeave = Callable[[str], None]
+OnJoin = Callable[[StoreRecord], None]
+TaskHandler = Callable[[TaskRequest], Awaitable[TaskReply]]
 EVENTS_WAITING_MAX = 10_000
 """Events of one node that wait for its snapshot; beyond, the loop stands still until it is added."""
 
@@ -125,21 +130,27 @@ class DirectoryService:
         blocks_max: int = BLOCKS_MAX,
         clock: Callable[[], float] = time.monotonic,
         on_leave: OnLeave | None = None,
+        on_join: OnJoin | None = None,
+        on_task: TaskHandler | None = None,
     ) -> None:
         """Nothing is opened before `start`.
 
         Args:
             metadata: where stores register; it is not closed here.
-            endpoint: where look-ups are answered; loopback tcp or ipc, port 0 = any.
+            endpoint: where look-ups are answered, see rpc.check_endpoint; port 0 = any.
             blocks_max: bound of the directory.
             clock: monotonic seconds.
             on_leave: called when a node's lease has ended, after its replicas were dropped.
+            on_join: called with the record of every start of a node.
+            on_task: answers requests for tasks; None: they are refused.
         """
         self.directory = Directory(blocks_max)
         self._metadata = metadata
         self._endpoint = endpoint
         self._clock = clock
         self._on_leave = on_leave
+        self._on_join = on_join
+        self._on_task = on_task
         self._listener = DirectoryListener(self.directory, clock)
         self._stores: dict[str, StoreFollower | None] = {}  # key of the record; None: not readable
         self._members: Follower | None = None
@@ -214,12 +225,14 @@ class DirectoryService:
             log.warning("directory.bad_record", key=event.key, error=f"it is a record of {record.node}")
             return
         self.directory.join(self._clock(), node, record.epoch)
+        if self._on_join:
+            self._on_join(record)
         self._stores[event.key] = StoreFollower(record, self._listener).start()
 
     # ------------------------------------------------------------ requests
 
     async def _handle(self, request: DirectoryRequest) -> DirectoryReply:
-        self._see_members()
+        self.see_members()
         directory, now_s = self.directory, self._clock()
         mode, lag_s = directory.mode(), directory.lag_s(now_s)
         match request:
@@ -230,10 +243,19 @@ class DirectoryService:
                 _check_count(keys)
                 prefix = directory.longest_prefix(keys)
                 return PrefixLocated(prefix.covered, prefix.by_node, mode, lag_s)
-            case _:
+            case DirectoryStatus():
                 return DirectoryStatusIs(mode, lag_s, len(directory), directory.status(now_s))
+            case _:
+                if self._on_task is None:
+                    raise RequestError("this directory only answers look-ups: it runs without a coordinator")
+                return await self._on_task(request)
 
-    def _see_members(self) -> None:
+    @property
+    def metadata_connected(self) -> bool:
+        """Whether the metadata store answered last time."""
+        return self._members is not None and self._members.connected
+
+    def see_members(self) -> None:
         """The members are known if the metadata store answers and every record it has was taken in."""
         members = self._members
         self.directory.members_known = (

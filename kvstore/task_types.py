@@ -55,6 +55,8 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
     done: int
     failed: int
     reason: str
+    source: str = ""
+    target: str = ""
 
 
 class Locations(Protocol):

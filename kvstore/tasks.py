@@ -45,7 +45,8 @@ FINISHED_MAX = 256
 KEYS_MAX = 1 << 22
 """Keys of one task: four full nodes of 1 M blocks."""
 DROPPED_S = 10.0
-"""A dropped copy is no reason to drop another one, for this long: more than an index in step can lag."""
+"""A dropped copy is no reason to drop another one, for this long: more than an index in step can lag.
+A confirmed copy counts without the index as long, not longer: another task may have dropped it since."""
 HOT_MAX = 65_536
 """Standing goals: 200 GB of 3 MB blocks; beyond that it is not a hot spot."""
 HOT_PER_TICK = 2_048
@@ -82,7 +83,7 @@ class _Step(msgspec.Struct):
     task: _Task
     key: bytes
     attempts: int = 0
-    confirmed: tuple[str, ...] = ()  # copies that were made, whether or not the directory knows
+    confirmed: tuple[tuple[str, float], ...] = ()  # copies made, and until when no index need know them
 
 
 class _Running(msgspec.Struct, frozen=True):
@@ -134,34 +135,42 @@ class Tasks:
 
     # ------------------------------------------------------------ wishes
 
-    def copy(self, keys: Sequence[bytes], target: str) -> int:
+    def copy(self, keys: Sequence[bytes], target: str, *, task_id: int = 0) -> int:
         """Have every key on `target`, from wherever it is; returns the task's id.
 
         Asking again for what an open task does returns that task. Raises as `drain`; RequestError
-        also for too many keys.
+        also for too many keys. `task_id` names a new task (another leader knew it by it); 0 = the next one.
         """
-        return self._add(Kind.COPY, keys, "", target, 1)
+        return self._add(Kind.COPY, keys, "", target, 1, task_id)
 
-    def move(self, keys: Sequence[bytes], source: str, target: str) -> int:
+    def move(self, keys: Sequence[bytes], source: str, target: str, *, task_id: int = 0) -> int:
         """Have every key on `target` and not on `source`; raises as `copy`."""
         if source == target:
             raise RequestError(f"cannot move from {source} to itself")
-        return self._add(Kind.MOVE, keys, source, target, 1)
+        return self._add(Kind.MOVE, keys, source, target, 1, task_id)
 
-    def drain(self, node: str, size_bytes: int) -> int:
+    def drain(self, node: str, size_bytes: int, *, task_id: int = 0) -> int:
         """Place nothing on `node` any more and have all its blocks elsewhere.
 
         Args:
             node: it is empty, as far as an index in step knows, or gone, when the task is DONE. A
                 writer that had reserved before may still commit: look again after WRITE_S_MAX.
             size_bytes: of a block, to choose nodes that can take it.
+            task_id: as of `copy`.
 
         Raises:
             CapacityError: too many open tasks.
         """
         # before the listing: what the placer gives out from here on is elsewhere
         self._placer.drain(node)
-        return self._add(Kind.DRAIN, self._locations.keys_of(node), node, "", size_bytes)
+        return self._add(Kind.DRAIN, self._locations.keys_of(node), node, "", size_bytes, task_id)
+
+    def undrain(self, node: str) -> None:
+        """Let blocks be placed on `node` again; a drain of it that is open ends (idempotent)."""
+        for task in list(self._open.values()):
+            if task.kind is Kind.DRAIN and task.source == node:
+                self.cancel(task.task_id)
+        self._placer.drain(node, on=False)
 
     def keep_hot(self, keys: Sequence[bytes], copies: int, size_bytes: int) -> None:
         """Keep `copies` replicas of each key until `forget_hot`; replaces an earlier wish for a key.
@@ -202,9 +211,13 @@ class Tasks:
 
     def all_progress(self) -> list[Progress]:
         """Return every task: hot keys, ended ones, open ones."""
-        return [
-            _progress(self._hot_task), *self._ended.values(), *(_progress(t) for t in self._open.values())
-        ]  # fmt: skip
+        ended = [progress for progress in self._ended.values() if progress.task_id not in self._open]
+        return [_progress(self._hot_task), *ended, *(_progress(task) for task in self._open.values())]
+
+    @property
+    def hot_keys(self) -> int:
+        """How many standing goals there are."""
+        return len(self._hot)
 
     @property
     def busy(self) -> bool:
@@ -222,7 +235,7 @@ class Tasks:
                 self._retry(now_s, step, error)
             else:
                 if isinstance(running.command, Copy):
-                    step.confirmed += (running.command.target,)
+                    step.confirmed += ((running.command.target, now_s + DROPPED_S),)
                     self._dropped.pop((step.key, running.command.target), None)
                 self._proceed(step, dropped=isinstance(running.command, Drop))
         return self._dispatch(now_s)
@@ -234,7 +247,7 @@ class Tasks:
                 self._end_command(command_id)
                 self._retry(now_s, running.step, f"{node} left")
         for step in self._steps():
-            step.confirmed = tuple(n for n in step.confirmed if n != node)
+            step.confirmed = tuple(copy for copy in step.confirmed if copy[0] != node)
         return self._dispatch(now_s)
 
     def tick(self, now_s: float) -> list[Command]:
@@ -251,7 +264,7 @@ class Tasks:
                 self._hot_busy.pop(step.key, None)  # it has rested
             elif step.task.state is State.RUNNING:
                 step.task.queue.append(step)
-        self._look_at_hot()
+        self._look_at_hot(now_s)
         for task in list(self._open.values()):
             if task.kind is Kind.DRAIN:
                 self._relist(now_s, task)
@@ -261,13 +274,14 @@ class Tasks:
 
     # ------------------------------------------------------------ steps
 
-    def _decide(self, step: _Step) -> _Decision:
+    def _decide(self, now_s: float, step: _Step) -> _Decision:
         """Look at the world as it is now; what was done before does not matter."""
         task, locations = step.task, self._locations
-        held = dict.fromkeys([*step.confirmed, *locations.replicas([step.key])[0]])
+        confirmed = [node for node, until_s in step.confirmed if now_s < until_s]
+        held = dict.fromkeys([*confirmed, *locations.replicas([step.key])[0]])
         if task.kind is Kind.HOT:
             return self._decide_hot(step, list(held))
-        sure = [*step.confirmed, *locations.replicas([step.key], exact_only=True)[0]]
+        sure = [*confirmed, *locations.replicas([step.key], exact_only=True)[0]]
         exact = [node for node in sure if (step.key, node) not in self._dropped]
         if task.kind is Kind.DRAIN:
             if task.source not in held:
@@ -310,7 +324,7 @@ class Tasks:
         return commands
 
     def _start(self, now_s: float, step: _Step) -> Command | None:
-        decision = self._decide(step)
+        decision = self._decide(now_s, step)
         command: Command
         match decision:
             case _Reached():
@@ -368,7 +382,9 @@ class Tasks:
 
     # ------------------------------------------------------------ tasks
 
-    def _add(self, kind: Kind, keys: Sequence[bytes], source: str, target: str, size_bytes: int) -> int:
+    def _add(
+        self, kind: Kind, keys: Sequence[bytes], source: str, target: str, size_bytes: int, task_id: int
+    ) -> int:
         if len(keys) > KEYS_MAX:
             raise RequestError(f"{len(keys)} keys in one task: at most {KEYS_MAX}")
         # a drain's keys change while it runs: it is the same drain
@@ -378,7 +394,7 @@ class Tasks:
                 return task.task_id
         if len(self._open) >= TASKS_MAX:
             raise CapacityError(f"{len(self._open)} tasks are open: at most {TASKS_MAX}")
-        task = _Task(next(self._ids), kind, what, source, target, size_bytes, deque())
+        task = _Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque())
         self._open[task.task_id] = task
         self._queue(task, keys)
         return task.task_id
@@ -418,7 +434,7 @@ class Tasks:
         while len(self._ended) > FINISHED_MAX:
             self._ended.popitem(last=False)
 
-    def _look_at_hot(self) -> None:
+    def _look_at_hot(self, now_s: float) -> None:
         for _ in range(min(HOT_PER_TICK, len(self._hot_round))):
             key = self._hot_round.popleft()
             if key not in self._hot:
@@ -427,7 +443,7 @@ class Tasks:
             if key in self._hot_busy:
                 continue
             step = _Step(self._hot_task, key)
-            if not isinstance(self._decide(step), _Reached):
+            if not isinstance(self._decide(now_s, step), _Reached):
                 self._hot_busy[key] = None
                 self._hot_task.queue.append(step)
                 self._hot_task.open += 1
@@ -454,4 +470,7 @@ def _nodes(command: Command) -> tuple[str, ...]:
 
 
 def _progress(task: _Task) -> Progress:
-    return Progress(task.task_id, task.kind, task.state, task.total, task.done, task.failed, task.reason)
+    return Progress(
+        *(task.task_id, task.kind, task.state, task.total, task.done, task.failed, task.reason),
+        *(task.source, task.target),
+    )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from mooncake import pool_cli
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,6 +35,9 @@ Metadata = Annotated[
 Address = Annotated[
     str,
     typer.Option(help="Address of this host for the cluster; all but loopback need MOONCAKE_SECRET_FILE."),
+]
+Eviction = Annotated[
+    str, typer.Option(help="lru, lfu, length or tail: which blocks a full pool gives up first.")
 ]
 Ssd = Annotated[Path | None, typer.Option(help="Folder of the pool's SSD tier; KV there outlives restarts.")]
 SsdSize = Annotated[str, typer.Option(help="Size of the SSD tier's file.")]
@@ -148,6 +153,7 @@ def up(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port of the gateway.")] = 8000,
     pool_size: Annotated[str, typer.Option(help="Memory of the shared KV pool.")] = "1GiB",
+    eviction: Eviction = "lru",
     ssd: Ssd = None,
     ssd_size: SsdSize = "8GiB",
     kv_memory: KvMemory = "512MiB",
@@ -183,6 +189,7 @@ def up(
         wish: dict[str, Any] = {
             "prefill": prefill, "decode": decode, "aggregated": aggregated, "host": host, "port": port,
             "pool_bytes": parse_size_bytes(pool_size, "pool_size"),
+            "eviction": eviction,
             "ssd_path": str(ssd.resolve()) if ssd else "",
             "ssd_bytes": parse_size_bytes(ssd_size, "ssd_size"),
             "kv_memory_bytes": parse_size_bytes(kv_memory, "kv_memory"),
@@ -393,6 +400,7 @@ def store(
     metadata: Metadata,
     capacity: Annotated[str, typer.Option(help="Memory for KV blocks, e.g. 2GiB.")] = "1GiB",
     node: Node = "local",
+    eviction: Eviction = "lru",
     ssd: Ssd = None,
     ssd_size: SsdSize = "8GiB",
     address: Address = "127.0.0.1",
@@ -412,7 +420,7 @@ def store(
             node=node, capacity_bytes=parse_size_bytes(capacity, "capacity"), run_dir=_run_dir(run_dir),
             metadata=metadata, metrics_port=metrics_port, log_level=log_level, address=address,
             transfer=transfer, ssd_path=str(ssd.resolve()) if ssd else "",
-            ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"),
+            ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"), eviction=eviction,
         ).checked()  # fmt: skip
         _run_role("store", log_level, lambda: run_store(options))
 
@@ -435,6 +443,9 @@ def version() -> None:
     from mooncake import __version__
 
     typer.echo(__version__)
+
+
+pool_cli.register(app)
 
 
 def main() -> None:

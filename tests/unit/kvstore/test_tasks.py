@@ -4,7 +4,7 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from kvstore import tasks as tasks_module
 from kvstore.placement import Placer, Room
@@ -332,6 +332,44 @@ def test_wishes_are_bounded(monkeypatch):
     assert len(cluster.tasks.all_progress()) == 2
 
 
+def test_a_copy_that_another_task_dropped_does_not_count_for_ever():
+    """A move confirmed its copy; its drop never arrives; meanwhile a drain takes that copy away, unheard."""
+    cluster = Cluster(n0=(), n1=(0,), n2=())
+    cluster.tasks.move(keys(0), "n1", "n2")
+    (copy,) = cluster.tasks.tick(0.0)
+    assert cluster.execute(copy) == ""
+    (drop,) = cluster.tasks.on_result(0.0, copy.command_id)  # nobody will hear of it
+    assert (drop.node, cluster.where(0)) == ("n1", {"n1", "n2"})
+    cluster.tasks.drain("n2", SIZE)
+    cluster.now_s = COMMAND_S
+    cluster.lost = 1
+    cluster.run()
+    assert cluster.log[0] == Drop(cluster.log[0].command_id, key(0), "n2")
+    assert cluster.where(0)
+
+
+def test_an_undrained_node_gets_copies_again_and_its_drain_ends():
+    cluster = Cluster(a=(1,), b=())
+    task = cluster.tasks.drain("b", SIZE)
+    cluster.tasks.keep_hot(keys(1), 2, SIZE)
+    cluster.run(for_s=2.0)
+    assert cluster.where(1) == {"a"}
+    cluster.tasks.undrain("b")
+    assert cluster.state(task) is not State.RUNNING
+    cluster.run()
+    assert cluster.where(1) == {"a", "b"}
+
+
+def test_a_task_keeps_the_name_that_another_leader_gave_it():
+    cluster = Cluster(a=(1,), b=())
+    assert cluster.tasks.copy(keys(1), "b", task_id=77) == 77
+    cluster.run()
+    progress = cluster.tasks.progress(77)
+    assert (progress.state, progress.source, progress.target) == (State.DONE, "", "b")
+    assert cluster.tasks.copy(keys(1), "b", task_id=77) == 77
+    assert [p.state for p in cluster.tasks.all_progress() if p.task_id == 77] == [State.RUNNING]
+
+
 def test_a_cancelled_task_commands_nothing_more():
     cluster = Cluster(a=tuple(range(30)), b=())
     task = cluster.tasks.move(cluster.keys_of("a"), "a", "b")
@@ -349,6 +387,7 @@ faults = st.lists(st.sampled_from(["ok", "ok", "ok", "error", "lost", "twice"]),
 
 
 @settings(max_examples=60, deadline=None)
+@example(faults=["lost", "ok", "lost", "ok", "ok", "ok"], held=[set(), {0}, {1}], leaver=False)
 @given(
     faults=faults, held=st.lists(st.sets(st.integers(0, 11)), min_size=3, max_size=4), leaver=st.booleans()
 )
