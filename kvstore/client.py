@@ -8,6 +8,7 @@ the client copies to and from the shared segment itself, see transfer.copy.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from mooncake.core.messages import (
     Commit,
     Committed,
     HandOver,
+    Pin,
+    Pinned,
     Release,
     ReportBad,
     Reserve,
@@ -201,10 +204,31 @@ class PoolClient:
 
     # ------------------------------------------------------------ writing
 
-    def begin_reserve(self, keys: Sequence[bytes], size_bytes: int) -> Call:
-        """Ask for room for blocks of `size_bytes` each; raises as begin_acquire."""
+    def begin_reserve(
+        self,
+        keys: Sequence[bytes],
+        size_bytes: int,
+        *,
+        tenant: str = "",
+        group: str = "",
+        depth: int = -1,
+        soft_pin_s: float = 0.0,
+        hard_pin: bool = False,
+    ) -> Call:
+        """Ask for room for blocks; raises as begin_acquire.
+
+        Args:
+            keys: 32 bytes each.
+            size_bytes: of each block.
+            tenant: who pays for the blocks, see kvstore.pins; "" = nobody.
+            group: they go together with others of that name; "" = none.
+            depth: of keys[0] in its prompt, the others follow it; -1 = unknown.
+            soft_pin_s: keep them until they have not been hit for so long; 0 = no pin.
+            hard_pin: keep them until `unpin`.
+        """
         keys = list(keys)
-        return self._begin(Reserve(self._writer, keys, size_bytes), keys=keys, size_bytes=size_bytes)
+        hints = (tenant, group, depth, soft_pin_s, hard_pin)
+        return self._begin(Reserve(self._writer, keys, size_bytes, *hints), keys=keys, size_bytes=size_bytes)
 
     def finish_reserve(self, call: Call, deadline_s: float | None = None) -> list[Slot | None]:
         """Return one Slot per key, None where there is nothing to write.
@@ -226,10 +250,28 @@ class PoolClient:
             raise PeerGone(f"store {self._node}: {error}") from error
 
     def reserve(
-        self, keys: Sequence[bytes], size_bytes: int, deadline_s: float | None = None
+        self,
+        keys: Sequence[bytes],
+        size_bytes: int,
+        deadline_s: float | None = None,
+        *,
+        tenant: str = "",
+        group: str = "",
+        depth: int = -1,
+        soft_pin_s: float = 0.0,
+        hard_pin: bool = False,
     ) -> list[Slot | None]:
         """`begin_reserve` and `finish_reserve` in one."""
-        return self.finish_reserve(self.begin_reserve(keys, size_bytes), deadline_s)
+        call = self.begin_reserve(
+            keys,
+            size_bytes,
+            tenant=tenant,
+            group=group,
+            depth=depth,
+            soft_pin_s=soft_pin_s,
+            hard_pin=hard_pin,
+        )
+        return self.finish_reserve(call, deadline_s)
 
     def commit(
         self, tickets: Sequence[int], checksums: Sequence[bytes], deadline_s: float | None = None
@@ -256,6 +298,20 @@ class PoolClient:
     def abandon_all(self) -> None:
         """Give up everything this writer has in writing, without waiting; raises as report_bad."""
         self._live_link().send(Abandon(self._writer, []))
+
+    # ------------------------------------------------------------ what is kept
+
+    def pin(self, keys: Sequence[bytes], ttl_s: float = math.inf, deadline_s: float | None = None) -> int:
+        """Keep blocks until they have not been hit for `ttl_s`, or until `unpin`; return how many are kept.
+
+        Blocks that the store does not have, or has no room to pin, are not. Raises as finish_acquired.
+        """
+        reply: Pinned = self._finish(self._begin(Pin(list(keys), ttl_s)), deadline_s, Pinned)
+        return reply.pinned
+
+    def unpin(self, keys: Sequence[bytes], deadline_s: float | None = None) -> int:
+        """End the pins of blocks; return how many of them the store has. Raises as finish_acquired."""
+        return self.pin(keys, 0.0, deadline_s)
 
     # ------------------------------------------------------------ any call
 

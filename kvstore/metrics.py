@@ -1,14 +1,31 @@
 """Prometheus view of one store node: read from the node at scrape time, so serving costs nothing."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvstore.ages import BOUNDS_S
+from kvstore.node import Node
 from kvstore.ssd_model import SsdStats
 from kvstore.writebehind import WriteBehind
 from mooncake.core.messages import StoreStats
 
+_Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
+
+TENANTS_MAX = 20
+"""Shown one by one: every label value is a time series for good, and tenants come and go."""
+OTHERS = "(others)"
+_TIERS: tuple[tuple[_Family, str, str, str, str], ...] = (
+    (GaugeMetricFamily, "tier_capacity_bytes", "Bytes of a tier.", "capacity_bytes", "capacity_bytes"),
+    (GaugeMetricFamily, "tier_used_bytes", "Bytes in use.", "used_bytes", "live_bytes"),
+    (GaugeMetricFamily, "tier_blocks", "Blocks that can be read.", "blocks", "objects"),
+    (CounterMetricFamily, "tier_hits", "Blocks found in a tier.", "hits", "hits"),
+    (CounterMetricFamily, "tier_misses", "Blocks asked for in a tier and not there.", "misses", "misses"),
+    (CounterMetricFamily, "tier_evictions", "Blocks given up to make room.", "evictions", "evictions"),
+)
+"""(kind, name, text, field of StoreStats, field of SsdStats)"""
 _GAUGES = {
     "capacity_bytes": "Bytes of the node's segment.",
     "used_bytes": "Bytes in use: complete, in writing, hidden under a lease, in quarantine.",
@@ -67,30 +84,77 @@ class SsdCollector(Collector):
 
 
 class StoreCollector(Collector):
-    """mooncake_store_* of one node. Scraped from another thread: reads plain integers only."""
+    """mooncake_store_* of one node. Scraped from another thread: reads plain integers only.
 
-    def __init__(
-        self, node: str, stats: Callable[[], StoreStats], quarantined_bytes: Callable[[], int]
-    ) -> None:
-        """`stats` and `quarantined_bytes` are read at every scrape."""
+    By tier: what an acquire found in memory, also after the SSD brought it there; what was read from the
+    SSD. So the SSD's part of all hits is ssd / dram.
+    """
+
+    def __init__(self, name: str, node: Node, ssd: Callable[[], SsdStats] | None = None) -> None:
+        """`node` and `ssd` are read at every scrape."""
+        self._name = name
         self._node = node
-        self._stats = stats
-        self._quarantined_bytes = quarantined_bytes
+        self._ssd = ssd
 
     def collect(self) -> Iterator[Metric]:
-        """Yield one sample per metric, labelled with the node."""
-        stats = self._stats()
+        """Yield all metrics, labelled with the node."""
+        node, stats = self._node, self._node.stats()
         for name, text in _GAUGES.items():
-            yield self._gauge(name, text, getattr(stats, name))
-        yield self._gauge(
-            "quarantined_bytes", "Bytes that a lost writer may still hit.", self._quarantined_bytes()
-        )
+            yield self._metric(GaugeMetricFamily, name, text, getattr(stats, name))
+        quarantined = "Bytes that a lost writer may still hit."
+        yield self._metric(GaugeMetricFamily, "quarantined_bytes", quarantined, node.quarantined_bytes)
         for name, text in _COUNTERS.items():
-            family = CounterMetricFamily(f"mooncake_store_{name}", text, labels=["node"])
-            family.add_metric([self._node], getattr(stats, name))
-            yield family
+            yield self._metric(CounterMetricFamily, name, text, getattr(stats, name))
+        refused = "Pins not given for lack of room; the blocks are cached all the same."
+        yield self._metric(CounterMetricFamily, "pins_refused", refused, node.pins_refused)
+        gone = {"pressure": node.evictions, "drop": node.drops, "bad": node.checksum_failures}
+        text = "Blocks that left memory: evicted, dropped on request, found to be damaged."
+        yield self._labelled(CounterMetricFamily, "removed_blocks", text, "reason", gone)
+        pinned = {"soft": stats.soft_pinned_bytes, "hard": stats.hard_pinned_bytes}
+        text = "Bytes that are evicted last (soft) or not at all (hard)."
+        yield self._labelled(GaugeMetricFamily, "pinned_bytes", text, "kind", pinned)
+        text = f"Bytes of the {TENANTS_MAX} largest tenants; the others together."
+        yield self._labelled(
+            GaugeMetricFamily, "tenant_bytes", text, "tenant", _largest(node.policy.tenants())
+        )
+        yield from self._tiers(stats)
+        yield self._ages()
 
-    def _gauge(self, name: str, text: str, value: int) -> Metric:
-        family = GaugeMetricFamily(f"mooncake_store_{name}", text, labels=["node"])
-        family.add_metric([self._node], value)
+    def _tiers(self, stats: StoreStats) -> Iterator[Metric]:
+        ssd = self._ssd() if self._ssd else None
+        for family, name, text, dram, of_ssd in _TIERS:
+            values = {"dram": getattr(stats, dram)} | ({"ssd": getattr(ssd, of_ssd)} if ssd else {})
+            yield self._labelled(family, name, text, "tier", values)
+
+    def _ages(self) -> Metric:
+        ages = self._node.ages
+        family = HistogramMetricFamily(
+            "mooncake_store_eviction_age_seconds",
+            "Age of evicted blocks: from their commit, which is known to the second.",
+            labels=["node"],
+        )
+        counts = itertools.accumulate(list(ages.counts))
+        bounds = [*(f"{bound:g}" for bound in BOUNDS_S), "+Inf"]
+        family.add_metric([self._name], list(zip(bounds, counts, strict=True)), ages.sum_s)
         return family
+
+    def _metric(self, family: _Family, name: str, text: str, value: float) -> Metric:
+        metric = family(f"mooncake_store_{name}", text, labels=["node"])
+        metric.add_metric([self._name], value)
+        return metric
+
+    def _labelled(
+        self, family: _Family, name: str, text: str, label: str, values: Mapping[str, float]
+    ) -> Metric:
+        metric = family(f"mooncake_store_{name}", text, labels=["node", label])
+        for key, value in values.items():
+            metric.add_metric([self._name, key], value)
+        return metric
+
+
+def _largest(tenants: Mapping[str, int]) -> dict[str, int]:
+    order = sorted(tenants.items(), key=lambda item: (-item[1], item[0]))
+    shown = dict(order[:TENANTS_MAX])
+    if len(order) > TENANTS_MAX:
+        shown[OTHERS] = sum(size_bytes for _, size_bytes in order[TENANTS_MAX:])
+    return shown

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.allocator import ALIGN_BYTES
 from kvstore.events import EventPublisher, Snapshots
 from kvstore.finding import find, split_keys
+from kvstore.keeping import make_policy, pin, set_quota, tags_of
 from kvstore.limits import (
     BAD_KEYS_MAX,
     CHECK_LEASE_S,
@@ -33,7 +34,7 @@ from kvstore.limits import (
     NodeLimits,
 )
 from kvstore.metrics import SsdCollector, StoreCollector
-from kvstore.node import Node, id_base
+from kvstore.node import HARD_PIN_RATIO, Node, id_base
 from kvstore.outside import Outside
 from kvstore.pool_door import Door
 from kvstore.pull_metrics import PullCollector
@@ -60,12 +61,14 @@ from mooncake.core.messages import (
     KeysDropped,
     Ok,
     Orders,
+    Pin,
     Pull,
     Pulled,
     Release,
     ReportBad,
     Reserve,
     Reserved,
+    SetQuota,
     Snapshot,
     SnapshotPage,
     Stats,
@@ -96,6 +99,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
         events: where events are published; as `endpoint`.
         metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+        eviction: lru, lfu, length or tail: kvstore.eviction says what they mean.
+        hard_pin_ratio: of the memory that blocks may hold that are never evicted.
         ssd: the SSD tier below the memory; None = none.
         ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
         transfer: settings of the transfer engine through which engines of other hosts read and write;
@@ -109,6 +114,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     events: str = "tcp://127.0.0.1:0"
     metrics_port: int | None = None
     transfer: EngineConfig | None = None
+    eviction: str = "lru"
+    hard_pin_ratio: float = HARD_PIN_RATIO
     ssd: SsdConfig | None = None
     ssd_age_s: float = AGE_S
 
@@ -124,6 +131,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
             raise ConfigError(f"metrics_port={self.metrics_port}: 0 to 65535, or none")
+        make_policy(self.capacity_bytes, self.eviction, self.hard_pin_ratio)
 
 
 class StoreService:
@@ -149,7 +157,8 @@ class StoreService:
         self._metadata = metadata
         self.epoch = secrets.token_hex(8)
         capacity_bytes = config.capacity_bytes // ALIGN_BYTES * ALIGN_BYTES
-        self.node = Node(capacity_bytes, limits, first_id=id_base(self.epoch))
+        policy = make_policy(capacity_bytes, config.eviction, config.hard_pin_ratio)
+        self.node = Node(capacity_bytes, limits, policy, first_id=id_base(self.epoch))
         self._capacity_bytes = capacity_bytes
         self._clock = clock
         self._segment: Segment | None = None
@@ -171,6 +180,8 @@ class StoreService:
         self._handlers: dict[type, Callable[[Any], Any]] = {
             Release: self._release,
             Reserve: self._reserve,
+            Pin: lambda request: pin(self.node, self._clock(), request),
+            SetQuota: lambda request: set_quota(self.node, self._clock(), request),
             Commit: self._commit,
             Abandon: self._abandon,
             Snapshot: self._snapshot,
@@ -258,11 +269,10 @@ class StoreService:
             registry.register(self._outside.engine.collector())
         if self.pulls:
             registry.register(PullCollector(self.config.node, self.pulls.stats))
+        ssd = self.tiering.tier.stats if self.tiering else None
         if self.tiering:
             registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
-        registry.register(
-            StoreCollector(self.config.node, self.node.stats, lambda: self.node.quarantined_bytes)
-        )
+        registry.register(StoreCollector(self.config.node, self.node, ssd))
         server = MetricsServer(registry, port)
         server.start()
         return server
@@ -450,7 +460,8 @@ class StoreService:
         return Ok()
 
     def _reserve(self, request: Reserve) -> Reserved:
-        return self.node.reserve(self._clock(), request.writer, request.keys, request.size_bytes)
+        tags = tags_of(request)
+        return self.node.reserve(self._clock(), request.writer, request.keys, request.size_bytes, tags)
 
     def _commit(self, request: Commit) -> Committed:
         return self.node.commit(self._clock(), request.tickets, request.checksums)

@@ -62,6 +62,7 @@ async def _store(options: StoreOptions) -> int:
         events=f"tcp://{options.address}:*",
         transfer=transfer_config(options),
         metrics_port=options.metrics_port or None,
+        eviction=options.eviction,
         ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)
         if options.ssd_path
         else None,

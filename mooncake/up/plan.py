@@ -10,6 +10,7 @@ import msgspec
 
 from mooncake.core.config import (
     API_KEY_ENV,
+    EVICTIONS,
     POLICIES,
     SSD_BYTES,
     GatewayOptions,
@@ -44,6 +45,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     pool_bytes: int = 1 << 30
+    eviction: str = EVICTIONS[0]
     ssd_path: str = ""  # "" = no SSD tier
     ssd_bytes: int = SSD_BYTES
     kv_memory_bytes: int = 512 << 20
@@ -97,6 +99,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
     store = StoreOptions(
         node="local",
         capacity_bytes=options.pool_bytes,
+        eviction=options.eviction,
         ssd_path=options.ssd_path,
         ssd_bytes=options.ssd_bytes,
         run_dir=f"{options.run_dir}/store",

@@ -78,6 +78,10 @@ def test_policy_and_objectives_reach_the_conductor():
     assert (conductor.policy, conductor.ttft_slo_s, conductor.tbt_slo_s) == ("least_load", 2.0, 0.1)
 
 
+def test_the_eviction_policy_reaches_the_store():
+    assert plan(eviction="tail")[0].options.eviction == "tail"
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -93,6 +97,7 @@ def test_policy_and_objectives_reach_the_conductor():
         ({"run_dir": "/" + "x" * 80}, "run_dir"),
         ({"port": 0}, "port"),
         ({"policy": "best"}, "policy"),
+        ({"eviction": "best"}, "eviction"),
         ({"ttft_slo_s": -1.0}, "ttft_slo_s"),
         ({"tbt_slo_s": float("nan")}, "tbt_slo_s"),
         ({"metrics_ports": {"store": 70_000}}, "metrics_port"),
