@@ -82,6 +82,7 @@ from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.config import EngineConfig
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
+from transfer.hugepages import create_segment
 from transfer.segment import Progress, Segment
 
 log = structlog.get_logger(__name__)
@@ -105,6 +106,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
         transfer: settings of the transfer engine through which engines of other hosts read and write;
             None = this host only.
+        hugepages: auto, off or require: transfer.hugepages says what they mean.
     """
 
     node: str
@@ -118,6 +120,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     hard_pin_ratio: float = HARD_PIN_RATIO
     ssd: SsdConfig | None = None
     ssd_age_s: float = AGE_S
+    hugepages: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -218,7 +221,9 @@ class StoreService:
     async def _start(self, progress: Progress | None) -> StoreRecord:
         config = self.config
         run_dir = await asyncio.to_thread(private_dir, config.run_dir)
-        self._segment = await asyncio.to_thread(Segment.create, self.epoch, self._capacity_bytes, progress)
+        self._segment = await asyncio.to_thread(
+            create_segment, self.epoch, self._capacity_bytes, config.hugepages, progress
+        )
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
         self._events = EventPublisher(config.events, config.node, self.epoch)

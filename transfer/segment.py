@@ -6,6 +6,7 @@ to four times the copy itself (reference/transport.md section 3).
 """
 
 import contextlib
+import enum
 import errno
 import fcntl
 import mmap
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from mooncake.core.errors import CapacityError, ConfigError, ProtocolError, RequestError
 
 PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+"""The size that every x86-64 and most Arm kernels have; 1 GiB ones must be set aside at boot."""
 TOUCH_CHUNK_BYTES = 64 << 20
 """Touched per madvise call: about 15 ms, so progress moves and other threads get the interpreter."""
 NAME_CHARS_MAX = 200
@@ -30,6 +33,14 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 Progress = Callable[[int, int], None]
 """Called with (touched_bytes, size_bytes) while a segment is being touched."""
+
+
+class Pages(enum.StrEnum):
+    """What kind of pages a segment is made of. All users see the same memory through any of them."""
+
+    HUGETLB = "hugetlb"  # 2 MiB each, set aside by the operator (vm.nr_hugepages)
+    TRANSPARENT = "transparent"  # the kernel may use 2 MiB where it finds them; never an error
+    PLAIN = "plain"  # as the kernel likes
 
 
 class Segment:
@@ -44,8 +55,15 @@ class Segment:
         self._map: mmap.mmap | None = mapping
 
     @classmethod
-    def create(cls, name: str, size_bytes: int, progress: Progress | None = None) -> "Segment":
-        """Make, seal, map and touch a new segment of `size_bytes` (a multiple of 4096).
+    def create(
+        cls,
+        name: str,
+        size_bytes: int,
+        progress: Progress | None = None,
+        *,
+        pages: Pages = Pages.TRANSPARENT,
+    ) -> "Segment":
+        """Make, seal, map and touch a new segment of `size_bytes` (a multiple of 4096, or of 2 MiB).
 
         Blocks for about 0.2 s per GiB: call it from a thread when an event loop runs.
 
@@ -53,20 +71,25 @@ class Segment:
             name: shown in /proc; at most NAME_CHARS_MAX characters.
             size_bytes: fixed for the life of the segment.
             progress: called after every touched chunk.
+            pages: see Pages; transfer.hugepages chooses for a store.
 
         Raises:
-            ConfigError: bad name or size, or the machine has not that much memory.
+            ConfigError: bad name or size, or the machine has not that much memory (of these pages).
         """
         if not 0 < len(name) <= NAME_CHARS_MAX or "\0" in name:
             raise ConfigError(f"segment name {name!r}: 1 to {NAME_CHARS_MAX} characters, no NUL")
-        if size_bytes <= 0 or size_bytes % PAGE_BYTES:
-            raise ConfigError(f"segment size {size_bytes}: must be a positive multiple of {PAGE_BYTES}")
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        page_bytes = HUGE_PAGE_BYTES if pages is Pages.HUGETLB else PAGE_BYTES
+        if size_bytes <= 0 or size_bytes % page_bytes:
+            raise ConfigError(f"segment size {size_bytes}: must be a positive multiple of {page_bytes}")
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if pages is Pages.HUGETLB:
+            flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+        fd = _memfd(name, flags)
         try:
             os.ftruncate(fd, size_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
-            _touch(mapping, size_bytes, progress, fresh=True)
+            mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)  # huge pages are promised here, or refused
+            _touch(mapping, size_bytes, progress, fresh=True, advise=pages is Pages.TRANSPARENT)
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"segment of {size_bytes} bytes: {error}; choose a smaller capacity") from error
@@ -152,6 +175,10 @@ class Segment:
         # and a view over unmapped memory would be a crash instead of an error
         self._fd = self._map = None
 
+    def __del__(self) -> None:
+        """Memory lives as long as a descriptor of it is open: who drops a segment keeps none."""
+        self.close()
+
     def _check(self, offset: int, size_bytes: int) -> None:
         if self._map is None:
             raise RequestError(f"segment {self.name} is closed")
@@ -177,10 +204,20 @@ def _check_sealed(fd: int) -> int:
     return info.st_size
 
 
-def _touch(mapping: mmap.mmap, size_bytes: int, progress: Progress | None, *, fresh: bool) -> None:
+def _memfd(name: str, flags: int) -> int:
+    try:
+        return os.memfd_create(name, flags)
+    except OSError as error:
+        raise ConfigError(f"memfd of segment {name}: {error}") from error
+
+
+def _touch(
+    mapping: mmap.mmap, size_bytes: int, progress: Progress | None, *, fresh: bool, advise: bool = True
+) -> None:
     """Fault in every page. Never changes contents: others may be writing."""
-    with contextlib.suppress(OSError):  # fewer TLB misses where shmem_enabled=advise; else no effect
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+    if advise:
+        with contextlib.suppress(OSError):  # fewer TLB misses where shmem_enabled=advise; else no effect
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     for start in range(0, size_bytes, TOUCH_CHUNK_BYTES):
         chunk = min(TOUCH_CHUNK_BYTES, size_bytes - start)
         _populate(mapping, start, chunk, fresh=fresh)

@@ -139,6 +139,19 @@ def test_memory_goes_with_the_last_view_not_before():
     assert not mapped("last-view")
 
 
+def test_a_segment_that_is_dropped_without_close_leaves_no_descriptor():
+    """It would keep the memory for the life of the process."""
+    before = len(os.listdir("/proc/self/fd"))
+    segment = Segment.create("dropped", PAGE_BYTES)
+    view = segment.view(0, 4)
+    del segment
+    view[:] = b"live"
+    assert mapped("dropped")
+    del view
+    assert not mapped("dropped")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_an_old_kernel_without_populate_still_touches_and_keeps_contents(monkeypatch):
     monkeypatch.setattr(segment_module, "_MADV_POPULATE_WRITE", 999)
     monkeypatch.setattr(segment_module, "_MADV_POPULATE_READ", 998)
