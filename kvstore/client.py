@@ -49,6 +49,8 @@ ATTACH_S = 5.0
 """Wait for the memory's descriptor at the start of an engine, which takes longer anyway."""
 PROBE_S = 1.0
 """Wait of the background thread for a sign of life."""
+LOOK_S = 0.2
+"""Distance of looks at a store that was asked to wait: each is a connection, 50 us."""
 RETRY_S = 1.0
 """Pause between two looks for a lost store."""
 
@@ -96,6 +98,7 @@ class PoolClient:
         self._closing = threading.Event()
         self._reviver: threading.Thread | None = None
         self._orphans = Orphans()
+        self._looked_s = 0.0
         try:
             self._use(StoreLink.attach(record.fd_path, attach_s, touch=touch))
         except ProtocolError:
@@ -338,8 +341,19 @@ class PoolClient:
                 link.tell(request, self._deadline_s)
 
     def poll(self, call: Call) -> bool:
-        """Return whether `finish_` would return at once, be it with an error. Never waits."""
-        return call.link.poll(call.call_id) or not self._is_live(call.link)
+        """Return whether `finish_` would return at once, be it with an error. Never waits.
+
+        A store that was asked to wait is looked at meanwhile: its death must not cost the whole wait.
+        """
+        if call.link.poll(call.call_id) or not self._is_live(call.link):
+            return True
+        now_s = time.monotonic()
+        if not call.wait_s or now_s - max(call.began_s, self._looked_s) < LOOK_S:
+            return False
+        self._looked_s = now_s
+        if not call.link.is_served:
+            self._lost(call.link, PeerGone("nobody serves its socket any more"))
+        return not self._is_live(call.link)
 
     def forget(self, call: Call) -> None:
         """Drop interest in an answer. One that is overdue counts as a timeout of the store.

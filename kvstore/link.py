@@ -1,6 +1,8 @@
 """One attachment of an engine process to one start (epoch) of a store: memory, rpc, what was granted."""
 
 import contextlib
+import errno
+import socket
 from typing import Any
 
 import msgspec
@@ -96,6 +98,13 @@ class StoreLink:
         except BaseException:
             segment.close()
             raise
+
+    @property
+    def is_served(self) -> bool:
+        """Whether somebody listens where this store handed out its memory; never waits."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            probe.setblocking(False)
+            return probe.connect_ex(self.record.fd_path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
     def begin(self, request: Any) -> bytes:
         """Send; raises CapacityError, or PeerGone when the link was closed meanwhile."""
