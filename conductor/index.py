@@ -5,7 +5,8 @@ key and its equality compares all 32 bytes, so two keys can never be taken for o
 are shared objects (a cluster has few distinct ones), so a block costs its key and a dict slot.
 
 A node that restarts or leaves takes a fresh bit: its old bit is masked out at once and swept out
-of the dict only when several are dead, so a restart never stops the gateway for a whole scan.
+of the dict only when several are dead, bit by bit (`sweep`), so a restart never stops the gateway for
+a whole scan.
 Losing this index costs hit rate, never correctness: engines look into the pool for themselves.
 """
 
@@ -24,6 +25,8 @@ DROP_FRACTION = 16
 rescan the holes left by the ones before it."""
 DEAD_BITS_MAX = 8
 """Restarts before dead bits are swept: masks stay within a machine word, a sweep stays rare."""
+SWEPT_PER_KEY = 2
+"""Keys swept for each key applied: whatever else calls `sweep`, one ends before the next is due."""
 SHARED_MASKS_MAX = 65_536
 """Distinct holder sets remembered for sharing; beyond this, sharing starts afresh."""
 
@@ -46,9 +49,10 @@ def _split(blob: bytes) -> list[bytes]:
 class PrefixIndex:
     """Block key -> bitmask of store nodes. Bounded; oldest keys are dropped first, and counted."""
 
-    def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
+    def __init__(self, blocks_max: int = BLOCKS_MAX, dead_bits_max: int = DEAD_BITS_MAX) -> None:
         """Keep at most `blocks_max` keys; beyond, the oldest go (counted in `stats`)."""
         assert blocks_max >= 1
+        self._dead_bits_max = dead_bits_max
         self._blocks_max = blocks_max
         self._holders: dict[bytes, int] = {}
         self._masks: dict[int, int] = {}
@@ -56,6 +60,8 @@ class PrefixIndex:
         self._nodes: dict[int, str] = {}  # bit -> node
         self._live = 0
         self._dead = 0
+        self._sweeping = 0  # the dead bits that the sweep under way takes out
+        self._unswept: list[bytes] = []
         self._dropped = 0
         self._sweeps = 0
 
@@ -86,6 +92,8 @@ class PrefixIndex:
                 holders.pop(key, None)
         if len(holders) > self._blocks_max:
             self._drop_oldest()
+        if self._sweeping:
+            self.sweep(SWEPT_PER_KEY * (len(stored_keys) + len(removed_keys)))
 
     def reset(self, node: str) -> None:
         """Forget what a node held: it restarted empty, or a snapshot follows a gap."""
@@ -95,8 +103,10 @@ class PrefixIndex:
         del self._nodes[bit]
         self._live &= ~bit
         self._dead |= bit
-        if self._dead.bit_count() >= DEAD_BITS_MAX:
-            self._sweep()
+        if self._dead.bit_count() >= self._dead_bits_max and not self._sweeping:
+            self._sweeping = self._dead
+            self._unswept = list(self._holders)
+            self.sweep(0)
 
     def drop(self, node: str) -> None:
         """Forget a node that is gone for good."""
@@ -130,6 +140,27 @@ class PrefixIndex:
         mask = self._holders.get(key, 0) & self._live
         return tuple(node for bit, node in self._nodes.items() if mask & bit)
 
+    @property
+    def sweeping(self) -> bool:
+        """Whether there are dead bits to sweep out now."""
+        return bool(self._sweeping)
+
+    def sweep(self, keys_max: int) -> None:
+        """Take dead bits out of at most `keys_max` keys; nothing if no sweep is under way."""
+        holders, masks, live, unswept = self._holders, self._masks, self._live, self._unswept
+        for _ in range(min(keys_max, len(unswept))):
+            key = unswept.pop()
+            mask = holders.get(key, 0)
+            if not mask & live:
+                holders.pop(key, None)
+            elif mask & ~live:
+                holders[key] = masks.setdefault(mask & live, mask & live)
+        if self._sweeping and not unswept:
+            # what was written meanwhile was written without dead bits
+            self._dead &= ~self._sweeping
+            self._sweeping = 0
+            self._sweeps += 1
+
     def stats(self) -> IndexStats:
         """Return gauges and counters."""
         return IndexStats(len(self._holders), len(self._bits), self._dropped, self._sweeps)
@@ -157,14 +188,3 @@ class PrefixIndex:
         for key in list(islice(self._holders, count)):
             del self._holders[key]
         self._dropped += count
-
-    def _sweep(self) -> None:
-        live, masks = self._live, self._masks
-        masks.clear()
-        self._holders = {
-            key: masks.setdefault(mask & live, mask & live)
-            for key, mask in self._holders.items()
-            if mask & live
-        }
-        self._dead = 0
-        self._sweeps += 1

@@ -16,6 +16,7 @@ import zmq
 
 from conductor.cluster import PULSE_S, ClusterView, Health, Transition
 from conductor.index import PrefixIndex
+from conductor.index_feed import IndexFeed
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
@@ -56,12 +57,12 @@ class StoreFollower(Protocol):
         ...
 
 
-FollowStore = Callable[[StoreRecord, PrefixIndex], StoreFollower]
+FollowStore = Callable[[StoreRecord, IndexFeed], StoreFollower]
 
 
-def follow_events(record: StoreRecord, index: PrefixIndex) -> StoreFollower:
+def follow_events(record: StoreRecord, feed: IndexFeed) -> StoreFollower:
     """Mirror a real store node: its snapshot, then its events."""
-    return follower.StoreFollower(record, follower.IndexListener(index)).start()
+    return follower.StoreFollower(record, feed).start()
 
 
 class Members:
@@ -82,7 +83,7 @@ class Members:
         self._address = address
         self.links: dict[str, Link] = {}
         self._metadata = metadata
-        self._index = index
+        self._feed = IndexFeed(index)
         self._gateway_id = gateway_id
         self._metrics = metrics
         self._follow_store = follow_store
@@ -121,6 +122,7 @@ class Members:
             link.close()
         self.links.clear()
         await asyncio.gather(*(f.close() for f in self._stores.values()), return_exceptions=True)
+        await self._feed.close()
         self._context.destroy()
 
     async def _follow(self, events: AsyncIterator[Event], apply: Callable[[Event], None]) -> None:
@@ -194,11 +196,11 @@ class Members:
             self._retire(old)
         if isinstance(event, Removed):
             self.view.store_removed(node)
-            self._index.drop(node)
+            self._feed.drop(node)
             return
         record = msgspec.json.decode(event.value, type=StoreRecord)
         self.view.store_up(record)
-        self._stores[node] = self._follow_store(record, self._index)
+        self._stores[node] = self._follow_store(record, self._feed)
 
     def _retire(self, follower: StoreFollower) -> None:
         task = asyncio.create_task(follower.close(), name="close store follower")

@@ -81,6 +81,9 @@ def test_many_restarts_are_swept_and_leave_nothing_behind():
     for _ in range(3 * DEAD_BITS_MAX):
         index.apply("a", blob(*range(12)), b"")
         index.drop("a")
+    assert index.sweeping
+    index.sweep(12)
+    assert not index.sweeping
     assert index.longest_prefix(KEYS) == {}
     assert index.stats().sweeps == 3
     assert index.stats().blocks == 0
@@ -111,6 +114,7 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("apply"), NODES, IDS, IDS),
         st.tuples(st.just("reset"), NODES, st.just([]), st.just([])),
+        st.tuples(st.just("sweep"), NODES, st.just([]), st.just([])),
     ),
     max_size=40,
 )
@@ -118,13 +122,15 @@ EVENTS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(EVENTS)
-def test_it_agrees_with_one_set_per_node(events):
-    index = PrefixIndex()
+def test_it_agrees_with_one_set_per_node_however_far_a_sweep_is(events):
+    index = PrefixIndex(dead_bits_max=2)
     model: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
     for kind, node, stored, removed in events:
         if kind == "apply":
             index.apply(node, blob(*stored), blob(*removed))
             model[node] = (model[node] | set(stored)) - set(removed)
+        elif kind == "sweep":
+            index.sweep(3)
         else:
             index.reset(node)
             model[node] = set()
