@@ -29,6 +29,7 @@ from mooncake.core.messages import (
     Commit,
     Committed,
     HandOver,
+    Ok,
     Pin,
     Pinned,
     Release,
@@ -106,12 +107,17 @@ class PoolClient:
         except MooncakeError as error:
             self._lost(None, error)
         else:
-            self.abandon_all()
+            self._abandon_earlier()
 
     @property
     def attached(self) -> bool:
         """Whether calls are being sent; False = they fail at once."""
         return self._up
+
+    @property
+    def record(self) -> StoreRecord | None:
+        """The record of the store that was attached last."""
+        return self._link.record if self._link else None
 
     # ------------------------------------------------------------ reading
 
@@ -397,6 +403,14 @@ class PoolClient:
             self._link.close()
 
     # ------------------------------------------------------------ inside
+
+    def _abandon_earlier(self) -> None:
+        """Give up what an earlier start left, before the first call: the short way would overtake it."""
+        with contextlib.suppress(PeerError):
+            if self.record is not None and self.record.door:
+                self.call(Abandon(self._writer, []), Ok)
+            else:
+                self.abandon_all()
 
     def _is_live(self, link: StoreLink) -> bool:
         return self._up and link is self._link

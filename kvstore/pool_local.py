@@ -1,0 +1,325 @@
+"""A store of this host, as the pool's client uses it: its memory is mapped here, bytes are copied once.
+
+Every batch is one message there and one back; what was leased is given back without waiting.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import structlog
+
+from kvstore.client import PoolClient
+from kvstore.finding import INLINE
+from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX
+from kvstore.link import StoreLink
+from kvstore.node import FULL
+from kvstore.pool_model import Hints, Look, Outcome, Result, Sink, copy
+from mooncake.core.errors import MooncakeError, PeerTimeout, ProtocolError
+from mooncake.core.keys import block_checksum
+from mooncake.core.messages import (
+    Abandon,
+    Commit,
+    Committed,
+    DropKeys,
+    Find,
+    Findings,
+    KeysDropped,
+    Release,
+    ReportBad,
+    Reserve,
+    Reserved,
+    Stats,
+    StoreRecord,
+    StoreStats,
+)
+
+log = structlog.get_logger(__name__)
+
+ASK_S = 2.0
+"""For one request: a turn of the store's loop is a millisecond, so this is a store in trouble."""
+INLINE_BYTES = 16 << 10
+"""Objects up to here come with the answer when few are asked for: one message less than a lease."""
+INLINE_KEYS_MAX = 4
+LANE_BYTES = 2 << 20
+"""Work for one more thread: less is done sooner than handed over."""
+LANES_MAX = 4
+
+
+class LocalStore:
+    """One attached store. Thread-safe."""
+
+    near = True
+
+    def __init__(self, client: PoolClient, record: StoreRecord, writer: str) -> None:
+        """`client` is attached to the store of `record`; it is this object's from now on, also to close."""
+        self.node = record.node
+        self.record = record
+        self._client = client
+        self._writer = writer
+        self._lanes = min(LANES_MAX, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self._lanes, thread_name_prefix="pool-copy")
+
+    def close(self) -> None:
+        """Let go of the store; views that are in use stay valid."""
+        self._client.close()
+        self._threads.shutdown(wait=False)
+
+    def stats(self, deadline_s: float) -> StoreStats:
+        """Return the store's counters; raises PeerError."""
+        stats: StoreStats = self._client.call(Stats(), StoreStats, deadline_s)[1]
+        return stats
+
+    # ------------------------------------------------------------ reading
+
+    def find(self, keys: Sequence[bytes], end_s: float, lease_s: float = 0.0) -> Look:
+        """Look for `keys`; with `lease_s`, lease what is there: to be given to `release`.
+
+        Raises:
+            PeerError, CapacityError: the store is away, or has no lease left.
+        """
+        inline = INLINE_BYTES if len(keys) <= INLINE_KEYS_MAX else 0
+        request = Find(b"".join(keys), min(lease_s, LEASE_S_MAX), inline)
+        link, found = self._client.call(request, Findings, _left(end_s))
+        look = Look.of(keys, found, link)
+        if look.lease_id and not link.is_mine(look.lease_id):
+            raise ProtocolError(f"store {self.node}: a lease of another start")
+        return look
+
+    def release(self, look: Look) -> None:
+        """Give a lease back, without waiting."""
+        if look.lease_id:
+            assert isinstance(look.where, StoreLink)
+            self._client.tell(look.where, Release(look.lease_id))
+
+    def read(
+        self, look: Look, rows: Sequence[int], into: Sequence[int], sink: Sink, verify: bool, end_s: float
+    ) -> dict[int, str]:
+        """Copy leased rows out; return why for each that was not, "" for those that were.
+
+        Args:
+            look: of `find` with a lease.
+            rows: of `look`.
+            into: rows of `sink`, one for each.
+            sink: where they go.
+            verify: compare checksums of the copies.
+            end_s: rows that are not begun by then are not.
+        """
+        pairs = list(zip(rows, into, strict=True))
+        total = sum(look.sizes[row] for row in rows) if len(rows) > 1 else 0
+        lanes = min(self._lanes, total // LANE_BYTES, len(rows))
+        if lanes < 2:
+            return self._read(look, pairs, sink, verify, end_s)
+        parts = [pairs[lane::lanes] for lane in range(lanes)]
+        waits = [self._threads.submit(self._read, look, part, sink, verify, end_s) for part in parts[1:]]
+        reasons = self._read(look, parts[0], sink, verify, end_s)
+        for wait in waits:
+            reasons |= wait.result()
+        return reasons
+
+    def _read(
+        self, look: Look, pairs: Sequence[tuple[int, int]], sink: Sink, verify: bool, end_s: float
+    ) -> dict[int, str]:
+        link = look.where
+        assert isinstance(link, StoreLink)
+        reasons: dict[int, str] = {}
+        inline_at = _inline_places(look)
+        for row, into in pairs:
+            size, offset = look.sizes[row], look.offsets[row]
+            if reason := sink.refuses(into, size):
+                reasons[row] = reason
+                continue
+            if time.monotonic() > end_s:
+                reasons[row] = "the deadline passed"
+                continue
+            if offset == INLINE:
+                at = inline_at[row]
+                source = look.data[at : at + size]
+            elif offset < 0:
+                reasons[row] = "still on its way from the SSD"
+                continue
+            else:
+                source = link.segment.view(offset, size)
+            copied = sink.take(into, source)
+            if verify and not look.is_sound(row, copied):
+                reasons[row] = f"{self.node}: the bytes are not what was committed"
+                self.report_bad(look, row)
+            else:
+                reasons[row] = ""
+        return reasons
+
+    def report_bad(self, look: Look, row: int) -> None:
+        """Have the store look for itself at a block that did not verify."""
+        assert isinstance(look.where, StoreLink)
+        log.warning("pool.bad_block", node=self.node, key=look.keys[row].hex()[:16])
+        self._client.tell(look.where, ReportBad([look.keys[row]]))
+
+    def views(self, look: Look) -> list[memoryview | None]:
+        """Return the bytes of leased rows where they lie, read-only; None where there is nothing."""
+        assert isinstance(look.where, StoreLink)
+        view, inline_at = look.where.segment.view, _inline_places(look)
+        found: list[memoryview | None] = []
+        for row, (offset, size) in enumerate(zip(look.offsets, look.sizes, strict=True)):
+            if offset == INLINE:
+                found.append(look.data[inline_at[row] : inline_at[row] + size])
+            else:
+                found.append(view(offset, size).toreadonly() if offset >= 0 and size else None)
+        return found
+
+    # ------------------------------------------------------------ writing
+
+    def put(
+        self, keys: Sequence[bytes], sources: Sequence[Sequence[memoryview]], hints: Hints, end_s: float
+    ) -> list[Result]:
+        """Write objects of any sizes; one answer each.
+
+        Raises:
+            PeerError, CapacityError: the store is away; nothing of this call is visible then, unless the
+                answer to the commit itself was lost.
+        """
+        sizes = [sum(part.nbytes for part in source) for source in sources]
+        tickets: list[int] = [0] * len(keys)
+        offsets: list[int] = [0] * len(keys)
+        link = None
+        try:
+            for size, rows in by_size(sizes).items():
+                request = reserve_request(self._writer, [keys[row] for row in rows], size, hints)
+                used, room = self._client.call(request, Reserved, _left(end_s))
+                link = link or used
+                used.check_reserved(room, len(rows), size)
+                for row, offset, ticket in zip(rows, room.offsets, room.tickets, strict=True):
+                    offsets[row], tickets[row] = offset, ticket
+                if used is not link:
+                    raise PeerTimeout(f"store {self.node} was restarted meanwhile")
+            if link is None:
+                return []
+            mine = [row for row, ticket in enumerate(tickets) if ticket]
+            sums = self._write(link, keys, sources, sizes, offsets, mine, end_s)
+            done = self._commit([tickets[row] for row in mine], sums, end_s)
+        except MooncakeError:
+            if link is not None and any(tickets):
+                self._client.tell(link, Abandon(self._writer, [ticket for ticket in tickets if ticket]))
+            raise
+        committed = dict(zip(mine, done, strict=True))
+        return [
+            put_result(self.node, offset, committed.get(row), size)
+            for row, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+        ]
+
+    def _write(
+        self,
+        link: StoreLink,
+        keys: Sequence[bytes],
+        sources: Sequence[Sequence[memoryview]],
+        sizes: Sequence[int],
+        offsets: Sequence[int],
+        rows: Sequence[int],
+        end_s: float,
+    ) -> list[bytes]:
+        def fill(some: Sequence[int]) -> list[bytes]:
+            sums = []
+            for row in some:
+                if time.monotonic() > end_s:
+                    raise PeerTimeout(f"store {self.node}: the deadline passed while writing")
+                target = link.segment.view(offsets[row], sizes[row])
+                at = 0
+                for part in sources[row]:
+                    copy(target[at : at + part.nbytes], part)
+                    at += part.nbytes
+                sums.append(block_checksum(keys[row], target))
+            return sums
+
+        return self._in_lanes(fill, rows, sum(sizes[row] for row in rows))
+
+    def _in_lanes(
+        self, work: Callable[[Sequence[int]], list[bytes]], rows: Sequence[int], total_bytes: int
+    ) -> list[bytes]:
+        lanes = min(self._lanes, total_bytes // LANE_BYTES, len(rows))
+        if lanes < 2:
+            return work(rows)
+        step = -(-len(rows) // lanes)
+        waits: list[Future[list[bytes]]] = [
+            self._threads.submit(work, rows[at : at + step]) for at in range(step, len(rows), step)
+        ]
+        try:
+            done = work(rows[:step])
+        finally:  # nobody may write into memory that was given up
+            rest = [wait.exception() for wait in waits]
+        for error in rest:
+            if error is not None:
+                raise error
+        return [*done, *(one for wait in waits for one in wait.result())]
+
+    def _commit(self, tickets: list[int], sums: list[bytes], end_s: float) -> list[bool]:
+        done: list[bool] = []
+        for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
+            part = slice(at, at + KEYS_PER_REQUEST_MAX)
+            answer: Committed = self._client.call(Commit(tickets[part], sums[part]), Committed, _left(end_s))[
+                1
+            ]
+            if len(answer.done) != len(tickets[part]):
+                raise ProtocolError(f"store {self.node}: {len(answer.done)} results")
+            done += answer.done
+        return done
+
+    def remove(self, keys: Sequence[bytes], end_s: float) -> int:
+        """Remove objects; return how many were there. Raises PeerError."""
+        answer: KeysDropped = self._client.call(DropKeys(list(keys)), KeysDropped, _left(end_s))[1]
+        return answer.dropped
+
+
+def _left(end_s: float) -> float:
+    """Return how long one request may take.
+
+    Raises:
+        PeerTimeout: no time is left; the store itself is not to blame.
+    """
+    left_s = end_s - time.monotonic()
+    if left_s <= 0:
+        raise PeerTimeout("the deadline passed")
+    return min(ASK_S, left_s)
+
+
+def _inline_places(look: Look) -> dict[int, int]:
+    """Return where in `look.data` the rows begin that are there."""
+    places: dict[int, int] = {}
+    if look.data:
+        at = 0
+        for row, offset in enumerate(look.offsets):
+            if offset == INLINE:
+                places[row] = at
+                at += look.sizes[row]
+    return places
+
+
+def by_size(sizes: Sequence[int]) -> dict[int, list[int]]:
+    """Return the rows of each size: a store reserves for one size at a time."""
+    rows: dict[int, list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows.setdefault(size, []).append(row)
+    return rows
+
+
+def reserve_request(writer: str, keys: list[bytes], size_bytes: int, hints: Hints) -> Reserve:
+    """Return the request for room."""
+    return Reserve(
+        writer,
+        keys,
+        size_bytes,
+        tenant=hints.tenant,
+        group=hints.group,
+        soft_pin_s=hints.soft_pin_s,
+        hard_pin=hints.hard_pin,
+    )
+
+
+def put_result(node: str, offset: int, committed: bool | None, size_bytes: int) -> Result:
+    """Return what a store's answers mean for one object; `committed` None = it gave no room."""
+    if committed:
+        return Result(Outcome.DONE, size_bytes, (node,))
+    if committed is not None:
+        return Result(Outcome.FAILED, reason=f"{node}: written too late")
+    if offset == FULL:
+        return Result(Outcome.FULL, reason=f"{node}: full")
+    return Result(Outcome.EXISTS, nodes=(node,))
