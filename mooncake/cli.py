@@ -39,6 +39,9 @@ Address = Annotated[
 Eviction = Annotated[
     str, typer.Option(help="lru, lfu, length or tail: which blocks a full pool gives up first.")
 ]
+Hugepages = Annotated[
+    str, typer.Option(help="auto (where the machine has them), off, or require: pages of the pool's memory.")
+]
 Ssd = Annotated[Path | None, typer.Option(help="Folder of the pool's SSD tier; KV there outlives restarts.")]
 SsdSize = Annotated[str, typer.Option(help="Size of the SSD tier's file.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder for sockets and logs, yours alone.")]
@@ -154,6 +157,7 @@ def up(
     port: Annotated[int, typer.Option(help="HTTP port of the gateway.")] = 8000,
     pool_size: Annotated[str, typer.Option(help="Memory of the shared KV pool.")] = "1GiB",
     eviction: Eviction = "lru",
+    hugepages: Hugepages = "auto",
     ssd: Ssd = None,
     ssd_size: SsdSize = "8GiB",
     kv_memory: KvMemory = "512MiB",
@@ -189,7 +193,7 @@ def up(
         wish: dict[str, Any] = {
             "prefill": prefill, "decode": decode, "aggregated": aggregated, "host": host, "port": port,
             "pool_bytes": parse_size_bytes(pool_size, "pool_size"),
-            "eviction": eviction,
+            "eviction": eviction, "hugepages": hugepages,
             "ssd_path": str(ssd.resolve()) if ssd else "",
             "ssd_bytes": parse_size_bytes(ssd_size, "ssd_size"),
             "kv_memory_bytes": parse_size_bytes(kv_memory, "kv_memory"),
@@ -401,6 +405,7 @@ def store(
     capacity: Annotated[str, typer.Option(help="Memory for KV blocks, e.g. 2GiB.")] = "1GiB",
     node: Node = "local",
     eviction: Eviction = "lru",
+    hugepages: Hugepages = "auto",
     ssd: Ssd = None,
     ssd_size: SsdSize = "8GiB",
     address: Address = "127.0.0.1",
@@ -421,6 +426,7 @@ def store(
             metadata=metadata, metrics_port=metrics_port, log_level=log_level, address=address,
             transfer=transfer, ssd_path=str(ssd.resolve()) if ssd else "",
             ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"), eviction=eviction,
+            hugepages=hugepages,
         ).checked()  # fmt: skip
         _run_role("store", log_level, lambda: run_store(options))
 

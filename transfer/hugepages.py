@@ -3,19 +3,20 @@
 Huge pages spare TLB misses of copies, and page tables: 2 MiB of these per GiB and process otherwise.
 hugetlb ones are certain but must be set aside (`sysctl vm.nr_hugepages`); transparent ones need nothing
 but a kernel that allows them for shared memory, and free memory in whole pieces.
+
+Modes: auto = the best there is; off = plain pages; require = hugetlb pages or no start.
 """
 
 from pathlib import Path
 
 import structlog
 
+from mooncake.core.config import HUGEPAGES
 from mooncake.core.errors import ConfigError
 from transfer.segment import HUGE_PAGE_BYTES, Pages, Progress, Segment
 
 log = structlog.get_logger(__name__)
 
-MODES = ("auto", "off", "require")
-"""auto: the best there is; off: plain pages; require: hugetlb pages or no start."""
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 ADVICE_COUNTS = frozenset({"always", "within_size", "advise", "force"})
@@ -41,13 +42,13 @@ def transparent_allowed() -> bool:
 
 
 def create_segment(name: str, size_bytes: int, mode: str, progress: Progress | None = None) -> Segment:
-    """Return a new segment made of the pages that `mode` (see MODES) and this machine allow.
+    """Return a new segment made of the pages that `mode` (see above) and this machine allow.
 
     Raises:
         ConfigError: as Segment.create; or mode is `require` and there are not enough huge pages.
     """
-    if mode not in MODES:
-        raise ConfigError(f"hugepages={mode!r}: one of {', '.join(MODES)}")
+    if mode not in HUGEPAGES:
+        raise ConfigError(f"hugepages={mode!r}: one of {', '.join(HUGEPAGES)}")
     why = "hugepages=off"
     if mode != "off":
         try:

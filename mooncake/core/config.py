@@ -22,6 +22,8 @@ POLICIES = ("kvcache", "cache_aware", "least_load", "round_robin", "random")
 """How the Conductor chooses instances: conductor.scheduler.Policy, which says what they mean."""
 EVICTIONS = ("lru", "lfu", "length", "tail")
 """Which blocks a full store gives up first: kvstore.eviction.POLICIES, which says what they mean."""
+HUGEPAGES = ("auto", "off", "require")
+"""What a store's memory is made of: transfer.hugepages says what they mean."""
 SLO_S_MAX = 3600.0
 BLOCK_TOKENS_STEP = 32
 """vLLM's CPU kernels want multiples of 32; on GPUs 32 and its multiples are fine as well."""
@@ -206,6 +208,7 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
     address: str = LOOPBACK  # of this host, for all of the cluster; others than loopback need a secret
     transfer: str = ""  # HOST:PORT of its transfer engine, port 0 = any; "" = none, off loopback ADDRESS:0
     eviction: str = EVICTIONS[0]
+    hugepages: str = HUGEPAGES[0]
     ssd_path: str = ""  # folder of the SSD tier; "" = none
     ssd_bytes: int = SSD_BYTES
     metrics_port: int = 0  # 0 = none
@@ -217,6 +220,7 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
         _metadata(self.metadata)
         _address(self.address)
         _choice("eviction", self.eviction, EVICTIONS)
+        _choice("hugepages", self.hugepages, HUGEPAGES)
         if self.capacity_bytes < POOL_BYTES_MIN:
             raise fail("capacity", format_size(self.capacity_bytes), "must be at least 1MiB")
         if self.ssd_path and self.ssd_bytes < SSD_BYTES_MIN:

@@ -63,6 +63,7 @@ async def _store(options: StoreOptions) -> int:
         transfer=transfer_config(options),
         metrics_port=options.metrics_port or None,
         eviction=options.eviction,
+        hugepages=options.hugepages,
         ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)
         if options.ssd_path
         else None,

@@ -11,6 +11,7 @@ import msgspec
 from mooncake.core.config import (
     API_KEY_ENV,
     EVICTIONS,
+    HUGEPAGES,
     POLICIES,
     SSD_BYTES,
     GatewayOptions,
@@ -46,6 +47,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     pool_bytes: int = 1 << 30
     eviction: str = EVICTIONS[0]
+    hugepages: str = HUGEPAGES[0]
     ssd_path: str = ""  # "" = no SSD tier
     ssd_bytes: int = SSD_BYTES
     kv_memory_bytes: int = 512 << 20
@@ -100,6 +102,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         node="local",
         capacity_bytes=options.pool_bytes,
         eviction=options.eviction,
+        hugepages=options.hugepages,
         ssd_path=options.ssd_path,
         ssd_bytes=options.ssd_bytes,
         run_dir=f"{options.run_dir}/store",

@@ -47,6 +47,7 @@ def test_version():
         (["up", "--dtype", "int1"], "dtype"),
         (["up", "--policy", "best"], "kvcache"),
         (["up", "--eviction", "best"], "lru, lfu, length, tail"),
+        (["up", "--hugepages", "on"], "auto, off, require"),
         (["up", "--ttft-slo-s", "-1"], "ttft_slo_s"),
         (["up", "--metrics-port", "65535"], "metrics_port"),
         (["up", "--host", "0.0.0.0"], "MOONCAKE_API_KEY"),
@@ -61,6 +62,7 @@ def test_version():
         (["store", "--metadata", "tcp://10.0.0.1:1"], "endpoint"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--capacity", "1"], "capacity"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--eviction", "best"], "lru, lfu, length, tail"),
+        (["store", "--metadata", "tcp://127.0.0.1:1", "--hugepages", "on"], "auto, off, require"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_code_2(args, told, monkeypatch):

@@ -78,8 +78,9 @@ def test_policy_and_objectives_reach_the_conductor():
     assert (conductor.policy, conductor.ttft_slo_s, conductor.tbt_slo_s) == ("least_load", 2.0, 0.1)
 
 
-def test_the_eviction_policy_reaches_the_store():
-    assert plan(eviction="tail")[0].options.eviction == "tail"
+def test_the_eviction_policy_and_the_kind_of_pages_reach_the_store():
+    store = plan(eviction="tail", hugepages="require")[0].options
+    assert (store.eviction, store.hugepages) == ("tail", "require")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ def test_the_eviction_policy_reaches_the_store():
         ({"port": 0}, "port"),
         ({"policy": "best"}, "policy"),
         ({"eviction": "best"}, "eviction"),
+        ({"hugepages": "on"}, "hugepages"),
         ({"ttft_slo_s": -1.0}, "ttft_slo_s"),
         ({"tbt_slo_s": float("nan")}, "tbt_slo_s"),
         ({"metrics_ports": {"store": 70_000}}, "metrics_port"),
