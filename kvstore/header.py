@@ -15,6 +15,12 @@ accidents. It is no signature: a page is taken for a header only where nothing b
 
 Codecs: only RAW now. A lossy or packing codec will be a new id here (`stored_bytes` then differs from
 `length_bytes`) and a new root of its keys; programs that do not know the id skip the object (CODEC).
+
+Only what outlives its program has a header. In memory, length and checksum (messages.Block) are enough: the
+form of the bytes is in the key. It commits to the layout (core.context: pool_layout) and to every codec but
+raw (core.keys.variant_root), so a reader of raw blocks computes keys that no other form is stored under, in
+any tier and on any node. A header repeats the codec because a key is a hash: a program that finds an object
+in a file cannot ask it in which form it is, and must not guess. KV blocks have NO_LAYOUT for the same reason.
 """
 
 import enum
