@@ -153,7 +153,7 @@ class AdminApi:
                 "reasons": reasons,
                 "directory": self._coordinator.config.name,
                 "mode": directory.mode(),
-                "blocks": len(directory),
+                "entries": len(directory),
                 "leader": leader.candidate if leader else "",
                 "leads": self._coordinator.leading is not None,
             },
@@ -252,7 +252,7 @@ class AdminApi:
         return DirectoryView(
             mode=directory.mode(),
             lag_s=directory.lag_s(self._coordinator.now_s()),
-            blocks=len(directory),
+            entries=len(directory),
             nodes=len(status),
             nodes_exact=len([node for node in status if node.mode is Mode.EXACT]),
             sweeps=directory.sweeps,

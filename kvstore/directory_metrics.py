@@ -17,11 +17,14 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class DirectoryView(msgspec.Struct, frozen=True, kw_only=True):
-    """What one directory is at one moment; `replicas`: how many keys have so many holders."""
+    """What one directory is at one moment; `replicas`: how many keys have so many holders.
+
+    `entries` are keys in the table: also those of nodes that left, until the next sweep.
+    """
 
     mode: Mode
     lag_s: float
-    blocks: int
+    entries: int
     nodes: int
     nodes_exact: int
     sweeps: int
@@ -73,7 +76,8 @@ class _ViewCollector(Collector):
         view = self._view
         yield _gauge("exact", "1 if every node is in step, 0 if answers are hints.", view.mode is Mode.EXACT)
         yield _gauge("lag_seconds", "Longest time that a node has been out of step.", view.lag_s)
-        yield _gauge("blocks", "Distinct blocks that are known.", view.blocks)
+        yield _gauge("blocks", "Distinct blocks that some node holds.", sum(view.replicas.values()))
+        yield _gauge("entries", "Blocks in the table, also of nodes that are gone.", view.entries)
         yield _gauge("nodes", "Nodes of the pool.", view.nodes)
         yield _gauge("nodes_exact", "Nodes that are in step.", view.nodes_exact)
         yield _gauge("leader", "1 if this directory leads.", view.leader)

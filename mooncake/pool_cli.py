@@ -166,9 +166,7 @@ def status(metadata: Metadata = "", url: Url = "", token_file: TokenFile = None)
         console = _console()
         console.print(table)
         leader = health["leader"] or "nobody"
-        console.print(
-            f"{health['blocks']:,} distinct blocks; {leader} leads; asked {admin.url}", markup=False
-        )
+        console.print(f"{health['entries']:,} entries; {leader} leads; asked {admin.url}", markup=False)
         for reason in health["reasons"]:
             console.print(f"degraded: {reason}", style="yellow", markup=False)
 

@@ -287,6 +287,7 @@ async def test_metrics_tell_mode_leader_replicas_and_commands(ask, coordinator):
         "mooncake_directory_exact 0.0",
         "mooncake_directory_lag_seconds 6.0",
         "mooncake_directory_blocks 2.0",
+        "mooncake_directory_entries 2.0",
         "mooncake_directory_nodes 2.0",
         "mooncake_directory_nodes_exact 1.0",
         "mooncake_directory_leader 1.0",

@@ -266,7 +266,7 @@ async def test_the_admin_http_is_where_the_record_says(world):
             connection.close()
 
     status, body = await asyncio.to_thread(get, "/health")
-    assert (status, msgspec.json.decode(body)["blocks"]) == (200, 1)
+    assert (status, msgspec.json.decode(body)["entries"]) == (200, 1)
     await world.leader()
     status, body = await asyncio.to_thread(get, "/metrics")
     assert b"mooncake_directory_leader 1.0" in body
