@@ -17,8 +17,8 @@ check: install         ## style, types, layers
 test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
 	.venv/bin/python -m pytest
 
-unit: install          ## unit and simulation tests on two processes, without those that kill processes
-	.venv/bin/python -m pytest tests/unit tests/sim -m "not chaos" -n 2 --dist loadfile
+unit: install          ## unit and simulation tests, a quick look: two processes, a third of the examples, no chaos
+	.venv/bin/python -m pytest tests/unit tests/sim -m "not chaos" -n 2 --dist worksteal --hypothesis-profile=quick
 
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"

@@ -120,7 +120,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 @given(EVENTS)
 def test_it_agrees_with_one_set_per_node_however_far_a_sweep_is(events):
     index = PrefixIndex(dead_bits_max=2)

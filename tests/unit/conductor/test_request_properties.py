@@ -242,4 +242,6 @@ class Fixed:
 
 
 TestRequests = Requests.TestCase
-TestRequests.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestRequests.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=40, deadline=None
+)

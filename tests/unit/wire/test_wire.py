@@ -76,13 +76,13 @@ def test_records_also_survive_as_json_objects_that_people_can_read(message):
     assert set(json.loads(text)) == set(message.__struct_fields__)
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(data=st.binary(max_size=64), kind=st.sampled_from(KINDS))
 def test_random_bytes_are_a_message_or_a_protocol_error(data, kind):
     decode_or_protocol_error(data, kind)
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_a_damaged_message_is_a_message_or_a_protocol_error(data, kind):
     cls = data.draw(st.sampled_from(STRUCTS))
