@@ -115,7 +115,7 @@ def absent(contender: Contender, peer_python: Path | None, isolated: bool) -> st
         return f"{peer_python} does not exist"
     if contender.exposed and not isolated:
         return "it listens on every address, and a network of its own needs root, unshare and ip"
-    if contender.module == "redis_unix" and not shutil.which("redis-server"):
+    if contender.module.endswith("redis_unix") and not shutil.which("redis-server"):
         return "no redis-server"
     return ""
 

@@ -54,18 +54,17 @@ def find(
     blocks = [node.block_of(key) for key in keys]
     lease_id, carried = 0, []
     if request.lease_s:
+        if not request.lease_s > 0:  # also refuses NaN
+            raise RequestError(f"lease_s={request.lease_s}: must not be negative")
         carried = _carried(blocks, request.inline_bytes)
         known = sum(block is not None for block in blocks)
         node.hits += known
         node.misses += len(keys) - known
-        if carried:  # they are used, and may go as soon as this turn is over
-            node.release(now_s, node.hold(now_s, [keys[row] for row in carried], request.lease_s)[0])
+        node.touch([keys[row] for row in carried])
         if len(carried) < known:
             inline = set(carried)
             held = [key for row, key in enumerate(keys) if row not in inline] if inline else keys
             lease_id = node.hold(now_s, held, request.lease_s)[0]
-        elif not known:
-            node.hold(now_s, [], request.lease_s)  # refuses what is no time
     found = _columns(lease_id, keys, blocks, elsewhere)
     if not carried:
         return found

@@ -286,6 +286,12 @@ class Node:
         found = [key for key in keys if key in self._complete]
         return self._lease(found, self._prefix(found), lease_s).lease_id, found
 
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Count a use of complete blocks that needs no lease: it is over already."""
+        for key in keys:
+            if key in self._complete and key not in self._leases:
+                self.policy.touch(key)
+
     def drop_bad(self, now_s: float, key: bytes, block: Block) -> None:
         """Drop `key` if it still is that `block` of lease_for_check, whose bytes were found to be wrong."""
         self.tick(now_s)

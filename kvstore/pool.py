@@ -261,7 +261,7 @@ class Pool:
         if len(keys) != len(targets):
             raise RequestError(f"{len(keys)} keys, {len(targets)} targets")
         parts = [parts_of(target, writable=True) for target in targets]
-        gather = Gather(self._members, self._locator, not skip_checksums, time.monotonic() + deadline_s)
+        gather = self._gather(deadline_s, not skip_checksums)
         return _in_rounds(
             _keys(keys, tenant), lambda some, at: gather.read(some, Into(parts[at : at + len(some)]))
         )
@@ -270,7 +270,7 @@ class Pool:
         self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
     ) -> list[bytes | None]:
         """Return objects as bytes; None = missing or failed (`get_into` tells which)."""
-        gather = Gather(self._members, self._locator, True, time.monotonic() + deadline_s)
+        gather = self._gather(deadline_s)
         values: list[bytes | None] = []
         hashed = _keys(keys, tenant)
         for at in range(0, len(hashed), BATCH_KEYS_MAX):
@@ -310,15 +310,22 @@ class Pool:
                     self._members.lost(access, error)
         return views
 
+    def _gather(self, deadline_s: float, verify: bool = True) -> Gather:
+        return Gather(self._members, self._locator, verify, time.monotonic() + deadline_s)
+
     # ------------------------------------------------------------ looking
 
     def look(self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[Result]:
         """Return for each key DONE with its size and the first nodes that have it, MISSING, or FAILED."""
-        gather = Gather(self._members, self._locator, True, time.monotonic() + deadline_s)
+        gather = self._gather(deadline_s)
         return _in_rounds(_keys(keys, tenant), lambda some, _: gather.look(some))
 
     def exists(self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[bool]:
         """Return whether the pool has each key; a store that cannot be asked counts as without it."""
+        if len(keys) <= BATCH_KEYS_MAX:
+            found = self._gather(deadline_s).here(_keys(keys, tenant))
+            if found is not None:
+                return found
         return [one.ok for one in self.look(keys, tenant=tenant, deadline_s=deadline_s)]
 
     def sizes(

@@ -128,6 +128,19 @@ class Gather:
         reasons.update(dict.fromkeys(late, f"{access.node}: still on its way from the SSD"))
         return late
 
+    def here(self, keys: list[bytes]) -> list[bool] | None:
+        """Return which keys the pool has, if a store of this host can tell alone, as usual."""
+        stores = self._members.stores
+        access = next((one for one in stores.values() if one.near), None)
+        if access is None:
+            return None
+        try:
+            found = [size > 0 for size in access.find(keys, self._end_s).sizes]
+        except MooncakeError as error:
+            self._members.lost(access, error)
+            return None
+        return found if len(stores) == 1 or all(found) else None
+
     def look(self, keys: list[bytes]) -> list[Result]:
         """Return who has what, without reading."""
         results: list[Result | None] = [None] * len(keys)

@@ -125,24 +125,26 @@ class LocalStore:
         assert isinstance(link, StoreLink)
         reasons: dict[int, str] = {}
         inline_at = _inline_places(look)
+        memory = link.segment.view(0, link.segment.size_bytes)
         for row, into in pairs:
             size, offset = look.sizes[row], look.offsets[row]
-            if reason := sink.refuses(into, size):
-                reasons[row] = reason
-                continue
             if time.monotonic() > end_s:
                 reasons[row] = "the deadline passed"
                 continue
-            if offset == INLINE:
+            if offset >= 0:
+                source = memory[offset : offset + size]
+                if len(source) != size:
+                    raise ProtocolError(f"store {self.node}: {offset}+{size} is not in its segment")
+            elif offset == INLINE:
                 at = inline_at[row]
                 source = look.data[at : at + size]
-            elif offset < 0:
+            else:
                 reasons[row] = "still on its way from the SSD"
                 continue
-            else:
-                source = link.segment.view(offset, size)
             copied = sink.take(into, source)
-            if verify and not look.is_sound(row, copied):
+            if copied is None:
+                reasons[row] = sink.refuses(into, size)
+            elif verify and not look.is_sound(row, copied):
                 reasons[row] = f"{self.node}: the bytes are not what was committed"
                 self.report_bad(look, row)
             else:
@@ -219,14 +221,18 @@ class LocalStore:
     ) -> list[bytes]:
         def fill(some: Sequence[int]) -> list[bytes]:
             sums = []
+            memory = link.segment.view(0, link.segment.size_bytes)
             for row in some:
                 if time.monotonic() > end_s:
                     raise PeerTimeout(f"store {self.node}: the deadline passed while writing")
-                target = link.segment.view(offsets[row], sizes[row])
-                at = 0
-                for part in sources[row]:
-                    copy(target[at : at + part.nbytes], part)
-                    at += part.nbytes
+                target = memory[offsets[row] : offsets[row] + sizes[row]]
+                if len(sources[row]) == 1:
+                    copy(target, sources[row][0])
+                else:
+                    at = 0
+                    for part in sources[row]:
+                        copy(target[at : at + part.nbytes], part)
+                        at += part.nbytes
                 sums.append(block_checksum(keys[row], target))
             return sums
 

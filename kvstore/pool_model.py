@@ -6,10 +6,10 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 from mooncake.core.errors import RequestError
-from mooncake.core.keys import block_checksum, checksum_seed
+from mooncake.core.keys import checksum_seed
 from mooncake.core.messages import Findings
 
 COPY_BYTES = 64 << 10
@@ -82,7 +82,7 @@ class Look(msgspec.Struct):
         """Return whether `parts`, in order, are what was committed under the key of `row`."""
         key, expected = self.keys[row], self.checksums[16 * row : 16 * row + 16]
         if len(parts) == 1:
-            return block_checksum(key, parts[0]) == expected
+            return xxh3_128_digest(parts[0], checksum_seed(key)) == expected
         digest = xxh3_128(seed=checksum_seed(key))
         for part in parts:
             digest.update(part)
@@ -100,8 +100,8 @@ class Sink(Protocol):
         """Return the memory that has to hold it; empty: `take` makes some."""
         ...
 
-    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes]:
-        """Copy the object; return the copy, to be verified."""
+    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes] | None:
+        """Copy the object; return the copy, to be verified. None: `refuses` tells why it could not."""
         ...
 
 
@@ -130,12 +130,15 @@ class Into:
                 break
         return trimmed
 
-    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes]:
+    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes] | None:
         """See Sink."""
-        parts = self.places(row, source.nbytes)
-        if len(parts) == 1:
+        parts, size_bytes = self._targets[row], source.nbytes
+        if len(parts) == 1 and parts[0].nbytes == size_bytes:  # the usual case, in half the time
             copy(parts[0], source)
             return parts
+        if self.refuses(row, size_bytes):
+            return None
+        parts = self.places(row, size_bytes)
         at = 0
         for part in parts:
             copy(part, source[at : at + part.nbytes])
@@ -158,7 +161,7 @@ class Bytes:
         """See Sink."""
         return ()
 
-    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes]:
+    def take(self, row: int, source: memoryview) -> Sequence[memoryview | bytes] | None:
         """See Sink."""
         value = self.values[row] = bytes(source)
         return (value,)

@@ -112,7 +112,7 @@ class DistantStore:
                 self._move(Opcode.READ, offsets, [[one] for one in ranges_of], end_s)
                 for row, (address, size) in zip(batch, ranges_of, strict=True):
                     copied = sink.take(targets[row], buffer.part(address, size))
-                    reasons[row] = self._verdict(look, row, copied) if verify else ""
+                    reasons[row] = self._verdict(look, row, copied) if verify and copied else ""
         return reasons
 
     def _refused(self, look: Look, targets: dict[int, int], sink: Sink) -> dict[int, str]:
@@ -137,7 +137,7 @@ class DistantStore:
             size = look.sizes[row]
             if row in targets and row not in reasons:
                 copied = sink.take(targets[row], look.data[at : at + size])
-                reasons[row] = self._verdict(look, row, copied) if verify else ""
+                reasons[row] = self._verdict(look, row, copied) if verify and copied else ""
             at += size
 
     def _verdict(self, look: Look, row: int, parts: Sequence[memoryview | bytes]) -> str:

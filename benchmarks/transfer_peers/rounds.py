@@ -34,7 +34,7 @@ ISOLATE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to move bytes: a class in a module of benchmarks.transfer_peers."""
+    """One way to move bytes: a class in a module of benchmarks.transfer_peers, or in one named in full."""
 
     name: str
     module: str

@@ -133,7 +133,8 @@ def main() -> None:
     role, module, name, pool_bytes, folder = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like an answer
-    kind: type[Contender] = getattr(importlib.import_module(f"benchmarks.transfer_peers.{module}"), name)
+    path = module if "." in module else f"benchmarks.transfer_peers.{module}"
+    kind: type[Contender] = getattr(importlib.import_module(path), name)
     if role == "owner":
         facts, kept = kind.own(int(pool_bytes))
         answers.write(json.dumps(facts) + "\n")

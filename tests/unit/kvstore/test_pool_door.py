@@ -64,6 +64,8 @@ def test_small_objects_come_with_the_answer_and_are_not_leased():
     for n, size in ((1, 100), (2, 5000), (3, 200)):
         node.commit(0, node.reserve(0, "w", [key(n)], size).tickets, [bytes(16)])
     before = node.stats()
+    order: list[bytes] = []
+    node.policy.touch = lambda key: order.append(key)
 
     def ask(lease_s: float, *numbers: int) -> Findings:
         request = Find(b"".join(map(key, numbers)), lease_s, 200)
@@ -77,6 +79,7 @@ def test_small_objects_come_with_the_answer_and_are_not_leased():
     assert found.data == bytes(memory[places[0] :][:200]) + bytes(memory[places[1] :][:100])
     assert found.lease_id
     assert node.stats().leases == 1
+    assert order == [key(3), key(1)], "they were used"
     assert node.drop(1.0, [key(3), key(1)]) == 2
     assert node.stats().used_bytes < before.used_bytes, "not leased: their room is free at once"
     node.release(1.0, found.lease_id)

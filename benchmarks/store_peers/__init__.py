@@ -1,0 +1,1 @@
+"""Stores that benchmarks.store compares with ours."""
