@@ -20,6 +20,7 @@ from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
+from mooncake.core.context import differences
 from mooncake.core.messages import InstanceRecord
 
 RETRY_AFTER_S = 1.0
@@ -404,7 +405,10 @@ def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:
 def _no_common_context(facts: RequestFacts, left: list[_Worker], right: list[_Worker]) -> Rejection:
     seen = ", ".join(f"{w.id} ({w.record.role}) {w.record.context_root[:12]}" for w in [*left, *right])
     wanted = f"request has {facts.context_root[:12]}; " if facts.context_root else ""
-    return _reject(facts, Reason.NO_COMMON_CONTEXT, f"{wanted}alive context roots: {seen}")
+    pairs = [differences(a.record.context, b.record.context) for a in left for b in right]
+    closest = min(pairs, key=len) if pairs else []
+    why = f"; the closest two differ in {', '.join(closest)}" if closest else ""
+    return _reject(facts, Reason.NO_COMMON_CONTEXT, f"{wanted}alive context roots: {seen}{why}")
 
 
 def _mix(seed: int, draw: int) -> int:

@@ -506,6 +506,7 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     block_bytes: int  # size of one KV block, all layers
     vllm_version: str
     metrics_url: str = ""  # Prometheus metrics, reachable on its host only; "" = none
+    context: dict[str, str] = {}  # what context_root commits to: KvContext.settings()
 
 
 class StoreRecord(msgspec.Struct, frozen=True):

@@ -216,6 +216,7 @@ class Instance:
             pid=os.getpid(),
             model=spec.model,
             context_root=facts.context_root,
+            context=facts.context,
             block_size=answer["block_size"],
             max_model_len=answer["max_model_len"],
             kv_blocks=answer["num_gpu_blocks"],

@@ -27,6 +27,7 @@ def record(
     kv_blocks: int = 4096,
     max_num_seqs: int = 64,
     block_bytes: int = 1 << 20,
+    context: dict[str, str] | None = None,
 ) -> InstanceRecord:
     return InstanceRecord(
         instance_id=instance_id,
@@ -44,6 +45,7 @@ def record(
         max_num_batched_tokens=2048,
         block_bytes=block_bytes,
         vllm_version="0.32.0",
+        context=context or {},
     )
 
 

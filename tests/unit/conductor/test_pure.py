@@ -8,6 +8,7 @@ import pytest
 PURE = ("plan", "index", "cost", "cluster", "scheduler", "request")
 ALLOWED = {"collections.abc", "enum", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {
+    "mooncake.core.context",
     "mooncake.core.errors",
     "mooncake.core.keys",
     "mooncake.core.messages",

@@ -190,6 +190,17 @@ def test_prefill_and_decode_of_different_contexts_are_not_paired():
     assert "d0 (decode) bbbbbbbbbbbb" in rejection.detail
 
 
+def test_a_rejection_says_in_what_the_closest_two_differ():
+    """Nobody can read it off two hashes."""
+    view = cluster(
+        record("p0", "prefill", context={"dtype": "a", "max_model_len": "1", "engine": "v"}),
+        record("p1", "prefill", context={"dtype": "b", "max_model_len": "1", "engine": "v"}),
+        record("d0", "decode", context_root="bb" * 32, context={"dtype": "b", "max_model_len": "2"}),
+    )
+    detail = refused(scheduler(view).on_request(0.0, facts())).detail
+    assert detail.endswith("; the closest two differ in engine, max_model_len")
+
+
 def test_pairs_are_formed_within_a_context():
     view = cluster(
         record("p0", "prefill"),
