@@ -11,14 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from mooncake.core.errors import MooncakeError
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
+from transfer.hugepages import create_segment
 from transfer.model import Buffer, Opcode
+from transfer.segment import HUGE_PAGE_BYTES
 
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 PORT = 7472
 SECRET = b"the same on both hosts"
 SIZE = 2 << 20
@@ -31,8 +35,9 @@ def engine(host: str, port: int = 0) -> TransferEngine:
 
 
 def owner(host: str) -> int:
+    HUGE_PAGES.write_text(str(SIZE // HUGE_PAGE_BYTES))  # a store's memory is of huge pages where it can be
     with engine(host, PORT) as mine:
-        buffer = mine.register(np.zeros(SIZE, np.uint8))
+        buffer = mine.register(create_segment("owner", SIZE, "require"))
         assert buffer.view is not None
         end_s = time.monotonic() + LIFE_S
         while time.monotonic() < end_s:
