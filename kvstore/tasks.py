@@ -68,7 +68,8 @@ class _Task(msgspec.Struct):
     source: str
     target: str
     size_bytes: int
-    queue: deque["_Step"]
+    queue: deque["_Step"]  # to be looked at now
+    fresh: deque[bytes]  # keys that are no steps yet: 1 M of them at once would stop the loop for 2 s
     state: State = State.RUNNING
     open: int = 0
     total: int = 0
@@ -131,7 +132,7 @@ class Tasks:
         self._hot: dict[bytes, tuple[int, int]] = {}  # key -> (copies, size_bytes)
         self._hot_busy: dict[bytes, None] = {}  # being copied, or resting after a failure
         self._hot_round: deque[bytes] = deque()
-        self._hot_task = _Task(0, Kind.HOT, Kind.HOT, "", "", 0, deque())
+        self._hot_task = _Task(0, Kind.HOT, Kind.HOT, "", "", 0, deque(), deque())
 
     # ------------------------------------------------------------ wishes
 
@@ -311,15 +312,16 @@ class Tasks:
         """Start what may start, one step of each task in turn."""
         commands: list[Command] = []
         looks = LOOKS_MAX
-        tasks = deque(task for task in [self._hot_task, *self._open.values()] if task.queue)
+        tasks = deque(task for task in [self._hot_task, *self._open.values()] if task.queue or task.fresh)
         while tasks and looks and len(self._running) < self._running_max:
             looks -= 1
             task = tasks.popleft()
-            step = task.queue.popleft()
+            step = task.queue.popleft() if task.queue else _Step(task, task.fresh.popleft())
             command = self._start(now_s, step)
             if command is not None:
                 commands.append(command)
-            if task.queue and task.queue[0] is not step:  # put back: its nodes or its key are busy
+            put_back = task.queue and task.queue[0] is step  # its nodes or its key are busy
+            if not put_back and (task.queue or task.fresh):
                 tasks.append(task)
         return commands
 
@@ -394,16 +396,16 @@ class Tasks:
                 return task.task_id
         if len(self._open) >= TASKS_MAX:
             raise CapacityError(f"{len(self._open)} tasks are open: at most {TASKS_MAX}")
-        task = _Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque())
+        task = _Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque(), deque())
         self._open[task.task_id] = task
         self._queue(task, keys)
         return task.task_id
 
     def _queue(self, task: _Task, keys: Sequence[bytes]) -> None:
-        steps = [_Step(task, key) for key in dict.fromkeys(keys)]
-        task.queue.extend(steps)
-        task.open += len(steps)
-        task.total += len(steps)
+        before = len(task.fresh)
+        task.fresh.extend(keys if task.kind is Kind.DRAIN else dict.fromkeys(keys))
+        task.open += len(task.fresh) - before
+        task.total += len(task.fresh) - before
 
     def _end_if_empty(self, task: _Task) -> None:
         if task.kind not in (Kind.HOT, Kind.DRAIN) and not task.open and task.state is State.RUNNING:
@@ -429,6 +431,7 @@ class Tasks:
     def _finish(self, task: _Task, state: State) -> None:
         task.state = state
         task.queue.clear()
+        task.fresh.clear()
         del self._open[task.task_id]
         self._ended[task.task_id] = _progress(task)
         while len(self._ended) > FINISHED_MAX:
@@ -460,7 +463,7 @@ class Tasks:
         return running
 
     def _steps(self) -> list[_Step]:
-        """Return every step that has not ended."""
+        """Return every step that was begun and has not ended."""
         queued = [step for task in [self._hot_task, *self._open.values()] for step in task.queue]
         return [*queued, *(step for _, _, step in self._waiting), *(r.step for r in self._running.values())]
 

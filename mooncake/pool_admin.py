@@ -104,8 +104,8 @@ class PoolAdmin:
             if answer.get("leader"):
                 self._prefer(str(answer["leader"]).rstrip("/"))
             raise NotLeader(text)
-        if status in (401, 403):
-            raise RequestError(f"{text}: {TOKEN_ADVICE}" if status == 401 else text)
+        if status == 401:
+            raise RequestError(f"{url}: {TOKEN_ADVICE}")
         if status == 503:
             raise CapacityError(text)
         raise RequestError(text) if status < 500 else PeerGone(text)

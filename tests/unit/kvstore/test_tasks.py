@@ -370,6 +370,16 @@ def test_a_task_keeps_the_name_that_another_leader_gave_it():
     assert [p.state for p in cluster.tasks.all_progress() if p.task_id == 77] == [State.RUNNING]
 
 
+def test_a_drain_of_many_blocks_makes_steps_only_of_those_it_looks_at():
+    cluster = Cluster(a=tuple(range(5_000)), b=())
+    task = cluster.tasks.drain("a", SIZE)
+    cluster.tasks.tick(0.0)
+    assert cluster.tasks.progress(task).total == 5_000
+    assert len(cluster.tasks._steps()) <= PER_NODE_MAX + 1
+    cluster.tasks.cancel(task)
+    assert not cluster.tasks.busy
+
+
 def test_a_cancelled_task_commands_nothing_more():
     cluster = Cluster(a=tuple(range(30)), b=())
     task = cluster.tasks.move(cluster.keys_of("a"), "a", "b")
