@@ -17,7 +17,7 @@ class Redis(StoreContender, Server):
         pairs = dict(zip(keys, pages, strict=True))
         return lambda: self.client.mset(pairs)
 
-    def get(self, keys: Sequence[str], at: Sequence[int], size: int) -> Go:
+    def get(self, keys: Sequence[str], at: Sequence[int], size: int) -> Go:  # noqa: ARG002
         """See StoreContender."""
 
         def go() -> None:
