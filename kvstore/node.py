@@ -122,6 +122,11 @@ class Node:
                 return key if key in self._writing else None
         return None
 
+    def key_in_writing(self, ticket: int) -> bytes | None:
+        """Return the key that `ticket` was given for, if it can still be committed."""
+        write = self._writes.get(ticket)
+        return write.key if write else None
+
     def is_writing(self, key: bytes) -> bool:
         """Return whether `key` is reserved and neither committed nor given up."""
         return key in self._writing

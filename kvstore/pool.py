@@ -30,10 +30,11 @@ from kvstore.pool_local import LocalStore
 from kvstore.pool_locate import Locator
 from kvstore.pool_members import Members, OpenMetadata
 from kvstore.pool_model import Bytes, Hints, Into, Outcome, Result, parts_of
-from kvstore.pool_names import key_of
+from kvstore.pool_names import key_of, object_key
 from kvstore.pool_scatter import Scatter
 from kvstore.pool_view import Views
 from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import StoreRecord
 from mooncake.core.metadata_open import open_metadata
 from transfer.config import EngineConfig
@@ -135,6 +136,7 @@ class Pool:
         hard_pin: bool = False,
         tenant: str = "",
         group: str = "",
+        listed: bool = False,
         deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
         """Store objects of any sizes.
@@ -148,6 +150,7 @@ class Pool:
             hard_pin: keep each until it is removed.
             tenant: namespace of names, and who pays.
             group: objects that are useful only together.
+            listed: `names` shall list those that are called by text; costs memory of the stores.
             deadline_s: for all of it, at most WRITE_S_MAX.
 
         Returns:
@@ -165,6 +168,7 @@ class Pool:
             hard_pin=hard_pin,
             tenant=tenant,
             group=group,
+            listed=listed,
             deadline_s=deadline_s,
         )
 
@@ -179,6 +183,7 @@ class Pool:
         hard_pin: bool = False,
         tenant: str = "",
         group: str = "",
+        listed: bool = False,
         deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
         """Store objects that lie in pieces: `sources[i]` are buffers that make `keys[i]`, in order.
@@ -190,10 +195,11 @@ class Pool:
         if not 1 <= replicas <= COPIES_MAX:
             raise RequestError(f"replicas={replicas}: 1 to {COPIES_MAX}")
         parts = [parts_of(list(source)) for source in sources]
-        hints = Hints(tenant, group, soft_pin_s, hard_pin)
+        hashed = _keys(keys, tenant)
+        hints = Hints(tenant, group, soft_pin_s, hard_pin, _texts(keys, hashed) if listed else {})
         end_s = time.monotonic() + min(deadline_s, WRITE_S_MAX)
         scatter = Scatter(self._members, self._locator, replicas, preferred, hints, end_s)
-        return _in_rounds(_keys(keys, tenant), lambda some, at: scatter.put(some, parts[at : at + len(some)]))
+        return _in_rounds(hashed, lambda some, at: scatter.put(some, parts[at : at + len(some)]))
 
     def remove(
         self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
@@ -334,6 +340,35 @@ class Pool:
         """Return the bytes of each object, None = not found."""
         looked = self.look(keys, tenant=tenant, deadline_s=deadline_s)
         return [one.size_bytes if one.ok else None for one in looked]
+
+    def names(self, *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[str]:
+        """Return what objects were put as `listed` and are there, each once.
+
+        Raises:
+            PeerError: a store could not be asked.
+        """
+        end_s = time.monotonic() + deadline_s
+        found: dict[str, None] = {}
+        for access in list(self._members.stores.values()):
+            cursor = 0
+            try:
+                while True:
+                    page = access.names(cursor, end_s)
+                    for at, raw in enumerate(page.names):
+                        key = page.keys[KEY_BYTES * at : KEY_BYTES * (at + 1)]
+                        if object_key(raw, tenant) == key:  # of this tenant, and no other name's
+                            found[raw.decode("utf-8", "replace")] = None
+                    cursor = page.cursor
+                    if not cursor:
+                        break
+            except MooncakeError as error:
+                self._members.lost(access, error)
+                raise
+        return list(found)
+
+
+def _texts(names: Sequence[Name], keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    return {key: name.encode() for name, key in zip(names, keys, strict=True) if isinstance(name, str)}
 
 
 def _keys(names: Sequence[Name], tenant: str) -> list[bytes]:

@@ -26,6 +26,8 @@ from mooncake.core.messages import (
     Find,
     Findings,
     KeysDropped,
+    ListNames,
+    NamesPage,
     Release,
     ReportBad,
     Reserve,
@@ -198,7 +200,8 @@ class LocalStore:
                 return []
             mine = [row for row, ticket in enumerate(tickets) if ticket]
             sums = self._write(link, keys, sources, sizes, offsets, mine, end_s)
-            done = self._commit([tickets[row] for row in mine], sums, end_s)
+            names = hints.names_of([keys[row] for row in mine])
+            done = self._commit([tickets[row] for row in mine], sums, names, end_s)
         except MooncakeError:
             if link is not None and any(tickets):
                 self._client.tell(link, Abandon(self._writer, [ticket for ticket in tickets if ticket]))
@@ -257,13 +260,14 @@ class LocalStore:
                 raise error
         return [*done, *(one for wait in waits for one in wait.result())]
 
-    def _commit(self, tickets: list[int], sums: list[bytes], end_s: float) -> list[bool]:
+    def _commit(
+        self, tickets: list[int], sums: list[bytes], names: list[bytes], end_s: float
+    ) -> list[bool]:
         done: list[bool] = []
         for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
             part = slice(at, at + KEYS_PER_REQUEST_MAX)
-            answer: Committed = self._client.call(Commit(tickets[part], sums[part]), Committed, _left(end_s))[
-                1
-            ]
+            request = Commit(tickets[part], sums[part], names[part])
+            answer: Committed = self._client.call(request, Committed, _left(end_s))[1]
             if len(answer.done) != len(tickets[part]):
                 raise ProtocolError(f"store {self.node}: {len(answer.done)} results")
             done += answer.done
@@ -273,6 +277,11 @@ class LocalStore:
         """Remove objects; return how many were there. Raises PeerError."""
         answer: KeysDropped = self._client.call(DropKeys(list(keys)), KeysDropped, _left(end_s))[1]
         return answer.dropped
+
+    def names(self, cursor: int, end_s: float) -> NamesPage:
+        """Return a page of what its objects are called; raises PeerError."""
+        page: NamesPage = self._client.call(ListNames(cursor), NamesPage, _left(end_s))[1]
+        return page
 
 
 def _left(end_s: float) -> float:

@@ -1,6 +1,6 @@
 """What the pool's calls take and answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -41,12 +41,17 @@ class Result(msgspec.Struct, frozen=True, gc=False):
 
 
 class Hints(msgspec.Struct, frozen=True):
-    """What travels with a put, see messages.Reserve."""
+    """What travels with a put, see messages.Reserve; `names` by key, of what shall be listed."""
 
     tenant: str = ""
     group: str = ""
     soft_pin_s: float = 0.0
     hard_pin: bool = False
+    names: Mapping[bytes, bytes] = {}
+
+    def names_of(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return the names that go with a commit of `keys`."""
+        return [self.names.get(key, b"") for key in keys] if self.names else []
 
 
 class Look(msgspec.Struct):

@@ -27,6 +27,8 @@ from mooncake.core.messages import (
     Find,
     Findings,
     KeysDropped,
+    ListNames,
+    NamesPage,
     Release,
     ReportBad,
     Reserve,
@@ -157,13 +159,13 @@ class DistantStore:
         results: list[Result] = [Result(Outcome.FAILED)] * len(keys)
         for size, rows in by_size(sizes).items():
             request = reserve_request(self._writer, [keys[row] for row in rows], size, hints)
-            done = self._put_equal(request, [sources[row] for row in rows], end_s)
+            done = self._put_equal(request, [sources[row] for row in rows], hints, end_s)
             for row, result in zip(rows, done, strict=True):
                 results[row] = result
         return results
 
     def _put_equal(
-        self, request: Reserve, sources: Sequence[Sequence[memoryview]], end_s: float
+        self, request: Reserve, sources: Sequence[Sequence[memoryview]], hints: Hints, end_s: float
     ) -> list[Result]:
         keys, size = request.keys, request.size_bytes
         room: Reserved = self._ask(request, Reserved, end_s)
@@ -177,10 +179,13 @@ class DistantStore:
                 raise ProtocolError(f"store {self.node}: a slot is not in its segment")
             self._write(mine, sources, room.offsets, size, end_s)
             sums = [scattered_checksum(keys[row], sources[row]) for row in mine]
+            names = hints.names_of([keys[row] for row in mine])
             done: list[bool] = []
             for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
                 part = slice(at, at + KEYS_PER_REQUEST_MAX)
-                answer: Committed = self._ask(Commit(tickets[part], sums[part]), Committed, end_s)
+                answer: Committed = self._ask(
+                    Commit(tickets[part], sums[part], names[part]), Committed, end_s
+                )
                 done += answer.done
             if len(done) != len(mine):
                 raise ProtocolError(f"store {self.node}: {len(done)} results for {len(mine)} tickets")
@@ -224,6 +229,11 @@ class DistantStore:
         """See LocalStore."""
         answer: KeysDropped = self._ask(DropKeys(list(keys)), KeysDropped, end_s)
         return answer.dropped
+
+    def names(self, cursor: int, end_s: float) -> NamesPage:
+        """See LocalStore."""
+        page: NamesPage = self._ask(ListNames(cursor), NamesPage, end_s)
+        return page
 
     # ------------------------------------------------------------ inside
 

@@ -34,6 +34,7 @@ from kvstore.limits import (
     NodeLimits,
 )
 from kvstore.metrics import SsdCollector, StoreCollector
+from kvstore.names import Names
 from kvstore.node import HARD_PIN_RATIO, Node, id_base
 from kvstore.outside import Outside
 from kvstore.pool_door import Door
@@ -59,6 +60,7 @@ from mooncake.core.messages import (
     Findings,
     HandOver,
     KeysDropped,
+    ListNames,
     Ok,
     Orders,
     Pin,
@@ -175,6 +177,7 @@ class StoreService:
         self._fence = Fence()
         self._beat: asyncio.Task[None] | None = None
         self._snapshots = Snapshots(self.epoch)
+        self._names = Names(self._is_there)
         self._flush_due = False
         self._waiting: dict[asyncio.Future[None], bytes] = {}  # readers that wait for a key
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="store-hash")
@@ -188,6 +191,7 @@ class StoreService:
             Commit: self._commit,
             Abandon: self._abandon,
             Snapshot: self._snapshot,
+            ListNames: lambda request: self._names.page(request.cursor),
             Stats: lambda _: self._stats(),
         }
 
@@ -469,7 +473,17 @@ class StoreService:
         return self.node.reserve(self._clock(), request.writer, request.keys, request.size_bytes, tags)
 
     def _commit(self, request: Commit) -> Committed:
-        return self.node.commit(self._clock(), request.tickets, request.checksums)
+        tickets, names = request.tickets, request.names
+        Names.check(names, len(tickets))
+        keys = [self.node.key_in_writing(ticket) for ticket in tickets] if names else []
+        answer = self.node.commit(self._clock(), tickets, request.checksums)
+        for key, name, done in zip(keys, names, answer.done, strict=False):
+            if done and key and name:
+                self._names.add(key, name)
+        return answer
+
+    def _is_there(self, key: bytes) -> bool:
+        return self.node.block_of(key) is not None or bool(self.tiering and key in self.tiering.tier)
 
     def _abandon(self, request: Abandon) -> Ok:
         self.node.abandon(self._clock(), request.writer, request.tickets)
@@ -535,10 +549,12 @@ class StoreService:
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._events and self.tiering:
-            self._events.publish(self.tiering.merge(self.node.drain_events()))
-        elif self._events and self.node.has_events:
-            self._events.publish(self.node.drain_events())
+        if self._events and (self.tiering or self.node.has_events):
+            events = self.node.drain_events()
+            if self.tiering:
+                events = self.tiering.merge(events)
+            self._names.forget(events.removed)
+            self._events.publish(events)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:

@@ -113,10 +113,14 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd
 
 
 class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmt"):
-    """Make written blocks visible: checksum[i] is xxh3-128 over the bytes. Answer: Committed."""
+    """Make written blocks visible: checksum[i] is xxh3-128 over the bytes. Answer: Committed.
+
+    `names[i]`: what ListNames shall call the block, b"" = nothing; no names at all = nothing for any.
+    """
 
     tickets: list[int]
     checksums: list[bytes]
+    names: list[bytes] = []
 
 
 class Committed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmtd"):
@@ -230,6 +234,20 @@ class SnapshotPage(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="
     cursor: int
 
 
+class ListNames(msgspec.Struct, frozen=True, array_like=True, tag="names"):
+    """One page of the names that commits gave. Answer: NamesPage."""
+
+    cursor: int = 0
+
+
+class NamesPage(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="namesd"):
+    """`names[i]` of the i-th of `keys`, one blob of 32-byte keys; cursor 0 = last page."""
+
+    keys: bytes
+    names: list[bytes]
+    cursor: int
+
+
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag="st"):
     """Ask for counters. Answer: StoreStats."""
 
@@ -265,6 +283,7 @@ StoreRequest = (
     | Pin
     | SetQuota
     | Snapshot
+    | ListNames
     | Stats
 )
 StoreReply = (
@@ -277,6 +296,7 @@ StoreReply = (
     | Pinned
     | TenantUsage
     | SnapshotPage
+    | NamesPage
     | StoreStats
     | Ok
     | Failure
