@@ -114,12 +114,18 @@ def _diagonal(value: float, size: int) -> list[list[float]]:
 class CostModel:
     """One model for all instances of a served model. Constant time and memory per call."""
 
-    def __init__(self, prefill_prior: Triple = PREFILL_PRIOR, tbt_prior: Triple = TBT_PRIOR) -> None:
-        """Priors are (seconds per call, per token or request, per token pair or KV token), all > 0."""
-        assert min(*prefill_prior, *tbt_prior) > 0
+    def __init__(
+        self,
+        prefill_prior: Triple = PREFILL_PRIOR,
+        tbt_prior: Triple = TBT_PRIOR,
+        local_bytes_s: float = LOCAL_BYTES_S,
+        remote_bytes_s: float = REMOTE_BYTES_S,
+    ) -> None:
+        """Priors, all > 0: (seconds per call, per token or request, per token pair or KV token); bytes/s."""
+        assert min(*prefill_prior, *tbt_prior, local_bytes_s, remote_bytes_s) > 0
         self._prefill = _Fit(prefill_prior)
         self._tbt = _Fit(tbt_prior)
-        self._bytes_s = {False: LOCAL_BYTES_S, True: REMOTE_BYTES_S}
+        self._bytes_s = {False: local_bytes_s, True: remote_bytes_s}
         self._transfer_error = _Error()
         self._output_tokens = OUTPUT_TOKENS_PRIOR
         self._rejected = 0

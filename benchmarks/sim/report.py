@@ -1,0 +1,179 @@
+"""What a simulated run says of itself: one summary per run, a table, JSON, and a digest for comparison."""
+
+import statistics
+from collections.abc import Sequence
+from hashlib import sha256
+
+import msgspec
+
+from benchmarks.sim.world import Entry, World
+
+TTFT_SLO_S, TBT_SLO_S = 30.0, 0.1
+"""By which requests are judged unless told otherwise: those of the papers."""
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Of one quantity over requests; all 0 if there are none."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. Rates are of all requests, those turned away included; `hit_rate` is by tokens.
+
+    tbt_mean_s, tbt_tail_s: per request the mean, and the mean of its longest tenth of intervals.
+    goodput: requests per second, over the time of arrivals, that kept both objectives; attainment: share.
+    prefill_imbalance, decode_imbalance: busiest instance's busy time by the mean one's.
+    load_correlation: of the two pools' load over time; the see-saw of early rejection is negative.
+    """
+
+    requests: int
+    length_s: float
+    simulated_s: float
+    ttft_s: Spread
+    tbt_mean_s: Spread
+    tbt_tail_s: Spread
+    ttft_slo_s: float
+    tbt_slo_s: float
+    attainment: float
+    goodput: float
+    rejected: dict[str, int]
+    hit_rate: float
+    prefill_s: float
+    wasted_prefill_s: float
+    prefill_busy: float
+    decode_busy: float
+    prefill_imbalance: float
+    decode_imbalance: float
+    load_correlation: float
+    fetches: int
+    fetched_bytes: int
+    digest: str
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the mean and percentiles (nearest rank)."""
+    if not values:
+        return Spread(0.0, 0.0, 0.0, 0.0)
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    p50, p90, p99 = (ordered[round(share * last)] for share in (0.5, 0.9, 0.99))
+    return Spread(statistics.fmean(ordered), p50, p90, p99)
+
+
+def within(entry: Entry, ttft_slo_s: float, tbt_slo_s: float) -> bool:
+    """Return whether a request was served and kept both objectives."""
+    slow = entry.tbt is not None and entry.tbt.tail_s > tbt_slo_s
+    return not entry.rejected and entry.ttft_s <= ttft_slo_s and not slow
+
+
+def summarize(world: World, ttft_slo_s: float = TTFT_SLO_S, tbt_slo_s: float = TBT_SLO_S) -> Summary:
+    """Return what became of a world whose run has ended."""
+    entries = world.entries
+    prefilled = [entry for entry in entries if entry.ttft_s >= 0]
+    served = [entry for entry in prefilled if not entry.rejected]
+    rejected: dict[str, int] = {}
+    for entry in entries:
+        if entry.rejected:
+            rejected[entry.rejected] = rejected.get(entry.rejected, 0) + 1
+    length_s = max(entries[-1].trace.arrival_s - entries[0].trace.arrival_s, 1e-9)
+    good = sum(within(entry, ttft_slo_s, tbt_slo_s) for entry in entries)
+    asked = sum(entry.trace.input_tokens for entry in prefilled)
+    busy = {name: one.engine.busy_s for name, one in world.instances.items()}
+    prefills = [busy[name] for name, one in world.instances.items() if one.record.role != "decode"]
+    decodes = [busy[name] for name, one in world.instances.items() if one.record.role != "prefill"]
+    return Summary(
+        requests=len(entries),
+        length_s=length_s,
+        simulated_s=world.time.now_s,
+        ttft_s=spread([entry.ttft_s for entry in served]),
+        tbt_mean_s=spread([entry.tbt.mean_s for entry in served if entry.tbt is not None]),
+        tbt_tail_s=spread([entry.tbt.tail_s for entry in served if entry.tbt is not None]),
+        ttft_slo_s=ttft_slo_s,
+        tbt_slo_s=tbt_slo_s,
+        attainment=good / len(entries),
+        goodput=good / length_s,
+        rejected=dict(sorted(rejected.items())),
+        hit_rate=sum(entry.hit_tokens for entry in prefilled) / max(1, asked),
+        prefill_s=statistics.fmean([entry.prefill_s for entry in prefilled]) if prefilled else 0.0,
+        wasted_prefill_s=sum(entry.prefill_s for entry in prefilled if entry.rejected),
+        prefill_busy=_share(prefills, world.time.now_s),
+        decode_busy=_share(decodes, world.time.now_s),
+        prefill_imbalance=_imbalance(prefills),
+        decode_imbalance=_imbalance(decodes),
+        load_correlation=_correlation(world),
+        fetches=world.fetches,
+        fetched_bytes=world.fetched_bytes,
+        digest=digest(entries),
+    )
+
+
+def digest(entries: Sequence[Entry]) -> str:
+    """Return what is equal only if every request fared the same to the last bit."""
+    lines = (
+        f"{e.number} {e.rejected} {e.ttft_s!r} {e.tbt!r} {e.hit_tokens}"
+        f" {'' if e.plan is None else (e.plan.prefill, e.plan.decode, e.plan.fetch_node)}\n"
+        for e in entries
+    )
+    return sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _share(busy_s: Sequence[float], whole_s: float) -> float:
+    return statistics.fmean(busy_s) / whole_s if busy_s and whole_s else 0.0
+
+
+def _imbalance(busy_s: Sequence[float]) -> float:
+    mean_s = statistics.fmean(busy_s) if busy_s else 0.0
+    return max(busy_s) / mean_s if mean_s else 1.0
+
+
+def _correlation(world: World) -> float:
+    """Return that of both pools' mean load over the time of arrivals; 0 where one of them is constant."""
+    end_s = world.entries[-1].trace.arrival_s
+    samples = [one for one in world.samples if one.at_s <= end_s and one.queue_s and one.tbt_s]
+    if len(samples) < 3:
+        return 0.0
+    left = [statistics.fmean(one.queue_s) for one in samples]
+    right = [statistics.fmean(one.tbt_s) for one in samples]
+    if min(left) == max(left) or min(right) == max(right):
+        return 0.0
+    return statistics.correlation(left, right)
+
+
+def rows(summaries: dict[str, Summary]) -> list[tuple[str, list[str]]]:
+    """Return the lines of a table with one column per run."""
+    runs = list(summaries.values())
+
+    def line(name: str, cells: Sequence[str]) -> tuple[str, list[str]]:
+        return name, list(cells)
+
+    def of(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[tuple[str, list[str]]]:
+        return [
+            line(f"{name} {field}", [f"{getattr(one, field) * unit:.{digits}f}" for one in spreads])
+            for field in Spread.__struct_fields__
+        ]
+
+    slo = f"TTFT <= {runs[0].ttft_slo_s:g} s, TBT <= {runs[0].tbt_slo_s:g} s"
+    reasons = dict.fromkeys(reason for run in runs for reason in run.rejected)
+    return [
+        *of("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
+        *of("TBT, ms,", [run.tbt_mean_s for run in runs], 1000, 1),
+        *of("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
+        line(f"within {slo}", [f"{run.attainment:.2%}" for run in runs]),
+        line("goodput, requests/s", [f"{run.goodput:.3f}" for run in runs]),
+        line("tokens found in the pool", [f"{run.hit_rate:.2%}" for run in runs]),
+        line("prefill, GPU s a request", [f"{run.prefill_s:.3f}" for run in runs]),
+        line("fetches between hosts", [f"{run.fetches:,}" for run in runs]),
+        line("prefill instances busy", [f"{run.prefill_busy:.1%}" for run in runs]),
+        line("decode instances busy", [f"{run.decode_busy:.1%}" for run in runs]),
+        line("busiest prefill / mean", [f"{run.prefill_imbalance:.2f}" for run in runs]),
+        line("busiest decode / mean", [f"{run.decode_imbalance:.2f}" for run in runs]),
+        line("correlation of both loads", [f"{run.load_correlation:+.2f}" for run in runs]),
+        line("rejected", [f"{sum(run.rejected.values()):,}" for run in runs]),
+        *(line(f"  {why}", [f"{run.rejected.get(why, 0):,}" for run in runs]) for why in reasons),
+        line("prefill wasted, GPU s", [f"{run.wasted_prefill_s:,.0f}" for run in runs]),
+        line("digest", [run.digest for run in runs]),
+    ]
