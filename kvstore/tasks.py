@@ -28,10 +28,11 @@ from kvstore.placement import COPIES_MAX, Placer
 from kvstore.task_types import Command, Copy, Drop, Kind, Locations, Progress, State
 from mooncake.core.errors import CapacityError, RequestError
 
-RUNNING_MAX = 64
-"""Commands at once: 200 MB of 3 MB blocks in flight, next to the traffic of users."""
-PER_NODE_MAX = 8
-"""Of those, as many touch one node: a drain must not take a node's links from its engines."""
+RUNNING_MAX = 256
+"""Commands at once: 800 MB of 3 MB blocks on their way in the whole pool, next to the traffic of users."""
+PER_NODE_MAX = 32
+"""Of those, as many touch one node: they travel in one or two requests, whose blocks are read 16 MB at a
+time. A drain must not take a node's links from its engines."""
 COMMAND_S = 10.0
 """A copy of one block takes milliseconds; after this its result is not awaited any more."""
 RETRIES_MAX = 5

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from kvstore.executor import Executor
+from kvstore.executor import PULL_S, Executor
 from kvstore.task_types import Copy, Drop
+from kvstore.tasks import COMMAND_S
 from mooncake.core.errors import PeerTimeout
 from mooncake.core.messages import DropKeys, KeysDropped, Orders, Pull, Pulled
 
@@ -27,14 +28,22 @@ class World:
         self.held = True
         self.error = None
         self.stuck = False
+        self.gate = None
+        self.now_s = 0.0
         self.executor = Executor(
-            self.ask, lambda: self.orders, self.results.extend, lambda *seen: self.observed.append(seen[:3])
+            self.ask,
+            lambda: self.orders,
+            self.results.extend,
+            lambda *seen: self.observed.append(seen[:3]),
+            lambda: self.now_s,
         )
 
     async def ask(self, node, request, kind, deadline_s):
         self.asked.append((node, request))
         if self.stuck:
             await asyncio.Event().wait()
+        if self.gate:
+            await self.gate.wait()
         if self.error:
             raise self.error
         if isinstance(request, DropKeys):
@@ -44,7 +53,10 @@ class World:
 
     async def run(self, *commands):
         self.executor.run(commands)
-        for _ in range(5):
+        await self.settle()
+
+    async def settle(self):
+        for _ in range(10):
             await asyncio.sleep(0)
 
 
@@ -94,6 +106,33 @@ async def test_nothing_is_sent_once_the_term_is_over_even_if_it_was_commanded_be
     world.orders = None
     await world.run(Copy(3, key(3), "a", "b"))
     assert (world.asked, world.results) == ([], [])
+
+
+async def test_what_is_commanded_while_a_request_is_under_way_travels_together_in_the_next(world):
+    world.gate = asyncio.Event()
+    await world.run(Copy(1, key(1), "a", "b"))
+    await world.run(Copy(2, key(2), "a", "b"), Drop(9, key(9), "a"))
+    await world.run(Copy(3, key(3), "a", "b"))
+    assert [request.keys for _, request in world.asked] == [[key(1)], [key(9)]]
+    world.gate.set()
+    await world.settle()
+    assert [request.keys for _, request in world.asked] == [[key(1)], [key(9)], [key(2), key(3)]]
+    assert sorted(world.results) == [(1, ""), (2, ""), (3, ""), (9, "")]
+    await world.run(Copy(4, key(4), "a", "b"))
+    assert world.results[-1] == (4, "")
+
+
+async def test_what_waited_so_long_that_nobody_would_hear_of_its_end_is_not_begun(world):
+    world.gate = asyncio.Event()
+    await world.run(Copy(1, key(1), "a", "b"), Drop(2, key(2), "a"))
+    await world.run(Copy(3, key(3), "a", "b"), Drop(4, key(4), "a"))
+    world.now_s = COMMAND_S - PULL_S + 0.1
+    await world.run(Copy(5, key(5), "a", "b"))
+    world.gate.set()
+    await world.settle()
+    assert [request.keys for _, request in world.asked] == [[key(1)], [key(2)], [key(5)], [key(4)]]
+    assert (3, "b is too slow") in world.results
+    assert PULL_S < COMMAND_S / 2
 
 
 async def test_close_ends_what_is_under_way_and_tells_nobody(world):

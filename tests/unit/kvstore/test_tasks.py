@@ -381,7 +381,7 @@ def test_a_drain_of_many_blocks_makes_steps_only_of_those_it_looks_at():
 
 
 def test_a_cancelled_task_commands_nothing_more():
-    cluster = Cluster(a=tuple(range(30)), b=())
+    cluster = Cluster(a=tuple(range(100)), b=())
     task = cluster.tasks.move(cluster.keys_of("a"), "a", "b")
     commands = cluster.tasks.tick(0.0)
     assert len(commands) == PER_NODE_MAX
