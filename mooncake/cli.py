@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mooncake import pool_cli
+from mooncake import pool_cli, simulate_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -452,6 +452,7 @@ def version() -> None:
 
 
 pool_cli.register(app)
+simulate_cli.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,176 @@
+"""Runs of the simulator as asked for on the command line: requests, one world per policy, files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.sim.profile import Profile, read_profile
+from benchmarks.sim.report import Summary, summarize
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
+from benchmarks.sim.world import Sample, World, WorldConfig
+from conductor.scheduler import Policy
+from kvstore.eviction import POLICIES
+from mooncake.core.errors import ConfigError
+
+INSTANCES_MAX = 4096
+"""Of one kind: beyond it, one decision is a scan of seconds."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """See `mooncake simulate --help`. Policies by name, with commas, or all; tokens < 0 = the profile's."""
+
+    trace: str = ""
+    requests: int = 2000
+    rate: float = 4.0
+    policy: str = "kvcache"
+    prefill: int = 8
+    decode: int = 8
+    both: int = 0
+    chunk_tokens: int = 0
+    profile: str
+    speed: float = 1.0
+    start_s: float = 0.0
+    length_s: float = 0.0
+    sample: float = 1.0
+    spread_s: float = 0.0
+    pool_tokens: int = -1
+    decode_pool_tokens: int = 0
+    eviction: str = "lru"
+    ttft_slo_s: float
+    tbt_slo_s: float
+    reject: bool = False
+    seed: int = 0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One run: what is told, and what is drawn."""
+
+    summary: Summary
+    ttft_s: list[float]
+    tbt_tail_s: list[float]
+    samples: list[Sample]
+
+
+def requests_of(options: Options) -> list[TraceRequest]:
+    """Return the requests to replay.
+
+    Raises:
+        ConfigError: the trace, or what is wanted of it.
+    """
+    if options.trace:
+        requests = read_trace(Path(options.trace))
+    else:
+        requests = synthesize(options.requests, options.rate, options.seed)
+    return rescale(
+        requests,
+        speed=options.speed,
+        start_s=options.start_s,
+        length_s=options.length_s,
+        sample=options.sample,
+        spread_s=options.spread_s,
+        seed=options.seed,
+    )
+
+
+def policies_of(names: str) -> list[Policy]:
+    """Return the policies by their names.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    if names == "all":
+        return list(Policy)
+    try:
+        return [Policy(name) for name in dict.fromkeys(names.split(","))]
+    except ValueError:
+        raise ConfigError(f"policy={names!r}: must be all, or some of {', '.join(Policy)}") from None
+
+
+def config_of(options: Options, policy: Policy) -> WorldConfig:
+    """Return the world that is wanted.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    counts = {"prefill": options.prefill, "decode": options.decode, "both": options.both}
+    for name, count in counts.items():
+        if not 0 <= count <= INSTANCES_MAX:
+            raise ConfigError(f"{name}={count}: must be 0 to {INSTANCES_MAX}")
+    if not any(counts.values()):
+        raise ConfigError("prefill, decode, both are 0: who is to serve?")
+    if options.eviction not in POLICIES:
+        raise ConfigError(f"eviction={options.eviction!r}: must be one of {', '.join(POLICIES)}")
+    if options.chunk_tokens < 0 or options.decode_pool_tokens < 0:
+        raise ConfigError("chunk_tokens and decode_pool_tokens must not be negative")
+    if not (options.ttft_slo_s > 0 and options.tbt_slo_s > 0):
+        raise ConfigError(f"objectives {options.ttft_slo_s} s, {options.tbt_slo_s} s: must be positive")
+    return WorldConfig(
+        prefill=options.prefill,
+        decode=options.decode,
+        both=options.both,
+        policy=policy,
+        seed=options.seed,
+        host_blocks=None if options.pool_tokens < 0 else options.pool_tokens // BLOCK_TOKENS,
+        decode_host_blocks=options.decode_pool_tokens // BLOCK_TOKENS,
+        eviction=options.eviction,
+        chunk_tokens=options.chunk_tokens,
+        mixed=bool(options.both and options.chunk_tokens),
+        reject_ttft_s=options.ttft_slo_s if options.reject else None,
+        reject_tbt_s=options.tbt_slo_s if options.reject else None,
+    )
+
+
+def run_one(
+    requests: Sequence[TraceRequest],
+    profile: Profile,
+    config: WorldConfig,
+    ttft_slo_s: float,
+    tbt_slo_s: float,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Run one world to its end."""
+    world = World(requests, profile, config)
+    world.run(progress)
+    served = [entry for entry in world.entries if entry.ttft_s >= 0 and not entry.rejected]
+    return Result(
+        summarize(world, ttft_slo_s, tbt_slo_s),
+        [entry.ttft_s for entry in served],
+        [entry.tbt.tail_s for entry in served if entry.tbt is not None],
+        world.samples,
+    )
+
+
+def simulate(options: Options, progress: Callable[[str, int, int], None]) -> dict[str, Result]:
+    """Run all policies; `progress` hears the policy, requests arrived, requests in all.
+
+    Raises:
+        ConfigError: before anything runs.
+    """
+    profile = read_profile(options.profile)
+    configs = {str(policy): config_of(options, policy) for policy in policies_of(options.policy)}
+    requests = requests_of(options)
+    longest = max(one.input_tokens + one.output_tokens for one in requests)
+    if longest >= profile.context_tokens_max:
+        raise ConfigError(
+            f"the trace has a context of {longest} tokens, the profile allows {profile.context_tokens_max}"
+        )
+    results = {}
+    for name, config in configs.items():
+        progress(name, 0, len(requests))
+
+        def tell(arrived: int, name: str = name) -> None:
+            progress(name, arrived, len(requests))
+
+        results[name] = run_one(requests, profile, config, options.ttft_slo_s, options.tbt_slo_s, tell)
+        progress(name, len(requests), len(requests))
+    return results
+
+
+def as_json(options: Options, results: dict[str, Result]) -> bytes:
+    """Return everything but the single requests."""
+    content = {
+        "options": msgspec.to_builtins(options),
+        "runs": {name: msgspec.to_builtins(result.summary) for name, result in results.items()},
+    }
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"

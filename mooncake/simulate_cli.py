@@ -1,0 +1,142 @@
+"""`mooncake simulate`: replay a trace through the production Conductor in virtual time.
+
+Imports nothing heavy before it runs, as mooncake.cli.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmarks.sim.run import Options, Result
+
+TTFT_SLO_S, TBT_SLO_S = 30.0, 0.1
+"""The papers' objectives."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add our command to `mooncake`."""
+    app.command()(simulate)
+
+
+def simulate(
+    trace: Annotated[str, typer.Option(help="Mooncake trace (JSON lines); nothing = a generated one.")] = "",
+    requests: Annotated[int, typer.Option(help="Of a generated trace.")] = 2000,
+    rate: Annotated[float, typer.Option(help="Requests per second of a generated trace.")] = 4.0,
+    policy: Annotated[
+        str,
+        typer.Option(help="kvcache, cache_aware, least_load, round_robin, random; a,b compares; or all."),
+    ] = "kvcache",
+    prefill: Annotated[int, typer.Option(help="Prefill instances.")] = 8,
+    decode: Annotated[int, typer.Option(help="Decode instances.")] = 8,
+    both: Annotated[int, typer.Option(help="Instead: so many instances that do both.")] = 0,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Prefill in chunks of it, beside the batch with --both; 0 = whole prompts.")
+    ] = 0,
+    profile: Annotated[
+        str, typer.Option(help="Costs: a800-llama2-70b, h800-llama2-70b, or FILE.toml[:NAME].")
+    ] = "a800-llama2-70b",
+    speed: Annotated[float, typer.Option(help="Replay so many times faster.")] = 1.0,
+    start_s: Annotated[float, typer.Option(help="Begin there in the trace.")] = 0.0,
+    length_s: Annotated[float, typer.Option(help="Take so much of the trace; 0 = to its end.")] = 0.0,
+    sample: Annotated[float, typer.Option(help="Share of requests to keep.")] = 1.0,
+    spread_s: Annotated[
+        float, typer.Option(help="Delay each by a random part of it; undoes rounded stamps.")
+    ] = 0.0,
+    pool_tokens: Annotated[
+        int, typer.Option(help="Tokens in the store beside each prefill instance; -1 = the profile's.")
+    ] = -1,
+    decode_pool_tokens: Annotated[
+        int, typer.Option(help="The same beside each decode instance; what is handed over stays there.")
+    ] = 0,
+    eviction: Annotated[str, typer.Option(help="lru, lfu, length or tail.")] = "lru",
+    ttft_slo_s: Annotated[float, typer.Option(help="Objective by which requests are judged.")] = TTFT_SLO_S,
+    tbt_slo_s: Annotated[float, typer.Option(help="The same, mean of the longest tenth.")] = TBT_SLO_S,
+    reject: Annotated[bool, typer.Option("--reject", help="Refuse what is predicted to miss them.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
+) -> None:
+    """Replay a trace through the production Conductor and stores, with simulated engines."""
+    from mooncake.cli import _console, _errors_told
+
+    with _errors_told():
+        from benchmarks.sim.run import Options
+
+        options = Options(
+            trace=trace, requests=requests, rate=rate, policy=policy, prefill=0 if both else prefill,
+            decode=0 if both else decode, both=both, chunk_tokens=chunk_tokens, profile=profile, speed=speed,
+            start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, pool_tokens=pool_tokens,
+            decode_pool_tokens=decode_pool_tokens, eviction=eviction, ttft_slo_s=ttft_slo_s,
+            tbt_slo_s=tbt_slo_s, reject=reject, seed=seed,
+        )  # fmt: skip
+        _run(options, json, plot, _console(), _console(stderr=True))
+
+
+def _run(
+    options: "Options", json: Path | None, picture: Path | None, console: "Console", stderr: "Console"
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from benchmarks.sim.run import as_json, simulate
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    begun_s = time.perf_counter()
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(name: str, arrived: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(bar.task_ids[tasks[name]], completed=arrived)
+
+        results = simulate(options, progress)
+    took_s = time.perf_counter() - begun_s
+    _show(options, results, took_s, console)
+    if json is not None:
+        _write(json, as_json(options, results))
+    if picture is not None:
+        from benchmarks.sim.plot import plot
+
+        plot(str(picture), results, _title(options))
+
+
+def _write(path: Path, content: bytes) -> None:
+    from mooncake.core.config import fail
+
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise fail("json", str(path), error.strerror or str(error)) from None
+
+
+def _title(options: "Options") -> str:
+    name = Path(options.trace).name if options.trace else f"{options.requests} generated requests"
+    kinds = {"prefill": options.prefill, "decode": options.decode, "both": options.both}
+    who = " + ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f"{name}, {options.speed:g}x: {who}, {options.profile}"
+
+
+def _show(options: "Options", results: "dict[str, Result]", took_s: float, console: "Console") -> None:
+    from rich.table import Table
+
+    from benchmarks.sim.report import rows
+
+    table = Table(title=_title(options), box=None)
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for name, cells in rows({name: result.summary for name, result in results.items()}):
+        table.add_row(name, *cells)
+    console.print(table)
+    runs = [result.summary for result in results.values()]
+    count, simulated_s = sum(run.requests for run in runs), sum(run.simulated_s for run in runs)
+    console.print(
+        f"{count:,} requests in {took_s:.1f} s: {count / took_s:,.0f} requests/s,"
+        f" {simulated_s / took_s:,.0f} times real time",
+        markup=False,
+    )
