@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
 from mooncake import model, model_gguf
 from mooncake.core.errors import CapacityError, ConfigError, IntegrityError, PeerGone, UserError
@@ -38,6 +37,9 @@ def hf_weights() -> dict[str, np.ndarray]:
 
 
 def write_gguf(path: Path, weights: dict[str, np.ndarray], arch: str = "llama", pre: str = "smollm") -> None:
+    # takes a second to import; who collects the tests need not wait for it
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+
     writer = GGUFWriter(path, arch)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
