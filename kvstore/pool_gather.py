@@ -2,6 +2,7 @@
 
 import time
 
+from kvstore.pool_local import SLACK_S, LocalStore
 from kvstore.pool_locate import Holders, Locator
 from kvstore.pool_members import Access, Members
 from kvstore.pool_model import Look, Outcome, Result, Sink
@@ -11,8 +12,6 @@ ATTEMPTS_MAX = 4
 """Stores tried for one key; beyond that the pool has other troubles."""
 SSD_LOOKS_MAX = 8
 """Times a store is asked again for objects that it is bringing from its SSD."""
-LEASE_SLACK_S = 1.0
-"""A lease lasts a little longer than the call that reads under it."""
 
 
 class Gather:
@@ -86,7 +85,7 @@ class Gather:
     ) -> None:
         """Read from one store what it has of `rows`; note why it could not."""
         for _ in range(SSD_LOOKS_MAX):
-            lease_s = max(0.0, self._end_s - time.monotonic()) + LEASE_SLACK_S
+            lease_s = max(0.0, self._end_s - time.monotonic()) + SLACK_S
             try:
                 look = access.find([keys[row] for row in rows], self._end_s, lease_s)
                 try:
@@ -130,16 +129,34 @@ class Gather:
 
     def here(self, keys: list[bytes]) -> list[bool] | None:
         """Return which keys the pool has, if a store of this host can tell alone, as usual."""
-        stores = self._members.stores
-        access = next((one for one in stores.values() if one.near), None)
+        access = self._nearest()
         if access is None:
             return None
         try:
-            found = [size > 0 for size in access.find(keys, self._end_s).sizes]
+            sizes = access.find(keys, self._end_s).sizes
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
-        return found if len(stores) == 1 or all(found) else None
+        if 0 not in sizes:
+            return [True] * len(keys)
+        return [size > 0 for size in sizes] if len(self._members.stores) == 1 else None
+
+    def one(self, key: bytes, target: memoryview) -> Result | None:
+        """Read one object from a store of this host, by the shortest way; None: `read` has to do it."""
+        access = self._nearest()
+        if access is None:
+            return None
+        try:
+            return access.get_one(key, target, self._verify, self._end_s)
+        except MooncakeError as error:
+            self._members.lost(access, error)
+            return None
+
+    def _nearest(self) -> LocalStore | None:
+        for access in self._members.stores.values():
+            if isinstance(access, LocalStore):
+                return access
+        return None
 
     def look(self, keys: list[bytes]) -> list[Result]:
         """Return who has what, without reading."""
