@@ -312,4 +312,4 @@ class Model(RuleBasedStateMachine):
 
 
 TestNodeAgainstModel = Model.TestCase
-TestNodeAgainstModel.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestNodeAgainstModel.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
