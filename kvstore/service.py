@@ -6,11 +6,9 @@ request is one call of the node; its events go out once per turn of the loop. Sh
 
 import asyncio
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,6 @@ from kvstore.events import EventPublisher, Snapshots
 from kvstore.finding import find, split_keys
 from kvstore.keeping import make_policy, pin, set_quota, tags_of
 from kvstore.limits import (
-    BAD_KEYS_MAX,
-    CHECK_LEASE_S,
-    CHECKS_WAITING_MAX,
     HEARTBEAT_S,
     KEYS_PER_REQUEST_MAX,
     PULL_WAIT_S_MAX,
@@ -35,24 +30,25 @@ from kvstore.limits import (
 )
 from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.names import Names
-from kvstore.node import HARD_PIN_RATIO, Node, id_base
+from kvstore.node import Node, id_base
 from kvstore.outside import Outside
 from kvstore.pool_door import Door
 from kvstore.pull_metrics import PullCollector
 from kvstore.pulls import Pulls
+from kvstore.recheck import Recheck
 from kvstore.ssd import SsdTier
 from kvstore.ssd_model import SsdConfig
+from kvstore.store_config import StoreConfig
 from kvstore.tiering import Tiering
-from kvstore.writebehind import AGE_S, WriteBehindLimits
+from kvstore.writebehind import WriteBehindLimits
 from mooncake.core import wire
 from mooncake.core.election import Fence, Term
-from mooncake.core.errors import CapacityError, ConfigError, NotLeader, RequestError
-from mooncake.core.keys import KEY_BYTES, block_checksum
+from mooncake.core.errors import ConfigError, NotLeader, RequestError
+from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import (
     Abandon,
     Acquire,
     Acquired,
-    Block,
     Commit,
     Committed,
     DropKeys,
@@ -81,62 +77,12 @@ from mooncake.core.messages import (
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcServer
 from mooncake.core.scrape import MetricsServer, metrics_url
-from transfer.config import EngineConfig
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
 from transfer.hugepages import create_segment
 from transfer.segment import Progress, Segment
 
 log = structlog.get_logger(__name__)
-
-_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a host name; becomes a file name
-
-
-class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of one store node.
-
-    Args:
-        node: name of the host in the cluster, one store each.
-        capacity_bytes: memory given to KV blocks; rounded down to whole pages.
-        run_dir: private directory (0700) for the socket that hands out the memory.
-        endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
-        events: where events are published; as `endpoint`.
-        metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
-        eviction: lru, lfu, length or tail: kvstore.eviction says what they mean.
-        hard_pin_ratio: of the memory that blocks may hold that are never evicted.
-        ssd: the SSD tier below the memory; None = none.
-        ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
-        transfer: settings of the transfer engine through which engines of other hosts read and write;
-            None = this host only.
-        hugepages: auto, off or require: transfer.hugepages says what they mean.
-    """
-
-    node: str
-    capacity_bytes: int
-    run_dir: str
-    endpoint: str = "tcp://127.0.0.1:0"
-    events: str = "tcp://127.0.0.1:0"
-    metrics_port: int | None = None
-    transfer: EngineConfig | None = None
-    eviction: str = "lru"
-    hard_pin_ratio: float = HARD_PIN_RATIO
-    ssd: SsdConfig | None = None
-    ssd_age_s: float = AGE_S
-    hugepages: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot work.
-
-        Raises:
-            ConfigError: names the setting and its value.
-        """
-        if not _NODE_NAME.fullmatch(self.node):
-            raise ConfigError(f"node={self.node!r}: 1 to 63 letters, digits, '.', '_' or '-'")
-        if self.capacity_bytes < ALIGN_BYTES:
-            raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
-        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
-            raise ConfigError(f"metrics_port={self.metrics_port}: 0 to 65535, or none")
-        make_policy(self.capacity_bytes, self.eviction, self.hard_pin_ratio)
 
 
 class StoreService:
@@ -180,9 +126,7 @@ class StoreService:
         self._names = Names(self._is_there)
         self._flush_due = False
         self._waiting: dict[asyncio.Future[None], bytes] = {}  # readers that wait for a key
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="store-hash")
-        self._checking: set[bytes] = set()
-        self._checks = 0
+        self._recheck = Recheck(self.node, self._clock, self._after_change)
         self._handlers: dict[type, Callable[[Any], Any]] = {
             Release: self._release,
             Reserve: self._reserve,
@@ -228,6 +172,7 @@ class StoreService:
         self._segment = await asyncio.to_thread(
             create_segment, self.epoch, self._capacity_bytes, config.hugepages, progress
         )
+        self._recheck.open(self._segment)
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
         self._events = EventPublisher(config.events, config.node, self.epoch)
@@ -318,8 +263,7 @@ class StoreService:
             self._events.close()
         if self._metrics:
             await self._metrics.close()
-        # a hash in progress holds a view: the memory goes when it ends
-        self._hasher.shutdown(wait=False, cancel_futures=True)
+        self._recheck.close()
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
@@ -361,7 +305,7 @@ class StoreService:
             if isinstance(request, Acquire):
                 return await self._acquire(request)
             if isinstance(request, ReportBad):
-                return await self._report_bad(request)
+                return await self._recheck.report(request)
             if isinstance(request, Pull):
                 return await self._pull(request)
             if isinstance(request, DropKeys):
@@ -498,43 +442,6 @@ class StoreService:
         assert self._events
         keys = self.tiering.keys if self.tiering else self.node.complete_keys
         return self._snapshots.page(request.cursor, self._events.seq, keys)
-
-    async def _report_bad(self, request: ReportBad) -> Ok:
-        """Re-hash what a reader says is bad, one block at a time, off the loop."""
-        if len(request.keys) > BAD_KEYS_MAX:
-            raise RequestError(f"{len(request.keys)} keys reported: at most {BAD_KEYS_MAX} at once")
-        if self._checks >= CHECKS_WAITING_MAX:
-            raise CapacityError(f"{self._checks} reports are being checked")
-        self._checks += 1
-        try:
-            for key in request.keys:
-                if key not in self._checking:
-                    await self._check(key)
-        finally:
-            self._checks -= 1
-        return Ok()
-
-    async def _check(self, key: bytes) -> None:
-        held = self.node.lease_for_check(self._clock(), key, CHECK_LEASE_S)
-        if not held.blocks:
-            return
-        (block,) = held.blocks
-        self._checking.add(key)
-        try:
-            loop = asyncio.get_running_loop()
-            if not await loop.run_in_executor(self._hasher, self._is_sound, key, block):
-                log.warning("store.bad_block", key=key.hex()[:16], offset=block.offset)
-                self.node.drop_bad(self._clock(), key, block)
-        finally:
-            self._checking.discard(key)
-            self.node.release(self._clock(), held.lease_id)
-            self._after_change()
-
-    def _is_sound(self, key: bytes, block: Block) -> bool:
-        segment = self._segment
-        if segment is None:
-            return True  # closing
-        return block_checksum(key, segment.view(block.offset, block.size_bytes)) == block.checksum
 
     # ------------------------------------------------------------ consequences
 

@@ -14,7 +14,8 @@ import structlog
 from benchmarks.store_peers.base import Go, StoreContender
 from kvstore.pool import Pool
 from kvstore.pool_model import Result
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core.messages import StoreRecord
 
 SEGMENT_POOLS = 7

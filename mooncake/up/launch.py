@@ -48,8 +48,9 @@ def run_store(options: StoreOptions) -> int:
 
 
 async def _store(options: StoreOptions) -> int:
-    from kvstore.service import StoreConfig, StoreService
+    from kvstore.service import StoreService
     from kvstore.ssd_model import SsdConfig
+    from kvstore.store_config import StoreConfig
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from kvstore.client import PoolClient
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core import metadata_etcd, metadata_etcd_http, metadata_registration
 from mooncake.core.election import Election
 from mooncake.core.errors import ConfigError, PeerError, PeerGone, PeerTimeout

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,12 +75,14 @@ def test_tokens_do_not_depend_on_where_the_blocks_came_from(hosts: TwoHosts, wit
     hosts.run_store("b")
     hosts.wait("b has a store again", lambda: sorted(hosts.records(STORES_PREFIX)) == ["a", "b"], 60.0)
 
-    def decoded_from_the_other_host() -> bool:  # the engine there attaches to the new store by itself
-        hosts.forget_locally()
-        assert hosts.client.complete(PROMPT, max_tokens=24, **GREEDY).outcome == first.outcome
-        return hosts.store_metric("b", "mooncake_store_pull_blocks_total") == BLOCKS
+    def fetches() -> bool:  # the engine there attaches to the new store by itself
+        pulled = hosts.store_metric("b", "mooncake_store_pull_blocks_total")
+        hosts.client.complete(random_prompt(700, time.monotonic_ns()), max_tokens=4, **GREEDY)
+        return hosts.store_metric("b", "mooncake_store_pull_blocks_total") - pulled == BLOCKS
 
-    hosts.wait("b fetches again", decoded_from_the_other_host, 60.0, 1.0)
+    hosts.wait("b fetches again", fetches, 60.0, 1.0)
+    hosts.forget_locally()
+    assert hosts.client.complete(PROMPT, max_tokens=24, **GREEDY).outcome == first.outcome
 
 
 def test_a_stranger_learns_nothing(hosts: TwoHosts):

@@ -18,7 +18,8 @@ from mooncake.core.messages import StoreRecord
 ROOT = Path(__file__).parents[3]
 PARENT = """
 import asyncio, ctypes, os, signal, sys, msgspec
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core import log
 
 async def serve(config):

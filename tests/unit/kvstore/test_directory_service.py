@@ -18,7 +18,8 @@ from kvstore.directory_messages import (
 )
 from kvstore.directory_service import DirectoryListener, DirectoryService
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core import wire
 from mooncake.core.errors import ConfigError, ProtocolError, RequestError
 from mooncake.core.messages import STORES_PREFIX

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kvstore.client import PoolClient
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core.errors import ConfigError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import StoreRecord

@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.client import PoolClient
 from kvstore.keeping import NO_QUOTA
-from kvstore.service import StoreConfig
+from kvstore.store_config import StoreConfig
 from mooncake.core.errors import ConfigError, RequestError
 from mooncake.core.messages import SetQuota, TenantUsage
 

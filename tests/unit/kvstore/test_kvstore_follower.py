@@ -11,7 +11,8 @@ from kvstore import service as service_module
 from kvstore.events import Snapshots
 from kvstore.follower import IndexListener, StoreFollower
 from kvstore.node import NodeEvents
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core import rpc, wire
 from mooncake.core.errors import PeerTimeout, RequestError
 from mooncake.core.messages import Snapshot, SnapshotPage, StoreEvents, StoreRecord

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.remote import Found, RemoteStore
-from kvstore.service import StoreConfig
+from kvstore.store_config import StoreConfig
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine

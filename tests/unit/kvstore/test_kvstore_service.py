@@ -11,7 +11,8 @@ import zmq
 
 from kvstore import service as service_module
 from kvstore.limits import BAD_KEYS_MAX, CHECKS_WAITING_MAX, NodeLimits
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, ConfigError, ProtocolError, RequestError
 from mooncake.core.keys import block_checksum
@@ -293,15 +294,15 @@ async def test_hashing_never_stops_the_loop_and_is_bounded(harness, monkeypatch)
 
     def slow(key_, block):
         entered.set()
-        release.wait(5)
+        release.wait(60)
         return True
 
-    monkeypatch.setattr(store.service, "_is_sound", slow)
-    reports = [asyncio.create_task(store.ask(ReportBad([key(1)]), 5.0))]
-    await asyncio.to_thread(entered.wait, 2)
-    await asyncio.wait_for(store.ask(ReportBad([key(1)])), 0.5)  # in hand already
-    assert (await asyncio.wait_for(store.ask(Stats()), 0.5)).leases == 1
-    store.service._checks = CHECKS_WAITING_MAX
+    monkeypatch.setattr(store.service._recheck, "_is_sound", slow)
+    reports = [asyncio.create_task(store.ask(ReportBad([key(1)]), 60.0))]
+    assert await asyncio.to_thread(entered.wait, 20)
+    await store.ask(ReportBad([key(1)]))  # in hand already
+    assert (await store.ask(Stats())).leases == 1
+    store.service._recheck._reports = CHECKS_WAITING_MAX
     with pytest.raises(CapacityError, match="being checked"):
         await store.ask(ReportBad([key(1)]))
     release.set()

@@ -10,8 +10,9 @@ import pytest
 
 from kvstore.client import PoolClient
 from kvstore.limits import NodeLimits
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
 from kvstore.ssd_model import SsdConfig
+from kvstore.store_config import StoreConfig
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Acquire, Commit, Reserve
 

@@ -10,7 +10,8 @@ import pytest
 
 from kvstore import pulls as pulls_module
 from kvstore.limits import NodeLimits
-from kvstore.service import StoreConfig, StoreService
+from kvstore.service import StoreService
+from kvstore.store_config import StoreConfig
 from mooncake.core.errors import NotLeader, RequestError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (
