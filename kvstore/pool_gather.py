@@ -133,13 +133,11 @@ class Gather:
         if access is None:
             return None
         try:
-            sizes = access.find(keys, self._end_s).sizes
+            found = access.has(b"".join(keys), self._end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
-        if 0 not in sizes:
-            return [True] * len(keys)
-        return [size > 0 for size in sizes] if len(self._members.stores) == 1 else None
+        return found if len(self._members.stores) == 1 or all(found) else None
 
     def one(self, key: bytes, target: memoryview) -> Result | None:
         """Read one object from a store of this host, by the shortest way; None: `read` has to do it."""
@@ -147,10 +145,11 @@ class Gather:
         if access is None:
             return None
         try:
-            return access.get_one(key, target, self._verify, self._end_s)
+            result = access.get_one(key, target, self._verify, self._end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
+        return result if result is None or result.ok or len(self._members.stores) == 1 else None
 
     def _nearest(self) -> LocalStore | None:
         for access in self._members.stores.values():

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import structlog
 
 from kvstore.client import PoolClient
@@ -46,6 +47,8 @@ INLINE_BYTES = 16 << 10
 INLINE_KEYS_MAX = 4
 SLACK_S = 1.0
 """A lease lasts a little longer than the call that reads under it."""
+SIZE_BYTES = 8
+_NOTHING = bytes(SIZE_BYTES)
 LANE_BYTES = 2 << 20
 """Work for one more thread: less is done sooner than handed over."""
 LANES_MAX = 4
@@ -92,6 +95,13 @@ class LocalStore:
             raise ProtocolError(f"store {self.node}: a lease of another start")
         return look
 
+    def has(self, keys: bytes, end_s: float) -> list[bool]:
+        """Return which of `keys`, one blob, are there, by the shortest way; raises as find."""
+        sizes = self._client.call(Find(keys), Findings, _left(end_s))[1].sizes
+        if len(sizes) == SIZE_BYTES:
+            return [sizes != _NOTHING]
+        return [size > 0 for size in np.frombuffer(sizes, "<i8").tolist()]
+
     def get_one(self, key: bytes, target: memoryview, verify: bool, end_s: float) -> Result | None:
         """Read one object into `target`, by the shortest way; None: it takes the whole procedure.
 
@@ -103,6 +113,8 @@ class LocalStore:
         request = Find(key, min(max(0.0, end_s - time.monotonic()) + SLACK_S, LEASE_S_MAX), INLINE_BYTES)
         link, found = self._client.call(request, Findings, _left(end_s))
         size, data = int.from_bytes(found.sizes, "little"), found.data
+        if not size:
+            return Result(Outcome.MISSING)
         if data:
             if len(data) != target.nbytes:
                 return None
@@ -292,9 +304,7 @@ class LocalStore:
                 raise error
         return [*done, *(one for wait in waits for one in wait.result())]
 
-    def _commit(
-        self, tickets: list[int], sums: list[bytes], names: list[bytes], end_s: float
-    ) -> list[bool]:
+    def _commit(self, tickets: list[int], sums: list[bytes], names: list[bytes], end_s: float) -> list[bool]:
         done: list[bool] = []
         for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
             part = slice(at, at + KEYS_PER_REQUEST_MAX)

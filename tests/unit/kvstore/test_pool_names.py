@@ -49,4 +49,4 @@ def test_text_without_utf8_is_refused():
         object_key("x", "\ud800")
 
 
-EXPECTED = "9d3da9b7d10a45724f7f4fa147ccfcc757f709c42061b8a000fcdb36830d1cf1"
+EXPECTED = "3c846a2ed86caab47b83924fb37cc62b447d999496fa66d6e0ea906af7b18cb0"
