@@ -1,7 +1,8 @@
 """Hit rates of the eviction policies over the size of the pool: the shipped classes on recorded prompts.
 
 Per request: the longest held prefix is the hit; then its blocks are used, the last one first. The
-rate is tokens hit by tokens asked for. One row asks a whole store node instead of a bare policy.
+rate is tokens hit by tokens asked for. Rows "in a node" ask a whole store node, which is told the depths
+of blocks as an engine tells them, instead of a bare policy.
 Beside each rate stands the reference: an independent replay of the same traces, by the rules that
 reproduce the orders of Table 1 in arXiv 2407.00079.
 
@@ -24,6 +25,7 @@ from kvstore.allocator import ALIGN_BYTES
 from kvstore.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
 from kvstore.limits import LEASE_S_MAX
 from kvstore.node import CHECKSUM_BYTES, Node
+from kvstore.pins import Guarded, Tags
 from mooncake.core.keys import KEY_BYTES
 
 BLOCK_TOKENS = 512
@@ -46,8 +48,8 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "length-aware": LengthAware,
     "tail LRU": lambda: TailLru(TAIL_BUDGET_BLOCKS, TAIL_NEXT_BLOCKS),
 }
-IN_NODE = "LRU in a node"
-NAMES = (*POLICIES, IN_NODE)
+IN_NODE = " in a node"
+NAMES = (*POLICIES, *(name + IN_NODE for name in POLICIES))
 REFERENCE: dict[tuple[str, str], tuple[float, ...]] = {
     ("conversation", "LRU"): (0.374, 0.371, 0.362, 0.332, 0.216, 0.045),
     ("conversation", "LFU"): (0.374, 0.370, 0.351, 0.282, 0.135, 0.049),
@@ -56,7 +58,7 @@ REFERENCE: dict[tuple[str, str], tuple[float, ...]] = {
     ("synthetic", "LFU"): (0.651, 0.651, 0.651, 0.637, 0.368, 0.042),
     ("synthetic", "length-aware"): (0.651, 0.651, 0.651, 0.516, 0.190, 0.019),
 }
-REFERENCE |= {(trace, IN_NODE): REFERENCE[trace, "LRU"] for trace in ("conversation", "synthetic")}
+REFERENCE |= {(trace, name + IN_NODE): rates for (trace, name), rates in REFERENCE.items()}
 """At CAPACITIES. Nobody has published the tail-optimised one on these traces."""
 
 
@@ -117,7 +119,8 @@ def use_node(node: Node, keys: list[bytes]) -> int:
     """As `use`, by the requests of an engine: acquire, reserve and commit the rest, release."""
     got = node.acquire(0.0, keys, LEASE_S_MAX)
     found = len(got.blocks)
-    tickets = [ticket for ticket in node.reserve(0.0, "bench", keys[found:], ALIGN_BYTES).tickets if ticket]
+    reserved = node.reserve(0.0, "bench", keys[found:], ALIGN_BYTES, Tags(depth=found))
+    tickets = [ticket for ticket in reserved.tickets if ticket]
     node.commit(0.0, tickets, [bytes(CHECKSUM_BYTES)] * len(tickets))
     node.release(0.0, got.lease_id)
     node.drain_events()
@@ -126,8 +129,9 @@ def use_node(node: Node, keys: list[bytes]) -> int:
 
 def user(name: str, capacity_blocks: int) -> Callable[[list[bytes]], int]:
     """Return what uses the keys of one request in a cache that is empty at first."""
-    if name == IN_NODE:
-        return functools.partial(use_node, Node(capacity_blocks * ALIGN_BYTES))
+    if name.endswith(IN_NODE):
+        policy = Guarded(0, POLICIES[name.removesuffix(IN_NODE)])
+        return functools.partial(use_node, Node(capacity_blocks * ALIGN_BYTES, policy=policy))
     return functools.partial(use, POLICIES[name](), capacity_blocks=capacity_blocks)
 
 
@@ -187,7 +191,7 @@ def plot(path: str, replays: list[Replay]) -> None:
     traces = list(dict.fromkeys(run.trace for run in replays))
     figure, panels = plt.subplots(1, len(traces), figsize=(6 * len(traces), 4.5), squeeze=False)
     for axes, trace in zip(panels[0], traces, strict=True):
-        for name in POLICIES:  # the node's curve is LRU's
+        for name in POLICIES:  # a node's curve is that of its policy
             runs = [r for r in replays if (r.trace, r.policy) == (trace, name)]
             points = sorted((r.capacity_blocks, r.hit_rate) for r in runs if r.capacity_blocks < UNLIMITED)
             (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)

@@ -23,6 +23,7 @@ class SaveJob:
     keys: list[bytes]
     block_ids: list[int]
     target: str = ""  # node whose store is to copy them, because it decodes
+    depth: int = -1  # of keys[0] in its prompt; -1 = unknown
 
 
 @dataclass

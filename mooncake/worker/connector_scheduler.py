@@ -266,7 +266,8 @@ class SchedulerHalf:
             self._extend_keys(state, full)
             full = min(full, len(state.keys))
         block_ids = self._block_ids(request_id)
-        job = SaveJob(state.keys[state.saved : full], block_ids[state.saved : full], state.target)
+        first = state.saved
+        job = SaveJob(state.keys[first:full], block_ids[first:full], state.target, first)
         state.saved = max(state.saved, full)
         if with_tail and state.tail_key is not None:
             state.tail_saved = True

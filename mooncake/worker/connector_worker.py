@@ -197,7 +197,8 @@ class WorkerHalf:
         ]
         self._save_started_s = time.perf_counter()
         try:
-            call = self._pool.begin_reserve([key for key, _, _ in wanted], self.kv.block_bytes)
+            depth = saves[0].depth if len(saves) == 1 else -1  # one request of several prompts has none
+            call = self._pool.begin_reserve([key for key, _, _ in wanted], self.kv.block_bytes, depth=depth)
             self._reserving = (call, wanted)
         except MooncakeError as error:
             self._pulse.add("pool_errors", 1)

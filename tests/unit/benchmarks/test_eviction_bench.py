@@ -19,7 +19,7 @@ def test_with_room_for_all_every_repeated_token_is_a_hit(name):
     assert run.hit_rate == pytest.approx((1_100 + 512) / 2_800)
 
 
-@pytest.mark.parametrize("name", ["LRU", eviction.IN_NODE])
+@pytest.mark.parametrize("name", ["LRU", "LRU" + eviction.IN_NODE])
 def test_a_block_after_a_gap_is_no_hit(name):
     # room for two: of the first prompt, used from its end, blocks 1 and 2 stay; then 9 pushes out 2
     run = replay("made up", [FIRST, OTHER, AGAIN], name, 2)

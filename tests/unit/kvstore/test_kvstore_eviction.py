@@ -249,6 +249,8 @@ def run(policy, model, steps):
         assert policy.held_bytes == sum(model.size.values())
         assert len(policy) == len(model.size)
         assert (key in policy) == (key in model.size)
+        if key in model.size:
+            assert policy.size_of(key) == model.size[key]
     assert policy.victims(1 << 40) == model.victims(1 << 40)
     return evicted
 
@@ -257,6 +259,14 @@ def run(policy, model, steps):
 @given(STEPS)
 def test_a_policy_agrees_with_its_naive_model(name, steps):
     run(POLICIES[name](), Model(name), steps)
+
+
+@pytest.mark.parametrize("name", ["lru", "tail"])
+@given(STEPS)
+def test_keeping_only_the_oldest_few_apart_changes_no_choice(name, steps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction, "OLDEST_MAX", 2)
+        run(POLICIES[name](), Model(name), steps)
 
 
 @pytest.mark.parametrize("name", POLICIES)

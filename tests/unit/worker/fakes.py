@@ -39,6 +39,7 @@ class FakePool:
         self.lookups: list[tuple[list[bytes], float, float]] = []
         self.sources: list[str] = []
         self.handed_over: list[tuple[list[bytes], str]] = []
+        self.depths: list[int] = []  # of each reserve
         self.leases: set[int] = set()
         self.released: list[int] = []
         self.forgotten: list[bytes] = []
@@ -117,9 +118,10 @@ class FakePool:
             raise MooncakeError("outside of the segment")
         return memoryview(self.memory)[offset : offset + size_bytes]
 
-    def begin_reserve(self, keys: list[bytes], size_bytes: int) -> Any:
+    def begin_reserve(self, keys: list[bytes], size_bytes: int, *, depth: int = -1) -> Any:
         self._maybe_fail("begin_reserve")
         assert size_bytes == self.block_bytes
+        self.depths.append(depth)
         return list(keys)
 
     def finish_reserve(self, call: Any, deadline_s: float) -> list[Any]:

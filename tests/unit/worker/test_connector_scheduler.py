@@ -386,6 +386,13 @@ def test_full_blocks_are_saved_when_they_fill_under_chunked_prefill():
     assert engine.saves(r=(11, 3)) == [(request.full[2], 102)]
 
 
+def test_a_save_says_where_in_its_prompt_it_begins():
+    engine = Engine()
+    engine.load(FakeRequest(prompt(14)))
+    steps = [step_output({"r": scheduled}) for scheduled in ((0, 5), (5, 9))]
+    assert [job.depth for step in steps for job in engine.half.step(step).saves] == [0, 1]
+
+
 @settings(deadline=None)
 @given(
     length=st.integers(1, 40),

@@ -337,6 +337,12 @@ def test_the_order_of_layers_does_not_matter_to_what_is_saved(engine):
     assert engine.pool.memory[engine.pool.held[key(0)].offset :][: sum(PAGES)] == engine.block(3)
 
 
+def test_the_store_learns_where_in_its_prompt_a_lone_save_stands(engine):
+    engine.step(saves=[SaveJob([key(0), key(1)], [0, 1], depth=7)])
+    engine.step(saves=[SaveJob([key(2)], [2], depth=3), SaveJob([key(3)], [3], depth=4)])
+    assert engine.pool.depths == [7, -1]
+
+
 def test_what_is_saved_is_handed_over_to_the_node_that_decodes_it(engine):
     here, there = save((0, 0)), SaveJob([key(1), key(2)], [1, 2], "n9")
     engine.step(saves=[here, there])
