@@ -29,13 +29,13 @@ from kvstore.pool_gather import Gather
 from kvstore.pool_local import LocalStore
 from kvstore.pool_locate import Locator
 from kvstore.pool_members import Members, OpenMetadata
-from kvstore.pool_model import Bytes, Hints, Into, Outcome, Result, parts_of
+from kvstore.pool_model import Bytes, Hints, Into, Outcome, Place, Result, parts_of
 from kvstore.pool_names import key_of, object_key
 from kvstore.pool_scatter import Scatter
 from kvstore.pool_view import Views
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.core.keys import KEY_BYTES
-from mooncake.core.messages import StoreRecord
+from mooncake.core.messages import StoreRecord, StoreStats
 from mooncake.core.metadata_open import open_metadata
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
@@ -114,6 +114,22 @@ class Pool:
     def nodes(self) -> list[str]:
         """Names of the stores that are in the pool now."""
         return list(self._members.stores)
+
+    @property
+    def records(self) -> list[StoreRecord]:
+        """Records of these stores."""
+        return [access.record for access in self._members.stores.values()]
+
+    def stats(self, node: str, deadline_s: float = DEADLINE_S) -> StoreStats:
+        """Return the counters of one of them.
+
+        Raises:
+            PeerError: it does not answer; RequestError: it is not in the pool.
+        """
+        access = self._members.stores.get(node)
+        if access is None:
+            raise RequestError(f"node {node!r}: not in the pool")
+        return access.stats(deadline_s)
 
     def register(self, memory: Any, size_bytes: int | None = None) -> Buffer:
         """Let bytes of other hosts go straight into and out of `memory` (see TransferEngine.register)."""
@@ -344,6 +360,31 @@ class Pool:
         """Return the bytes of each object, None = not found."""
         looked = self.look(keys, tenant=tenant, deadline_s=deadline_s)
         return [one.size_bytes if one.ok else None for one in looked]
+
+    def places(
+        self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
+    ) -> list[list[Place]]:
+        """Return for each key where its copies are now; nothing keeps them there.
+
+        Raises:
+            PeerError: a store could not be asked.
+        """
+        end_s = time.monotonic() + deadline_s
+        hashed = _keys(keys, tenant)
+        found: list[list[Place]] = [[] for _ in hashed]
+        for access in list(self._members.stores.values()):
+            record = access.record
+            for at in range(0, len(hashed), BATCH_KEYS_MAX):
+                try:
+                    look = access.find(hashed[at : at + BATCH_KEYS_MAX], end_s)
+                except MooncakeError as error:
+                    self._members.lost(access, error)
+                    raise
+                for row, (offset, size) in enumerate(zip(look.offsets, look.sizes, strict=True), at):
+                    if size:
+                        address = record.segment_address + offset if offset >= 0 else 0
+                        found[row].append(Place(record.node, record.transfer, size, address, offset >= 0))
+        return found
 
     def names(self, *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[str]:
         """Return what objects were put as `listed` and are there, each once.

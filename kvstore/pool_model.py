@@ -40,6 +40,16 @@ class Result(msgspec.Struct, frozen=True, gc=False):
         return self.outcome is Outcome.DONE or self.outcome is Outcome.EXISTS
 
 
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """One copy: `address` in the memory of the store that is reached at `transfer`, 0 if it is on its SSD."""
+
+    node: str
+    transfer: str
+    size_bytes: int
+    address: int
+    in_memory: bool
+
+
 class Hints(msgspec.Struct, frozen=True):
     """What travels with a put, see messages.Reserve; `names` by key, of what shall be listed."""
 

@@ -131,6 +131,15 @@ class Started:
         self._batches.pop(number, None)
 
 
+def open_engine(host: str, protocol: str, devices: str, env: EngineEnv) -> TransferEngine:
+    """Return a running engine for peers that call this machine `host`, or nothing that resolves.
+
+    Raises:
+        ConfigError: it cannot run.
+    """
+    return _start(host if _resolves(_host_of(host)) else _own_address(), protocol, devices, env)
+
+
 def _start(host: str, protocol: str, devices: str, env: EngineEnv) -> TransferEngine:
     """Return a running engine; without RDMA, and with a word about it, where that does not work.
 

@@ -1,0 +1,488 @@
+"""`mooncake.store`: upstream Mooncake's Python store, on our pool.
+
+Names, signatures and return codes are those of `mooncake-transfer-engine` 0.3.13.post1, measured on its
+wheel; vLLM, SGLang, LMCache and others import it as they import upstream's. docs/store.md says what each
+call does and what differs. On purpose it differs where upstream ends the process or hides a failure:
+
+- a call before `setup` or after `close` is an error: a code where a code is returned, else an exception;
+- `get` and `get_buffer` raise when an object may be there and cannot be read: that is no miss;
+- what lives on stores that are there can be used while the master is away;
+- every read is verified by checksum.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import structlog
+
+from mooncake.core.errors import CapacityError, MooncakeError, PeerError, RequestError, UserError
+from mooncake.engine_start import log_to_stderr
+from mooncake.store_calls import Calls, Parts
+from mooncake.store_start import BUFFER_BYTES, Settings, Started
+from mooncake.store_types import (
+    INTERNAL,
+    INVALID_PARAMS,
+    NO_AVAILABLE_HANDLE,
+    OK,
+    RPC_FAIL,
+    BufferHandle,
+    Descriptor,
+    DiskDescriptor,
+    MemoryDescriptor,
+    ObjectDataType,
+    ReplicaDescriptor,
+    ReplicaStatus,
+    ReplicateConfig,
+    SoftPinAction,
+    TaskStatus,
+    TaskType,
+    descriptors,
+)
+from transfer.model import Buffer
+
+__all__ = [
+    "BufferHandle",
+    "Descriptor",
+    "DiskDescriptor",
+    "MemoryDescriptor",
+    "MooncakeDistributedStore",
+    "ObjectDataType",
+    "ReplicaDescriptor",
+    "ReplicaStatus",
+    "ReplicateConfig",
+    "SoftPinAction",
+    "TaskStatus",
+    "TaskType",
+]
+
+HEALTHY = 0
+NOT_SET_UP = 1
+NO_MASTER = 2
+"""Answers of health_check; 0 and 2 as measured on upstream, which crashes where we answer 1."""
+UNREGISTER_S = 10.0
+
+log = structlog.get_logger(__name__)
+P = ParamSpec("P")
+Batched = TypeVar("Batched", bound=Callable[..., list[int]])
+
+
+def _code_of(error: MooncakeError) -> int:
+    match error:
+        case UserError():
+            return INVALID_PARAMS
+        case CapacityError():
+            return NO_AVAILABLE_HANDLE
+        case PeerError():
+            return RPC_FAIL
+    return INTERNAL
+
+
+def _code(method: Callable[Concatenate[Any, P], int]) -> Callable[Concatenate[Any, P], int]:
+    """Make a method answer a code, and log one line, instead of raising an error of ours."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return method(self, *args, **kwargs)
+        except MooncakeError as error:
+            log.error("mooncake.store: call failed", call=method.__name__, reason=str(error))
+            return _code_of(error)
+
+    return call
+
+
+def _codes(method: Batched) -> Batched:
+    """As `_code`, for a method that answers one code per key."""
+
+    @functools.wraps(method)
+    def call(self: Any, keys: Sequence[str], *args: Any, **kwargs: Any) -> list[int]:
+        try:
+            return method(self, keys, *args, **kwargs)
+        except MooncakeError as error:
+            log.error("mooncake.store: call failed", call=method.__name__, reason=str(error))
+            return [_code_of(error)] * len(keys)
+
+    return cast(Batched, call)
+
+
+class MooncakeDistributedStore:
+    """A client of the pool. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        """Open nothing; `setup` does."""
+        self._lock = threading.Lock()
+        self._calls: Calls | None = None
+        self._finalizer: Any = None
+        self._buffers: dict[int, Buffer] = {}
+        log_to_stderr()
+
+    # ------------------------------------------------------------ life
+
+    @_code
+    def setup(
+        self,
+        local_hostname: str | dict[str, Any] = "",
+        metadata_server: str = "",
+        global_segment_size: int | str = 0,
+        local_buffer_size: int | str = BUFFER_BYTES,
+        protocol: str = "tcp",
+        rdma_devices: str = "",
+        master_server_addr: str = "",
+        engine: object = None,  # noqa: ARG002 - see Args
+        enable_ssd_offload: bool = False,
+        ssd_offload_path: str = "",
+        tenant_id: str = "default",
+        enable_client_http_server: bool = False,
+        client_http_port: int = 9300,  # noqa: ARG002 - see Args
+        *,
+        config: dict[str, Any] | None = None,
+    ) -> int:
+        """Join the pool; see mooncake.store_start for what the settings mean here.
+
+        A second call with the same settings changes nothing; with others it ends the first client.
+
+        Args:
+            local_hostname: how other hosts call this one, "10.0.0.5" or "10.0.0.5:17777"; or all settings
+                in one dict, where sizes may be texts like "16MB".
+            metadata_server: any; needed by upstream only.
+            global_segment_size: bytes given to the pool; 0 = none.
+            local_buffer_size: any; needed by upstream only.
+            protocol: "tcp" | "rdma". Same-host stores are used by shared memory.
+            rdma_devices: "mlx5_0,mlx5_1"; "" = all.
+            master_server_addr: HOST:PORT of mooncake_master, or etcd://...
+            engine: not used: the pool has an engine of its own.
+            enable_ssd_offload: not used: the SSD tier is `mooncake store`'s.
+            ssd_offload_path: see enable_ssd_offload.
+            tenant_id: whose names these are.
+            enable_client_http_server: not used.
+            client_http_port: not used.
+            config: the dict, by its name.
+
+        Returns:
+            0; -600: a setting is wrong; -1: the master or this machine refuses.
+        """
+        given = local_hostname if isinstance(local_hostname, dict) else config
+        if given is None:
+            given = {
+                "local_hostname": local_hostname, "metadata_server": metadata_server,
+                "global_segment_size": global_segment_size, "local_buffer_size": local_buffer_size,
+                "protocol": protocol, "rdma_devices": rdma_devices,
+                "master_server_addr": master_server_addr, "tenant_id": tenant_id,
+                "enable_ssd_offload": enable_ssd_offload, "ssd_offload_path": ssd_offload_path,
+                "enable_client_http_server": enable_client_http_server,
+            }  # fmt: skip
+        settings = Settings.of(given)
+        settings.master  # noqa: B018 - raises
+        with self._lock:
+            if self._calls is not None and self._calls.started.settings == settings:
+                return OK
+            self._close()
+            try:
+                started = Started(settings)
+            except MooncakeError as error:
+                log.error("mooncake.store: setup failed", reason=str(error))
+                return INTERNAL
+            self._calls = Calls(started)
+            self._finalizer = weakref.finalize(self, started.close)
+        return OK
+
+    def close(self) -> int:
+        """Leave the pool with this process's segment and what is in it (idempotent)."""
+        with self._lock:
+            self._close()
+        return OK
+
+    def _close(self) -> None:
+        finalizer, self._finalizer, self._calls = self._finalizer, None, None
+        self._buffers.clear()
+        if finalizer is not None:
+            finalizer()
+
+    def _need(self) -> Calls:
+        calls = self._calls
+        if calls is None:
+            raise RequestError("call setup first, and look at what it returns")
+        return calls
+
+    def get_hostname(self) -> str:
+        """Return "host:port" of this client, which is also the name of its segment; "" before setup."""
+        return self._calls.started.hostname if self._calls else ""
+
+    def health_check(self) -> int:
+        """Return 0: in the pool; 1: not set up; 2: the master is away."""
+        if self._calls is None:
+            return NOT_SET_UP
+        return HEALTHY if self._calls.started.background.has_master() else NO_MASTER
+
+    # ------------------------------------------------------------ objects as bytes
+
+    @_code
+    def put(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
+        """Store a copy of `value`; 0 also if the key is there: its value stays."""
+        return self._need().put(_texts([key]), [[memoryview(value)]], config)[0]
+
+    @_code
+    def put_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
+        """Store buffers as one object, one behind the other; none at all is 0."""
+        parts = [memoryview(part) for part in args]
+        return self._need().put(_texts([key]), [parts], config)[0] if parts else OK
+
+    @_code
+    def put_batch(
+        self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None
+    ) -> int:
+        """Store several; 0, or the code of the first that failed. An empty one: none is stored."""
+        return self._batch(self._need().put, keys, values, config)
+
+    @staticmethod
+    def _batch(
+        write: Callable[[Sequence[str], Sequence[Parts], ReplicateConfig | None], list[int]],
+        keys: Sequence[str],
+        values: Sequence[Any],
+        config: ReplicateConfig | None,
+    ) -> int:
+        sources = [[memoryview(value)] for value in values]
+        if len(keys) != len(sources) or not all(parts[0].nbytes for parts in sources):
+            return INVALID_PARAMS
+        return next((code for code in write(_texts(keys), sources, config) if code), OK)
+
+    @_code
+    def upsert(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
+        """Store `value`, in the place of what is there."""
+        return self._need().upsert(_texts([key]), [[memoryview(value)]], config)[0]
+
+    @_code
+    def upsert_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
+        """As put_parts, in the place of what is there."""
+        parts = [memoryview(part) for part in args]
+        return self._need().upsert(_texts([key]), [parts], config)[0] if parts else OK
+
+    @_code
+    def upsert_batch(
+        self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None
+    ) -> int:
+        """As put_batch, in the place of what is there."""
+        return self._batch(self._need().upsert, keys, values, config)
+
+    def get(self, arg0: str, /) -> bytes:
+        """Return the object, b"" if there is none.
+
+        Raises:
+            PeerError: it may be there and cannot be read; RequestError: not set up.
+        """
+        return self._need().get(_texts([arg0]))[0] or b""
+
+    def get_batch(self, arg0: Sequence[str], /) -> list[bytes]:
+        """Return the objects, b"" for each that is not there; raises as get."""
+        return [value or b"" for value in self._need().get(_texts(arg0))]
+
+    def get_buffer(self, arg0: str, /) -> BufferHandle | None:
+        """Return the object in memory that can be written to, None if there is none; raises as get."""
+        return self.batch_get_buffer([arg0])[0]
+
+    def batch_get_buffer(self, arg0: Sequence[str], /) -> list[BufferHandle | None]:
+        """As get_buffer, for several."""
+        return [None if value is None else BufferHandle(value) for value in self._need().get(_texts(arg0))]
+
+    # ------------------------------------------------------------ objects in the caller's memory
+
+    @_code
+    def register_buffer(self, buffer_ptr: int, size: int) -> int:
+        """Let bytes of other hosts go straight into and out of this memory; -600: it overlaps another."""
+        calls = self._need()
+        if size <= 0:
+            raise RequestError(f"{size} bytes: nothing to register")
+        buffer = calls.started.engine.register(buffer_ptr, size)
+        with self._lock:
+            self._buffers[buffer_ptr] = buffer
+        return OK
+
+    @_code
+    def unregister_buffer(self, buffer_ptr: int) -> int:
+        """End the registration that begins at this address; -600: there is none."""
+        calls = self._need()
+        with self._lock:
+            buffer = self._buffers.get(buffer_ptr)
+        if buffer is None:
+            raise RequestError(f"no buffer is registered at {buffer_ptr:#x}")
+        calls.started.engine.unregister(buffer, UNREGISTER_S)
+        with self._lock:
+            self._buffers.pop(buffer_ptr, None)
+        return OK
+
+    def put_from(self, key: str, buffer_ptr: int, size: int, config: ReplicateConfig | None = None) -> int:
+        """Store `size` bytes at an address of this process; it need not be registered."""
+        return self.batch_put_from([key], [buffer_ptr], [size], config)[0]
+
+    def upsert_from(self, key: str, buffer_ptr: int, size: int, config: ReplicateConfig | None = None) -> int:
+        """As put_from, in the place of what is there."""
+        return self.batch_upsert_from([key], [buffer_ptr], [size], config)[0]
+
+    @_code
+    def put_from_with_metadata(
+        self,
+        key: str,
+        buffer_ptr: int,
+        metadata_buffer_ptr: int,
+        size: int,
+        metadata_size: int,
+        config: ReplicateConfig | None = None,
+    ) -> int:
+        """Store metadata and data as one object, the metadata first."""
+        calls = self._need()
+        parts = [calls.memory(metadata_buffer_ptr, metadata_size), calls.memory(buffer_ptr, size)]
+        return calls.put(_texts([key]), [parts], config)[0]
+
+    def batch_put_from(
+        self,
+        keys: Sequence[str],
+        buffer_ptrs: Sequence[int],
+        sizes: Sequence[int],
+        config: ReplicateConfig | None = None,
+    ) -> list[int]:
+        """Store memory of this process; one code each."""
+        return self.batch_put_from_multi_buffers(keys, _each(buffer_ptrs), _each(sizes), config)
+
+    @_codes
+    def batch_upsert_from(
+        self,
+        keys: Sequence[str],
+        buffer_ptrs: Sequence[int],
+        sizes: Sequence[int],
+        config: ReplicateConfig | None = None,
+    ) -> list[int]:
+        """As batch_put_from, in the place of what is there."""
+        calls = self._need()
+        write = functools.partial(calls.upsert, config=config)
+        return _with_memory(calls, keys, _each(buffer_ptrs), _each(sizes), write)
+
+    @_codes
+    def batch_put_from_multi_buffers(
+        self,
+        keys: Sequence[str],
+        all_buffer_ptrs: Sequence[Sequence[int]],
+        all_sizes: Sequence[Sequence[int]],
+        config: ReplicateConfig | None = None,
+    ) -> list[int]:
+        """Store objects that lie in pieces in this process; one code each."""
+        calls = self._need()
+        write = functools.partial(calls.put, config=config)
+        return _with_memory(calls, keys, all_buffer_ptrs, all_sizes, write)
+
+    def get_into(self, key: str, buffer_ptr: int, size: int) -> int:
+        """Read an object into memory of this process; return its size, -600: `size` is too small."""
+        return self.batch_get_into([key], [buffer_ptr], [size])[0]
+
+    def batch_get_into(
+        self, keys: Sequence[str], buffer_ptrs: Sequence[int], sizes: Sequence[int]
+    ) -> list[int]:
+        """As get_into, for several; memory of one that failed may have been written to."""
+        return self.batch_get_into_multi_buffers(keys, _each(buffer_ptrs), _each(sizes))
+
+    @_codes
+    def batch_get_into_multi_buffers(
+        self,
+        keys: Sequence[str],
+        all_buffer_ptrs: Sequence[Sequence[int]],
+        all_sizes: Sequence[Sequence[int]],
+        prefer_alloc_in_same_node: bool = False,  # noqa: ARG002 - means nothing for a read
+    ) -> list[int]:
+        """Read objects into several pieces of memory each, which are filled in order."""
+        calls = self._need()
+        return _with_memory(calls, keys, all_buffer_ptrs, all_sizes, calls.get_into)
+
+    # ------------------------------------------------------------ looking and removing
+
+    @_code
+    def is_exist(self, arg0: str, /) -> int:
+        """Return 1 or 0; negative: nobody can tell."""
+        size = self._need().sizes(_texts([arg0]))[0]
+        return _there(size)
+
+    @_codes
+    def batch_is_exist(self, keys: Sequence[str]) -> list[int]:
+        """As is_exist, for several."""
+        return [_there(size) for size in self._need().sizes(_texts(keys))]
+
+    @_code
+    def get_size(self, arg0: str, /) -> int:
+        """Return the bytes of an object, -704: there is none."""
+        return self._need().sizes(_texts([arg0]))[0]
+
+    @_code
+    def remove(self, key: str, force: bool = False) -> int:
+        """Remove an object everywhere; -704: there is none, -706: this client has just read it."""
+        return self._need().remove(_texts([key]), force)[0]
+
+    @_codes
+    def batch_remove(self, keys: Sequence[str], force: bool = False) -> list[int]:
+        """As remove, for several."""
+        return self._need().remove(_texts(keys), force)
+
+    @_code
+    def remove_by_regex(self, regex_pattern: str, force: bool = False) -> int:
+        """Remove what has a name in which the pattern (Python's) occurs; return how many."""
+        return self._need().remove_matching(regex_pattern, force)
+
+    @_code
+    def remove_all(self, force: bool = False) -> int:
+        """Remove every object of this tenant that was put by name; return how many."""
+        return self._need().remove_matching(None, force)
+
+    def get_replica_desc(self, key: str) -> list[ReplicaDescriptor]:
+        """Return where the copies of an object are; raises as get."""
+        return descriptors(self._need().places(_texts([key]))[0])
+
+    def batch_get_replica_desc(self, keys: Sequence[str]) -> dict[str, list[ReplicaDescriptor]]:
+        """As get_replica_desc, for those of `keys` that are there."""
+        places = self._need().places(_texts(keys))
+        return {key: descriptors(found) for key, found in zip(keys, places, strict=True) if found}
+
+
+def _texts(keys: Sequence[str]) -> Sequence[str]:
+    for key in keys:
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a str, not {type(key).__name__}")
+    return keys
+
+
+def _there(size: int) -> int:
+    if size > 0:
+        return 1
+    return size if size == RPC_FAIL else 0
+
+
+def _each(values: Sequence[int]) -> list[list[int]]:
+    return [[value] for value in values]
+
+
+def _with_memory(
+    calls: Calls,
+    keys: Sequence[str],
+    addresses: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[int]],
+    call: Callable[[Sequence[str], list[Parts]], list[int]],
+) -> list[int]:
+    """Return what `call` answers for the memory of each key; -600 for those whose memory makes no sense."""
+    if not len(keys) == len(addresses) == len(sizes):
+        raise RequestError(f"{len(keys)} keys, {len(addresses)} addresses, {len(sizes)} sizes")
+    codes = [INVALID_PARAMS] * len(keys)
+    rows: list[int] = []
+    memory: list[Parts] = []
+    for row, (starts, lengths) in enumerate(zip(addresses, sizes, strict=True)):
+        if len(starts) != len(lengths):
+            log.error("mooncake.store: not a size for each address", key=keys[row])
+            continue
+        try:
+            memory.append([calls.memory(at, length) for at, length in zip(starts, lengths, strict=True)])
+            rows.append(row)
+        except RequestError as error:
+            log.error("mooncake.store: no such memory", key=keys[row], reason=str(error))
+    if rows:
+        done = call(_texts([keys[row] for row in rows]), memory)
+        for row, code in zip(rows, done, strict=True):
+            codes[row] = code
+    return codes
