@@ -313,12 +313,58 @@ def test_no_lease_is_left_behind(pool):
     assert leases(pool) == 0
 
 
-def damage(pool: Pool, name: str) -> None:
+def damage(pool: Pool, name: str, tenant: str = "") -> None:
     """Flip a byte in the store's own memory."""
     (access,) = (one for one in pool._members.stores.values() if one.near)
-    look = access.find([object_key(name)], float("inf"))
+    look = access.find([object_key(name, tenant)], float("inf"))
     link = access._client._link
-    link.segment.view(look.offsets[0] + 5, 1)[0] ^= 1
+    link.segment.view(look.offsets[0], 1)[0] ^= 1
+
+
+fates = st.sampled_from(["sound", "damaged", "removed", "never put", "narrow", "wide"])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    objects=st.lists(st.tuples(fates, sizes), min_size=1, max_size=8),
+    how=st.sampled_from(["here", "shm", "tcp"]),
+    one_by_one=st.booleans(),
+)
+def test_each_key_has_its_own_fate_whatever_becomes_of_the_others(long_lived, objects, how, one_by_one):
+    pool, here = Own(long_lived[how]), long_lived["here"]
+    tenant = pool._defaults["tenant"]
+    names = [str(at) for at in range(len(objects))]
+    blobs = {name: data(at, size) for at, (name, (_, size)) in enumerate(zip(names, objects, strict=True))}
+    fate_of = {name: fate for name, (fate, _) in zip(names, objects, strict=True)}
+    written = [name for name in names if fate_of[name] != "never put"]
+    assert all(one.ok for one in pool.put(written, [blobs[name] for name in written]))
+    for name in written:
+        if fate_of[name] == "damaged":
+            damage(here, name, tenant)
+        elif fate_of[name] == "removed":
+            assert pool.remove([name])[0].ok
+    targets = {name: bytearray(len(blobs[name]) + EXTRA.get(fate_of[name], 0)) for name in names}
+    if one_by_one:
+        results = [pool.get_into([name], [targets[name]])[0] for name in names]
+    else:
+        results = pool.get_into(names, list(targets.values()))
+    for name, result in zip(names, results, strict=True):
+        assert result.outcome is EXPECTED[fate_of[name]], result
+        if result.ok:
+            assert result.size_bytes == len(blobs[name])
+            assert targets[name][: result.size_bytes] == blobs[name]
+    assert leases(here) == 0
+
+
+EXTRA = {"narrow": -1, "wide": 3}
+EXPECTED = {
+    "sound": DONE,
+    "wide": DONE,
+    "damaged": Outcome.FAILED,
+    "narrow": Outcome.FAILED,
+    "removed": MISSING,
+    "never put": MISSING,
+}
 
 
 @pytest.mark.parametrize("far", [False, True])
