@@ -37,6 +37,7 @@ from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import StoreRecord, StoreStats
 from mooncake.core.metadata_open import open_metadata
+from mooncake.core.secret import cluster_secret
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
 from transfer.model import Buffer
@@ -71,7 +72,8 @@ class Pool:
             metadata: where stores and directories register, "tcp://..." or "etcd://..." (see
                 core.metadata_open); None: only `stores` are used.
             stores: records of stores that are known already.
-            engine: for stores of other hosts; a running one is not closed here. None: one for this host only.
+            engine: for stores of other hosts; a running one is not closed here. None: one that shows them
+                the cluster's secret (core.secret).
             writer: name of this process, the same after a restart or unique; "" = unique.
             touch: fill this process's page tables for local stores now (0.1 s per GiB).
             start_s: longest wait for the metadata store.
@@ -83,7 +85,7 @@ class Pool:
         if isinstance(engine, TransferEngine):
             self._engine = engine
         else:
-            self._engine = TransferEngine(engine or EngineConfig()).start()
+            self._engine = TransferEngine(engine or EngineConfig(secret=cluster_secret())).start()
         self._members = Members(self._engine, writer or f"pool-{secrets.token_hex(6)}", touch)
         self._locator = Locator(self._members)
         try:
