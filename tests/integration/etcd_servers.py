@@ -20,7 +20,7 @@ import pytest
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions
 from mooncake.core.metadata_etcd_wire import key_range
 from mooncake.core.process import set_parent_death_signal
-from tests.integration.cluster import free_port
+from tests.integration.ports import lasting_port
 
 ETCD = shutil.which("etcd")
 NEEDS_ETCD = pytest.mark.skipif(ETCD is None, reason="no etcd here: install the package etcd-server")
@@ -54,8 +54,8 @@ class EtcdServers:
         self._flags = flags
         self._root_password = ""
         self._scheme = "https" if tls else "http"
-        self.ports = [free_port() for _ in range(count)]
-        self._peer_ports = [free_port() for _ in range(count)]
+        self.ports = [lasting_port() for _ in range(count)]
+        self._peer_ports = [lasting_port() for _ in range(count)]
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def options(self, host: str = "127.0.0.1", **settings: Any) -> EtcdOptions:

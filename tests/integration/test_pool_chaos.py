@@ -21,8 +21,8 @@ import pytest
 from kvstore.pool import Pool
 from kvstore.pool_model import Outcome, Result
 from mooncake.core.messages import StoreRecord
-from tests.integration.cluster import free_port
 from tests.integration.pool_processes import METADATA, WAIT_S, PoolProcesses, content, key, until
+from tests.integration.ports import lasting_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
@@ -44,7 +44,7 @@ class Processes(PoolProcesses):
     """Also stores with an SSD tier, and a metadata server that comes back at its address."""
 
     def __init__(self, folder: Path) -> None:
-        self._port = free_port()
+        self._port = lasting_port()
         super().__init__(folder)
 
     def _own_metadata(self) -> str:
@@ -61,7 +61,7 @@ class Processes(PoolProcesses):
     def ssd_store(self, node: str, ssd: Path) -> StoreRecord:
         pid = self._mooncake(
             *(node, "store", "--node", node, "--capacity", "16MiB", "--ssd", str(ssd), "--ssd-size", "1GiB"),
-            *("--run-dir", str(self.folder / f"run-{node}"), "--metrics-port", str(free_port())),
+            *("--run-dir", str(self.folder / f"run-{node}"), "--metrics-port", str(lasting_port())),
         )
         return until(lambda: next((r for r in self.records(StoreRecord) if r.pid == pid), None))
 
@@ -269,6 +269,9 @@ def test_a_store_that_is_started_again_serves_from_its_ssd_what_it_had_copied(pr
 
 
 def ssd_objects(record: StoreRecord) -> float:
-    with urllib.request.urlopen(record.metrics_url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    try:
+        with urllib.request.urlopen(record.metrics_url, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return 0.0  # not yet
     return sum(float(line.split()[-1]) for line in lines if line.startswith("mooncake_store_ssd_objects"))

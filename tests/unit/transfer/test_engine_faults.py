@@ -392,8 +392,9 @@ def test_out_of_descriptors_is_an_error_and_passes(make_engine):
     here, there = make_engine(), make_engine()
     mine, theirs = here.allocate(4096), there.allocate(4096)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now, hard))
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
     try:
         with pytest.raises(PeerError):
             here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 4096, deadline_s=1.0)
