@@ -117,11 +117,12 @@ class Lru:
 
     def victims(self, need_bytes: int) -> list[bytes]:
         """See EvictionPolicy."""
-        if (keys := _first(self._oldest, need_bytes)) is not None:
-            return keys
-        self._oldest = OrderedDict(itertools.islice(self._sizes.items(), OLDEST_MAX))
-        if (keys := _first(self._oldest, need_bytes)) is None:
-            keys = _first(self._sizes, need_bytes)
+        keys = _first(self._oldest, need_bytes)
+        if keys is None and len(self._oldest) < len(self._sizes):
+            self._oldest = OrderedDict(itertools.islice(self._sizes.items(), OLDEST_MAX))
+            if len(self._oldest) == len(self._sizes):
+                self._sizes = dict(self._oldest)  # few are left of many: an end to the gaps
+            keys = _first(self._oldest, need_bytes) or _first(self._sizes, need_bytes)
         return list(self._sizes) if keys is None else keys
 
     def size_of(self, key: bytes) -> int:

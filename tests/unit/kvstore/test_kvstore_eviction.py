@@ -1,5 +1,7 @@
 """Each policy gives up first what its name says, and only as much as is needed."""
 
+import sys
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -286,6 +288,24 @@ def test_superseded_entries_are_swept(make):
         policy.remove(b"b")
         policy.insert(b"b", 10)
     assert len(policy._heap) <= 2 * len(policy) + eviction.STALE_MIN + 1
+
+
+def test_gaps_of_removed_blocks_are_not_walked_over_again_and_again():
+    lru = Lru()
+    for number in range(5_000):
+        lru.insert(number.to_bytes(2, "big"), 1)
+    for number in range(4_990):
+        lru.remove(number.to_bytes(2, "big"))
+    before = sys.getsizeof(lru._sizes)
+    assert len(lru.victims(3)) == 3
+    assert sys.getsizeof(lru._sizes) < before / 50
+    walks = [lru._oldest]
+    for _ in range(10):
+        key = lru.victims(1)[0]
+        lru.remove(key)
+        walks.append(lru._oldest)
+    assert lru.victims(1) == []
+    assert all(kept is walks[0] for kept in walks)
 
 
 @pytest.mark.parametrize("make", [Lfu, LengthAware, lambda: TailLru(2)])
