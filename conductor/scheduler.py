@@ -166,7 +166,8 @@ class Scheduler:
         elif not decodes:
             decodes, decision = prefills, Decision.NO_DECODE_ALIVE
         chosen = self._choose_decode(facts, emitted_n, decodes)
-        work = self._price(now_s, facts, chosen.worker, self._index.longest_prefix(facts.keys), emitted_n)
+        hits = self._index.longest_prefix(facts.keys)
+        work = self._price(now_s, facts, chosen.worker, hits, self._deepest_open(hits), emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen)
 
     def source(self, facts: RequestFacts, target: str, known: str) -> str:
@@ -317,15 +318,16 @@ class Scheduler:
 
     def _choose_prefill(self, now_s: float, facts: RequestFacts, workers: list[_Worker]) -> _Prefill:
         hits = self._index.longest_prefix(facts.keys)
+        deepest = self._deepest_open(hits)
         policy = self._config.policy
         if policy in {Policy.KVCACHE, Policy.CACHE_AWARE}:
-            options = [self._price(now_s, facts, worker, hits, 0) for worker in workers]
+            options = [self._price(now_s, facts, worker, hits, deepest, 0) for worker in workers]
             return min(options, key=lambda option: (option.ttft_s, option.worker.id))
         if policy is Policy.LEAST_LOAD:
             worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, w.id))
         else:
             worker = self._blind(workers, "prefill")
-        return self._price(now_s, facts, worker, hits, 0)
+        return self._price(now_s, facts, worker, hits, deepest, 0)
 
     def _choose_decode(
         self, facts: RequestFacts, emitted_n: int, workers: list[_Worker], node: str | None = None
@@ -356,7 +358,13 @@ class Scheduler:
         return workers[(self._turns[leg] - 1) % len(workers)]
 
     def _price(
-        self, now_s: float, facts: RequestFacts, worker: _Worker, hits: dict[str, int], emitted_n: int
+        self,
+        now_s: float,
+        facts: RequestFacts,
+        worker: _Worker,
+        hits: dict[str, int],
+        deepest: tuple[int, str],
+        emitted_n: int,
     ) -> _Prefill:
         """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
         record = worker.record
@@ -365,9 +373,9 @@ class Scheduler:
         local = hits.get(record.node, 0)
         work_s = self._compute_s(record, total, local)
         best = _Prefill(worker, queue_s + work_s, work_s, local, 0, None)
-        if self._config.policy is not Policy.KVCACHE or not hits:
+        if self._config.policy is not Policy.KVCACHE:
             return best
-        depth, node = self._deepest_open(hits)
+        depth, node = deepest
         if depth <= local or not self._cluster.is_open(record.node):
             return best
         fetch_s = self._cost.transfer_s((depth - local) * record.block_bytes, remote=True)

@@ -165,14 +165,12 @@ class Engine:
             self._decode()
 
     def _next_prompt(self) -> Job | None:
-        """The first whose blocks have arrived, if it has room; those behind do not overtake it for room."""
-        for at, job in enumerate(self._prompts):
-            if not job.blocked:
-                if job.answer_tokens and not self._has_room(job):
-                    return None
-                del self._prompts[at]
-                return job
-        return None
+        """The first, if its blocks are there and it has room; nobody overtakes it."""
+        if not self._prompts or self._prompts[0].blocked:
+            return None
+        if self._prompts[0].answer_tokens and not self._has_room(self._prompts[0]):
+            return None
+        return self._prompts.popleft()
 
     def _has_room(self, job: Job) -> bool:
         # a context longer than the whole engine runs alone: nothing is to wait for ever

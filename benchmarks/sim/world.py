@@ -7,8 +7,8 @@ fed as the gateway's dispatcher feeds them. Only what stands around them is simu
             hand-over, from the begin of the prompt on --> decode batch --> last token
 
 What is not: the gateway's own time, network latency, losses of engines, blocks of answers (a trace does not
-name them). A prompt's blocks become visible when it is done. Fetches begin when a request is sent, so
-they overlap with the queue; those whose blocks have not come are overtaken.
+name them). A prompt's blocks become visible when it is done. Fetches begin when a request is sent, so they
+overlap with the queue; a prompt whose blocks have not come keeps its place, as the Scheduler expects.
 """
 
 from collections.abc import Callable, Sequence
