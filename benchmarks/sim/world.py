@@ -212,6 +212,7 @@ class World:
             arrival_s=self.time.now_s,
             context_root=ROOT,
             first_token=True,
+            single_leg=trace.output_tokens == 1,
         )
         answer = self.scheduler.on_request(self.time.now_s, facts)
         if isinstance(answer, Rejection):

@@ -1,0 +1,307 @@
+"""What Mooncake's papers report of scheduling, by the production Conductor in the cluster simulator.
+
+Every row: what the paper says (FAST'25, or arXiv 2407.00079 v3 where named), what we find, and the bar we
+set ourselves where there is one. Conversation and synthetic trace of the FAST'25 release; the stamps of
+the first are rounded to 3 s, which is kept unless a row says otherwise. They are not part of this project:
+--traces DIR, or MOONCAKE_TRACES, or ../shared/traces.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from benchmarks import harness
+from benchmarks.sim.profile import DEFAULT, Profile, read_profile
+from benchmarks.sim.report import Summary, summarize, within
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale
+from benchmarks.sim.world import World, WorldConfig
+from conductor.index import PrefixIndex
+from conductor.scheduler import Policy
+from mooncake.core.keys import KEY_BYTES
+
+QUICK_S = 420.0
+"""Of each trace, with --quick."""
+ATTAINED = 0.9
+"""Capacity: the fastest replay at which so many requests keep both objectives."""
+SPEEDS = (1.0, 2.6)
+SPEED_STEP = 0.05
+HBM_TOKENS = 1_000_000
+"""Of a coupled engine's own prefix cache."""
+TBT_SLOS_S = (0.1, 0.2, 0.3)
+ORDER = (Policy.RANDOM, Policy.LEAST_LOAD, Policy.CACHE_AWARE, Policy.KVCACHE)
+
+COUPLED: dict[str, WorldConfig] = {
+    "vLLM-like": WorldConfig(both=16, policy=Policy.LEAST_LOAD, host_blocks=0),
+    "+ prefix cache": WorldConfig(both=16, policy=Policy.CACHE_AWARE, host_blocks=HBM_TOKENS // BLOCK_TOKENS),
+    "+ chunks of 512": WorldConfig(
+        both=16, policy=Policy.LEAST_LOAD, host_blocks=0, chunk_tokens=512, mixed=True
+    ),
+}
+PAPER_COUPLED: dict[tuple[str, str], tuple[float, ...]] = {
+    ("conversation", "Mooncake 8P8D"): (0.931, 0.999, 1.0),
+    ("conversation", "vLLM-like"): (0.153, 0.360, 0.594),
+    ("conversation", "+ prefix cache"): (0.143, 0.321, 0.527),
+    ("conversation", "+ chunks of 512"): (0.088, 0.261, 0.508),
+    ("synthetic", "Mooncake 8P8D"): (0.995, 1.0, 1.0),
+    ("synthetic", "vLLM-like"): (0.609, 0.700, 0.771),
+    ("synthetic", "+ prefix cache"): (0.602, 0.701, 0.761),
+    ("synthetic", "+ chunks of 512"): (0.461, 0.564, 0.678),
+}
+"""Figures 1 and 7, read off: share within TTFT <= 30 s and TBT <= 100, 200, 300 ms."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One thing that is compared; `met` None = no bar."""
+
+    what: str
+    paper: str
+    ours: str
+    bar: str = ""
+    met: bool | None = None
+
+
+class Bench:
+    """Runs worlds, remembers what they cost."""
+
+    def __init__(self, begin: Callable[[str], None], profile: Profile, length_s: float) -> None:
+        """`length_s` 0 = whole traces."""
+        self._begin = begin
+        self._length_s = length_s
+        self.profile = profile
+        self.rows: list[Row] = []
+        self.requests = 0
+        self.cpu_s = 0.0
+        self.simulated_s = 0.0
+
+    def add(self, what: str, paper: str, ours: str, bar: str = "", met: bool | None = None) -> None:
+        """Note one comparison; bars are for whole traces."""
+        self.rows.append(Row(what, paper, ours) if self._length_s else Row(what, paper, ours, bar, met))
+
+    def part(
+        self, requests: Sequence[TraceRequest], speed: float, spread_s: float = 0.0
+    ) -> list[TraceRequest]:
+        """Return what is replayed of a trace."""
+        return rescale(requests, speed=speed, length_s=self._length_s, spread_s=spread_s)
+
+    def world(self, what: str, requests: Sequence[TraceRequest], config: WorldConfig) -> World:
+        """Run one."""
+        self._begin(what)
+        begun_s = time.process_time()
+        world = World(requests, self.profile, config)
+        world.run()
+        self.cpu_s += time.process_time() - begun_s
+        self.requests += len(requests)
+        self.simulated_s += world.time.now_s
+        return world
+
+    def summary(self, what: str, requests: Sequence[TraceRequest], config: WorldConfig) -> Summary:
+        """Run one and return what it says."""
+        return summarize(self.world(what, requests, config))
+
+
+def validate(bench: Bench, trace: str, requests: Sequence[TraceRequest]) -> None:
+    """Mean prefill times that depend on the cost model and the trace alone (figures 8 and 10)."""
+    paper = {"conversation": (1.659, 1.051), "synthetic": (2.021, 0.733)}[trace]
+    index = PrefixIndex()
+    none_s = ideal_s = 0.0
+    for one in requests:
+        keys = [block.to_bytes(KEY_BYTES, "little") for block in one.hash_ids]
+        known = min(index.longest_prefix(keys).get("all", 0) * BLOCK_TOKENS, one.input_tokens - 1)
+        index.apply("all", b"".join(keys), b"")
+        none_s += bench.profile.prefill_s(one.input_tokens, 0) / len(requests)
+        ideal_s += bench.profile.prefill_s(one.input_tokens - known, known) / len(requests)
+    rows = (("no cache", paper[0], none_s), ("everything cached", paper[1], ideal_s))
+    for what, wanted_s, found_s in rows:
+        # the paper's synthetic requests without cache take longer than its own Figure 14 allows
+        bar = not (trace == "synthetic" and what == "no cache")
+        bench.add(
+            f"{trace}: prefill GPU s a request, {what}",
+            f"{wanted_s:.3f}",
+            f"{found_s:.3f}",
+            "within 2 %" if bar else "",
+            abs(found_s / wanted_s - 1) <= 0.02 if bar else None,
+        )
+
+
+def policies(bench: Bench, requests: Sequence[TraceRequest], speed: float, most_aware: float) -> None:
+    """Average TTFT by policy (figure 5)."""
+    part = bench.part(requests, speed)
+    runs = {p: bench.summary(f"{p}, {speed:g}x", part, WorldConfig(policy=p)) for p in ORDER}
+    means = [runs[policy].ttft_s.mean for policy in ORDER]
+    paper = "19.65 5.27 3.58 3.07 (6.40 1.72 1.17 1)"
+    ratios = " ".join(f"{mean / means[-1]:.2f}" for mean in means)
+    bench.add(
+        f"conversation {speed:g}x, 8P8D: mean TTFT s of random, load, cache-aware, kvcache",
+        paper,
+        f"{' '.join(f'{mean:.2f}' for mean in means)} ({ratios})",
+        "falling",
+        means == sorted(means, reverse=True),
+    )
+    hits = " ".join(f"{runs[policy].hit_rate:.3f}" for policy in ORDER)
+    bench.add("  tokens found in the pool, same order (all: .374)", "-", hits)
+    if speed == 1.0:
+        load = means[3] / means[1]
+        bench.add("  kvcache / load balancing", "0.58", f"{load:.3f}", "<= 0.67", load <= 0.67)
+    aware = means[3] / means[2]
+    bench.add("  kvcache / cache-aware", "0.86", f"{aware:.3f}", f"<= {most_aware:.2f}", aware <= most_aware)
+
+
+def spread_stamps(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """What the rounded stamps of the trace cost."""
+    part = bench.part(requests, 1.0, spread_s=3.0)
+    chosen = (Policy.LEAST_LOAD, Policy.CACHE_AWARE, Policy.KVCACHE)
+    means = [bench.summary(f"{p}, stamps spread", part, WorldConfig(policy=p)).ttft_s.mean for p in chosen]
+    ratios = f"{means[2] / means[0]:.2f}, {means[2] / means[1]:.2f}"
+    ours = f"{' '.join(f'{mean:.2f}' for mean in means)} (kvcache is {ratios} of them)"
+    bench.add("conversation 1x, stamps spread over 3 s: load, cache-aware, kvcache", "-", ours)
+
+
+def capacities(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """The fastest replay that 8P8D serves, by policy."""
+    found = {p: capacity(bench, requests, p) for p in ORDER}
+    ours = " ".join(f"{found[policy]:.2f}" for policy in ORDER)
+    bench.add("conversation, 8P8D: speed with 90 % within 30 s, 0.1 s, same order", "-", ours)
+    load = found[Policy.KVCACHE] / found[Policy.LEAST_LOAD]
+    aware = found[Policy.KVCACHE] / found[Policy.CACHE_AWARE]
+    bench.add("  kvcache / load balancing", "-", f"{load:.2f}", ">= 1.25", load >= 1.25)
+    bench.add("  kvcache / cache-aware", "-", f"{aware:.2f}", ">= 1.08", aware >= 1.08)
+
+
+def capacity(bench: Bench, requests: Sequence[TraceRequest], policy: Policy) -> float:
+    """Bisect on a grid; attainment falls with speed."""
+    low, high = 0, round((SPEEDS[1] - SPEEDS[0]) / SPEED_STEP)
+    while low < high:
+        middle = (low + high + 1) // 2
+        speed = SPEEDS[0] + middle * SPEED_STEP
+        part = bench.part(requests, speed)
+        got = bench.summary(f"{policy}, {speed:.2f}x", part, WorldConfig(policy=policy))
+        low, high = (middle, high) if got.attainment >= ATTAINED else (low, middle - 1)
+    return SPEEDS[0] + low * SPEED_STEP
+
+
+def coupled(bench: Bench, trace: str, requests: Sequence[TraceRequest], speed: float) -> None:
+    """16 engines that do both against 8P8D (figures 1 and 7: "effective request capacity")."""
+    part = bench.part(requests, speed)
+    ours: dict[str, list[float]] = {}
+    for name, config in {"Mooncake 8P8D": WorldConfig(), **COUPLED}.items():
+        entries = bench.world(f"{trace}, {name}", part, config).entries
+        ours[name] = [sum(within(e, 30.0, slo) for e in entries) / len(entries) for slo in TBT_SLOS_S]
+        paper = PAPER_COUPLED[trace, name]
+        near = all(abs(left - right) <= 0.1 for left, right in zip(ours[name], paper, strict=True))
+        bar = name == "vLLM-like"
+        bench.add(
+            f"{trace} {speed:g}x, {name}: within 30 s and 100, 200, 300 ms",
+            _shares(paper),
+            _shares(ours[name]),
+            "+- 10 points" if bar else "",
+            near if bar else None,
+        )
+    gains = [_gain(left, right) for left, right in zip(ours["Mooncake 8P8D"], ours["vLLM-like"], strict=True)]
+    paper_gain = {"conversation": "+498 % +157 % +59 %", "synthetic": "+62 % +40 % +28 %"}[trace]
+    bench.add(f"{trace} {speed:g}x: Mooncake more than vLLM-like by", paper_gain, " ".join(gains))
+
+
+def _shares(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.1%}" for value in values)
+
+
+def _gain(ours: float, theirs: float) -> str:
+    return f"{ours / theirs - 1:+.0%}" if theirs else "inf"
+
+
+def ratio(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """The lever the paper leaves: who prefills and who decodes."""
+    part = bench.part(requests, 3.0)
+    for prefill in (8, 10, 12, 14):
+        config = WorldConfig(prefill=prefill, decode=16 - prefill)
+        got = bench.summary(f"{prefill}P{16 - prefill}D, 3x", part, config)
+        ours = f"{got.attainment:.1%}, mean TTFT {got.ttft_s.mean:.2f} s"
+        bench.add(f"conversation 3x, {prefill}P{16 - prefill}D: within 30 s, 0.1 s", "-", ours)
+
+
+def slow_network(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """One token each, so that only fetches use the network."""
+    part = [msgspec.structs.replace(one, output_tokens=1) for one in bench.part(requests, 1.0)]
+    fast = bench.profile
+    for gigabytes in (1, 3, 12.5):
+        bench.profile = msgspec.structs.replace(fast, egress_bytes_s=gigabytes * 1e9)
+        means = [
+            bench.summary(f"{p}, {gigabytes} GB/s", part, WorldConfig(policy=p, prefill=6)).ttft_s.mean
+            for p in (Policy.CACHE_AWARE, Policy.KVCACHE)
+        ]
+        bench.add(
+            f"conversation 1x, 6P, {gigabytes} GB/s: mean TTFT s of cache-aware, kvcache",
+            "-",
+            f"{means[0]:.3f} {means[1]:.3f}",
+            "never worse" if gigabytes == 1 else "",
+            means[1] <= means[0] if gigabytes == 1 else None,
+        )
+    bench.profile = fast
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="seven minutes of the traces, fewer rows")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    default = os.environ.get("MOONCAKE_TRACES", "../shared/traces")
+    parser.add_argument("--traces", metavar="DIR", type=Path, default=Path(default))
+    return parser.parse_args()
+
+
+def main() -> int:
+    """See the module's text. Returns 1 if a bar is missed on whole traces."""
+    args = arguments()
+    console = Console(stderr=True)
+    traces = {}
+    for trace in ("conversation", "synthetic"):
+        path = args.traces / f"{trace}_trace.jsonl"
+        if path.is_file():
+            traces[trace] = read_trace(path)
+        else:
+            console.print(f"skipped: no {path.name} in {args.traces} (--traces DIR)", highlight=False)
+    steps = {"conversation": 16 if args.quick else 48, "synthetic": 4}
+    with harness.progress(sum(steps[trace] for trace in traces)) as begin:
+        bench = Bench(begin, read_profile(DEFAULT), QUICK_S if args.quick else 0.0)
+        begin("prefill times")
+        for trace, requests in traces.items():
+            validate(bench, trace, requests)
+        if requests := traces.get("conversation", []):
+            policies(bench, requests, 1.0, 0.90)
+            policies(bench, requests, 1.5, 0.80)
+            spread_stamps(bench, requests)
+            coupled(bench, "conversation", requests, 1.5)
+            if not args.quick:
+                slow_network(bench, requests)
+                ratio(bench, requests)
+                capacities(bench, requests)
+        if requests := traces.get("synthetic", []):
+            coupled(bench, "synthetic", requests, 1.0)
+    if not bench.rows:
+        return 0
+    shown = {True: "yes", False: "NO", None: ""}
+    harness.show(
+        "seven minutes of each trace, bars left out" if args.quick else "whole traces",
+        [msgspec.to_builtins(row) | {"met": shown[row.met]} for row in bench.rows],
+    )
+    pace = bench.requests / max(bench.cpu_s, 1e-9)
+    times = bench.simulated_s / max(bench.cpu_s, 1e-9)
+    console.print(
+        f"{bench.requests:,} requests in {bench.cpu_s:.0f} s of one core: {pace:,.0f} requests/s,"
+        f" {times:,.0f} times real time",
+        highlight=False,
+    )
+    rows = [msgspec.to_builtins(row) for row in bench.rows]
+    harness.save(args.json, {"quick": args.quick, "requests_per_s": pace, "times": times, "rows": rows})
+    return int(not args.quick and any(row.met is False for row in bench.rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
