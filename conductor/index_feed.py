@@ -19,7 +19,8 @@ from mooncake.core.keys import KEY_BYTES
 log = structlog.get_logger(__name__)
 
 TURN_S = 0.002
-"""Of one turn of the loop: a tenth of the distance of two tokens that a reader would notice."""
+"""Of one turn of the loop: a tenth of the distance of two tokens that a reader would notice. What cannot be
+cut: a dict that doubles, some 50 ms at a million keys."""
 SLICE_KEYS = 1_024
 """Applied between two looks at the clock: 0.3 to 0.7 ms."""
 WAITING_MAX = 10_000
