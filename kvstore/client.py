@@ -344,7 +344,7 @@ class PoolClient:
         """
         if self._is_live(link):
             with contextlib.suppress(PeerError):
-                link.tell(request, self._deadline_s)
+                link.tell(request)
 
     def poll(self, call: Call) -> bool:
         """Return whether `finish_` would return at once, be it with an error. Never waits.

@@ -143,12 +143,12 @@ class StoreLink:
             return self.finish(self.begin(request), deadline_s, kind)
         return self._is(self._door.call(request, deadline_s), kind)
 
-    def tell(self, request: Any, deadline_s: float) -> None:
-        """Send, by the shortest way, what needs no answer; raises as `ask`."""
+    def tell(self, request: Any) -> None:
+        """Send what needs no answer, with the next `ask` or soon; without a door, raises as `begin`."""
         if self._door is None:
             self.send(request)
         else:
-            self._door.tell(request, deadline_s)
+            self._door.tell(request)
 
     def forget(self, call_id: bytes) -> None:
         """Drop interest in an answer."""

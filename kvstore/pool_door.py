@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -40,6 +41,12 @@ OUTPUT_BYTES_MAX = 4 * wire.MESSAGE_BYTES_MAX
 """Unread answers of one connection; a caller waits for each before it asks again."""
 WAIT_STEP_S = 0.1
 """Deadlines are rounded up to it, so that the socket's own is seldom set anew (a system call)."""
+
+TELL_S = 0.05
+"""How late what was told is sent when no call follows: a lease that lies idle so long harms nobody."""
+TOLD_MAX = 64
+IDLE_TELLS = 40
+"""Looks for something to tell before its thread ends: two seconds."""
 
 _HEADER = struct.Struct("<II")
 
@@ -241,6 +248,11 @@ class _Connection:
             self._loop.remove_writer(self._socket)
 
 
+def _frame(request: Any, wanted: int) -> bytes:
+    body = wire.encode(request)
+    return _HEADER.pack(len(body), wanted) + body
+
+
 class DoorClient:
     """Calls from plain threads, each on a connection that no other thread has at the time. Thread-safe."""
 
@@ -248,7 +260,10 @@ class DoorClient:
         """Connect with the first call."""
         self.path = path
         self._idle: deque[_Wire] = deque()
-        self._closed = False
+        self._told: deque[bytes] = deque()
+        self._teller: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
 
     def call(self, request: Any, deadline_s: float) -> Any:
         """Return the store's answer to `request`.
@@ -262,7 +277,7 @@ class DoorClient:
         end_s = time.monotonic() + deadline_s
         line = self._take(end_s)
         try:
-            line.send(request, True, end_s)
+            line.send(self._take_told() + _frame(request, 1), end_s)
             body = line.receive(end_s)
         except BaseException:
             line.close()  # a late answer would be taken for that of the next call
@@ -270,26 +285,64 @@ class DoorClient:
         self._give(line)
         return raise_failure(wire.decode(body, StoreReply), self.path)  # type: ignore[arg-type]
 
-    def tell(self, request: Any, deadline_s: float) -> None:
-        """Send a request whose answer nobody needs; raises as `call`."""
-        end_s = time.monotonic() + deadline_s
-        line = self._take(end_s)
-        try:
-            line.send(request, False, end_s)
-        except BaseException:
-            line.close()
-            raise
-        self._give(line)
+    def tell(self, request: Any) -> None:
+        """Have the store do something whose answer nobody needs, before any call that follows.
+
+        It travels with the next call, so that the store is not woken for it alone, or TELL_S later. What
+        cannot be sent is dropped: the store ends leases and writes by their own terms.
+        """
+        self._told.append(_frame(request, 0))
+        if len(self._told) >= TOLD_MAX:
+            self._tell_now()
+        elif self._teller is None:
+            with self._lock:
+                if self._teller is None and not self._closing.is_set():
+                    self._teller = threading.Thread(target=self._tell_late, name="pool-tell", daemon=True)
+                    self._teller.start()
+
+    def _take_told(self) -> bytes:
+        if not self._told:
+            return b""
+        frames = []
+        with contextlib.suppress(IndexError):
+            while True:
+                frames.append(self._told.popleft())
+        return b"".join(frames)
+
+    def _tell_now(self) -> None:
+        end_s = time.monotonic() + TELL_S
+        with contextlib.suppress(MooncakeError):
+            line = self._take(end_s)
+            try:
+                line.send(self._take_told(), end_s)
+            except BaseException:
+                line.close()
+                raise
+            self._give(line)
+
+    def _tell_late(self) -> None:
+        """Send what no call has taken along; end after a while without any."""
+        idle = 0
+        while idle < IDLE_TELLS and not self._closing.wait(TELL_S):
+            idle = 0 if self._told else idle + 1
+            if self._told:
+                self._tell_now()
+        with self._lock:
+            self._teller = None
+        if self._told:
+            self._tell_now()
 
     def close(self) -> None:
-        """Close idle connections; those in use are closed when their call ends (idempotent)."""
-        self._closed = True
+        """Send what was told, close idle connections; others are closed when their call ends (idempotent)."""
+        if self._told and not self._closing.is_set():
+            self._tell_now()
+        self._closing.set()
         while self._idle:
             with contextlib.suppress(IndexError):
                 self._idle.pop().close()
 
     def _take(self, end_s: float) -> "_Wire":
-        if self._closed:
+        if self._closing.is_set():
             raise PeerGone(f"{self.path}: closed")
         try:
             return self._idle.pop()
@@ -297,7 +350,7 @@ class DoorClient:
             return _Wire(self.path, end_s)
 
     def _give(self, line: "_Wire") -> None:
-        if self._closed or len(self._idle) >= IDLE_MAX:
+        if self._closing.is_set() or len(self._idle) >= IDLE_MAX:
             line.close()
         else:
             self._idle.append(line)
@@ -328,11 +381,10 @@ class _Wire:
             self._socket.close()
             raise
 
-    def send(self, request: Any, wanted: bool, end_s: float) -> None:
-        body = wire.encode(request)
+    def send(self, frames: bytes, end_s: float) -> None:
         self._until(end_s)
         try:
-            self._socket.sendall(_HEADER.pack(len(body), wanted) + body)
+            self._socket.sendall(frames)
         except TimeoutError:
             raise PeerTimeout(f"{self._path}: it takes no request") from None
         except OSError as error:

@@ -98,8 +98,33 @@ def test_what_is_told_is_done_before_what_is_asked_next(door):
     put(door, 21)
     for _ in range(20):
         found = door.call(Find(key(21), 30.0), PATIENCE_S)
-        door.tell(Release(found.lease_id), PATIENCE_S)
+        door.tell(Release(found.lease_id))
     assert door.call(Stats(), PATIENCE_S).leases == 0
+
+
+def test_what_is_told_is_done_soon_without_any_call(door, shared_store):
+    put(door, 22)
+    other = DoorClient(shared_store.record.door)
+    for _ in range(3):  # the first one starts what sends them, the others may find it at work
+        found = door.call(Find(key(22), 30.0), PATIENCE_S)
+        door.tell(Release(found.lease_id))
+        end_s = time.monotonic() + PATIENCE_S
+        while other.call(Stats(), PATIENCE_S).leases:
+            assert time.monotonic() < end_s
+    other.close()
+
+
+def test_what_was_told_is_sent_at_the_end(shared_store):
+    door, other = DoorClient(shared_store.record.door), DoorClient(shared_store.record.door)
+    put(door, 23)
+    held = [door.call(Find(key(23), 30.0), PATIENCE_S).lease_id for _ in range(100)]
+    for lease_id in held:  # more than are kept back
+        door.tell(Release(lease_id))
+    door.close()
+    end_s = time.monotonic() + PATIENCE_S
+    while other.call(Stats(), PATIENCE_S).leases:
+        assert time.monotonic() < end_s
+    other.close()
 
 
 def test_the_store_s_refusals_arrive_as_what_they_are_and_the_connection_stays_good(door):
