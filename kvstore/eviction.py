@@ -105,12 +105,14 @@ class Lru:
     def touch(self, key: bytes, below: int | None = None) -> None:  # noqa: ARG002 - recency alone decides
         """See EvictionPolicy."""
         self._sizes[key] = self._sizes.pop(key)
-        self._oldest.pop(key, None)
+        if key in self._oldest:
+            del self._oldest[key]
 
     def remove(self, key: bytes) -> None:
         """See EvictionPolicy."""
         self._held_bytes -= self._sizes.pop(key)
-        self._oldest.pop(key, None)
+        if key in self._oldest:
+            del self._oldest[key]
 
     def forget(self, key: bytes) -> None:
         """See EvictionPolicy: nothing outlives `remove`."""

@@ -31,15 +31,12 @@ class Leases:
         self.blocks = 0  # sum over all leases
         self._policy = policy
         self._complete = complete
-        self._held: dict[bytes, Held] = {}  # leased and visible
+        self.held: dict[bytes, Held] = {}  # leased and visible
         self._leases: dict[int, _Lease] = {}
         self._heap: list[tuple[float, int]] = []  # may hold released leases
 
     def __len__(self) -> int:
         return len(self._leases)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._held
 
     def check(self, lease_s: float, blocks: int) -> None:
         """Pass if so many blocks can be leased for so long.
@@ -104,10 +101,15 @@ class Leases:
             if held.hidden:
                 unread.append(held.entry)
                 continue
-            del self._held[held.key]
+            del self.held[held.key]
             below = held.below if held.below >= 0 else None
             policy.insert(held.key, aligned(held.entry.size_bytes), None, below)
         return unread
+
+    @property
+    def due_s(self) -> float:
+        """When `expire` may have something to do."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def expire(self, now_s: float) -> list[Entry]:
         """End what is due; returns as `end`."""
@@ -118,7 +120,7 @@ class Leases:
 
     def hide(self, key: bytes) -> bool:
         """Say that `key` is dropped; return whether somebody still reads its block."""
-        held = self._held.pop(key, None)
+        held = self.held.pop(key, None)
         if held is None:
             return False
         held.hidden = True
@@ -128,10 +130,10 @@ class Leases:
         blocks = []
         policy = self._policy.bulk
         for key, entry in zip(keys, entries, strict=False):
-            held = self._held.get(key)
+            held = self.held.get(key)
             if held is None:
                 policy.remove(key)
-                held = self._held[key] = Held(key, entry, 1, False, below)
+                held = self.held[key] = Held(key, entry, 1, False, below)
             else:
                 held.leases += 1
                 held.below = max(held.below, below)

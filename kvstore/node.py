@@ -158,13 +158,14 @@ class Node:
         expires_s = self._now_s + self.limits.write_s
         offsets, tickets, full = [], [], False
         depth, below = (None, None) if tags.depth < 0 else (tags.depth, len(keys) - 1)
+        policy = self.policy.bulk if tags is PLAIN else self.policy  # a pin may be given on the way
         for at, key in enumerate(keys):
             ticket, offset = 0, PRESENT
             if depth is not None:
                 depth, below = tags.depth + at, len(keys) - 1 - at
             if (entry := self._complete.get(key)) is not None:
-                if key not in self._leases:
-                    self.policy.touch(key, below)
+                if key not in self._leases.held:
+                    policy.touch(key, below)
                 if tags is not PLAIN:
                     self._pin(key, entry.size_bytes, tags)
             elif key not in self._writing:
@@ -294,7 +295,7 @@ class Node:
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of complete blocks that needs no lease: it is over already."""
         for key in keys:
-            if key in self._complete and key not in self._leases:
+            if key in self._complete and key not in self._leases.held:
                 self.policy.touch(key)
 
     def drop_bad(self, now_s: float, key: bytes, block: Block) -> None:
@@ -325,7 +326,8 @@ class Node:
         """Do what is due: leases end, writes without commit enter quarantine, quarantine ends."""
         self._now_s = now_s = max(now_s, self._now_s)
         self.policy.tick(now_s)
-        self._free(self._leases.expire(now_s))
+        if self._leases.due_s <= now_s:
+            self._free(self._leases.expire(now_s))
         while self._writes and (write := next(iter(self._writes.values()))).expires_s <= now_s:
             self._give_up(write)
         while self._quarantine and self._quarantine[0][0] <= now_s:
