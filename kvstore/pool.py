@@ -220,21 +220,28 @@ class Pool:
         return _in_rounds(hashed, lambda some, at: scatter.put(some, parts[at : at + len(some)]))
 
     def remove(
-        self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
+        self,
+        keys: Sequence[Name],
+        *,
+        tenant: str = "",
+        nodes: Sequence[str] = (),
+        deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
-        """Remove objects from every store; readers that hold them finish undisturbed.
+        """Remove objects from every store, or from `nodes` only; readers that hold them finish undisturbed.
 
         Returns:
             DONE (nobody has it any more, as far as stores answered), MISSING, or FAILED: a store that may
             have it could not be asked.
         """
         end_s = time.monotonic() + deadline_s
-        return _in_rounds(_keys(keys, tenant), lambda some, _: self._remove(some, end_s))
+        return _in_rounds(_keys(keys, tenant), lambda some, _: self._remove(some, nodes, end_s))
 
-    def _remove(self, keys: list[bytes], end_s: float) -> list[Result]:
+    def _remove(self, keys: list[bytes], only: Sequence[str], end_s: float) -> list[Result]:
         dropped: list[list[str]] = [[] for _ in keys]
         reasons: list[str] = [""] * len(keys)
         for access in list(self._members.stores.values()):
+            if only and access.node not in only:
+                continue
             try:
                 sizes = access.find(keys, end_s).sizes
                 rows = [row for row, size in enumerate(sizes) if size]

@@ -14,20 +14,46 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any
 
 import structlog
 
-from mooncake.core.errors import CapacityError, MooncakeError, PeerError, RequestError, UserError
+from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.engine_start import log_to_stderr
+from mooncake.store_answers import answers_code, answers_codes
 from mooncake.store_calls import Calls, Parts
+from mooncake.store_left_out import LeftOut
+from mooncake.store_sessions import SessionForms, Sessions
 from mooncake.store_start import BUFFER_BYTES, Settings, Started
+from mooncake.store_tensor_forms import TensorForms
+from mooncake.store_tensors import metadata_size as _tensor_metadata_size
+from mooncake.store_tensors import serialize as _serialize_tensor
+from mooncake.store_tensors import tensor_of as _deserialize_tensor
 from mooncake.store_types import (
+    ACTIVATION,
+    COMPLETE,
+    FAILED,
+    GENERAL,
+    GRADIENT,
+    INITIALIZED,
     INTERNAL,
     INVALID_PARAMS,
-    NO_AVAILABLE_HANDLE,
+    KVCACHE,
+    METADATA,
     OK,
+    OPTIMIZER_STATE,
+    PENDING,
+    PROCESSING,
+    REMOVED,
+    REPLICA_COPY,
+    REPLICA_MOVE,
     RPC_FAIL,
+    SAMPLE,
+    SUCCESS,
+    TENSOR,
+    UNDEFINED,
+    UNKNOWN,
+    WEIGHT,
     BufferHandle,
     Descriptor,
     DiskDescriptor,
@@ -44,6 +70,26 @@ from mooncake.store_types import (
 from transfer.model import Buffer
 
 __all__ = [
+    "ACTIVATION",
+    "COMPLETE",
+    "FAILED",
+    "GENERAL",
+    "GRADIENT",
+    "INITIALIZED",
+    "KVCACHE",
+    "METADATA",
+    "OPTIMIZER_STATE",
+    "PENDING",
+    "PROCESSING",
+    "REMOVED",
+    "REPLICA_COPY",
+    "REPLICA_MOVE",
+    "SAMPLE",
+    "SUCCESS",
+    "TENSOR",
+    "UNDEFINED",
+    "UNKNOWN",
+    "WEIGHT",
     "BufferHandle",
     "Descriptor",
     "DiskDescriptor",
@@ -56,6 +102,9 @@ __all__ = [
     "SoftPinAction",
     "TaskStatus",
     "TaskType",
+    "_deserialize_tensor",
+    "_serialize_tensor",
+    "_tensor_metadata_size",
 ]
 
 HEALTHY = 0
@@ -65,50 +114,9 @@ NO_MASTER = 2
 UNREGISTER_S = 10.0
 
 log = structlog.get_logger(__name__)
-P = ParamSpec("P")
-Batched = TypeVar("Batched", bound=Callable[..., list[int]])
 
 
-def _code_of(error: MooncakeError) -> int:
-    match error:
-        case UserError():
-            return INVALID_PARAMS
-        case CapacityError():
-            return NO_AVAILABLE_HANDLE
-        case PeerError():
-            return RPC_FAIL
-    return INTERNAL
-
-
-def _code(method: Callable[Concatenate[Any, P], int]) -> Callable[Concatenate[Any, P], int]:
-    """Make a method answer a code, and log one line, instead of raising an error of ours."""
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return method(self, *args, **kwargs)
-        except MooncakeError as error:
-            log.error("mooncake.store: call failed", call=method.__name__, reason=str(error))
-            return _code_of(error)
-
-    return call
-
-
-def _codes(method: Batched) -> Batched:
-    """As `_code`, for a method that answers one code per key."""
-
-    @functools.wraps(method)
-    def call(self: Any, keys: Sequence[str], *args: Any, **kwargs: Any) -> list[int]:
-        try:
-            return method(self, keys, *args, **kwargs)
-        except MooncakeError as error:
-            log.error("mooncake.store: call failed", call=method.__name__, reason=str(error))
-            return [_code_of(error)] * len(keys)
-
-    return cast(Batched, call)
-
-
-class MooncakeDistributedStore:
+class MooncakeDistributedStore(TensorForms, SessionForms, LeftOut):
     """A client of the pool. Every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -117,11 +125,12 @@ class MooncakeDistributedStore:
         self._calls: Calls | None = None
         self._finalizer: Any = None
         self._buffers: dict[int, Buffer] = {}
+        self._sessions = Sessions()
         log_to_stderr()
 
     # ------------------------------------------------------------ life
 
-    @_code
+    @answers_code
     def setup(
         self,
         local_hostname: str | dict[str, Any] = "",
@@ -198,6 +207,7 @@ class MooncakeDistributedStore:
     def _close(self) -> None:
         finalizer, self._finalizer, self._calls = self._finalizer, None, None
         self._buffers.clear()
+        self._sessions = Sessions()
         if finalizer is not None:
             finalizer()
 
@@ -219,18 +229,18 @@ class MooncakeDistributedStore:
 
     # ------------------------------------------------------------ objects as bytes
 
-    @_code
+    @answers_code
     def put(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
         """Store a copy of `value`; 0 also if the key is there: its value stays."""
         return self._need().put(_texts([key]), [[memoryview(value)]], config)[0]
 
-    @_code
+    @answers_code
     def put_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
         """Store buffers as one object, one behind the other; none at all is 0."""
         parts = [memoryview(part) for part in args]
         return self._need().put(_texts([key]), [parts], config)[0] if parts else OK
 
-    @_code
+    @answers_code
     def put_batch(
         self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None
     ) -> int:
@@ -249,18 +259,18 @@ class MooncakeDistributedStore:
             return INVALID_PARAMS
         return next((code for code in write(_texts(keys), sources, config) if code), OK)
 
-    @_code
+    @answers_code
     def upsert(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
         """Store `value`, in the place of what is there."""
         return self._need().upsert(_texts([key]), [[memoryview(value)]], config)[0]
 
-    @_code
+    @answers_code
     def upsert_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
         """As put_parts, in the place of what is there."""
         parts = [memoryview(part) for part in args]
         return self._need().upsert(_texts([key]), [parts], config)[0] if parts else OK
 
-    @_code
+    @answers_code
     def upsert_batch(
         self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None
     ) -> int:
@@ -289,7 +299,7 @@ class MooncakeDistributedStore:
 
     # ------------------------------------------------------------ objects in the caller's memory
 
-    @_code
+    @answers_code
     def register_buffer(self, buffer_ptr: int, size: int) -> int:
         """Let bytes of other hosts go straight into and out of this memory; -600: it overlaps another."""
         calls = self._need()
@@ -300,7 +310,7 @@ class MooncakeDistributedStore:
             self._buffers[buffer_ptr] = buffer
         return OK
 
-    @_code
+    @answers_code
     def unregister_buffer(self, buffer_ptr: int) -> int:
         """End the registration that begins at this address; -600: there is none."""
         calls = self._need()
@@ -321,7 +331,7 @@ class MooncakeDistributedStore:
         """As put_from, in the place of what is there."""
         return self.batch_upsert_from([key], [buffer_ptr], [size], config)[0]
 
-    @_code
+    @answers_code
     def put_from_with_metadata(
         self,
         key: str,
@@ -346,7 +356,7 @@ class MooncakeDistributedStore:
         """Store memory of this process; one code each."""
         return self.batch_put_from_multi_buffers(keys, _each(buffer_ptrs), _each(sizes), config)
 
-    @_codes
+    @answers_codes
     def batch_upsert_from(
         self,
         keys: Sequence[str],
@@ -359,7 +369,7 @@ class MooncakeDistributedStore:
         write = functools.partial(calls.upsert, config=config)
         return _with_memory(calls, keys, _each(buffer_ptrs), _each(sizes), write)
 
-    @_codes
+    @answers_codes
     def batch_put_from_multi_buffers(
         self,
         keys: Sequence[str],
@@ -382,7 +392,7 @@ class MooncakeDistributedStore:
         """As get_into, for several; memory of one that failed may have been written to."""
         return self.batch_get_into_multi_buffers(keys, _each(buffer_ptrs), _each(sizes))
 
-    @_codes
+    @answers_codes
     def batch_get_into_multi_buffers(
         self,
         keys: Sequence[str],
@@ -396,38 +406,38 @@ class MooncakeDistributedStore:
 
     # ------------------------------------------------------------ looking and removing
 
-    @_code
+    @answers_code
     def is_exist(self, arg0: str, /) -> int:
         """Return 1 or 0; negative: nobody can tell."""
         size = self._need().sizes(_texts([arg0]))[0]
         return _there(size)
 
-    @_codes
+    @answers_codes
     def batch_is_exist(self, keys: Sequence[str]) -> list[int]:
         """As is_exist, for several."""
         return [_there(size) for size in self._need().sizes(_texts(keys))]
 
-    @_code
+    @answers_code
     def get_size(self, arg0: str, /) -> int:
         """Return the bytes of an object, -704: there is none."""
         return self._need().sizes(_texts([arg0]))[0]
 
-    @_code
+    @answers_code
     def remove(self, key: str, force: bool = False) -> int:
         """Remove an object everywhere; -704: there is none, -706: this client has just read it."""
         return self._need().remove(_texts([key]), force)[0]
 
-    @_codes
+    @answers_codes
     def batch_remove(self, keys: Sequence[str], force: bool = False) -> list[int]:
         """As remove, for several."""
         return self._need().remove(_texts(keys), force)
 
-    @_code
+    @answers_code
     def remove_by_regex(self, regex_pattern: str, force: bool = False) -> int:
         """Remove what has a name in which the pattern (Python's) occurs; return how many."""
         return self._need().remove_matching(regex_pattern, force)
 
-    @_code
+    @answers_code
     def remove_all(self, force: bool = False) -> int:
         """Remove every object of this tenant that was put by name; return how many."""
         return self._need().remove_matching(None, force)
@@ -440,6 +450,51 @@ class MooncakeDistributedStore:
         """As get_replica_desc, for those of `keys` that are there."""
         places = self._need().places(_texts(keys))
         return {key: descriptors(found) for key, found in zip(keys, places, strict=True) if found}
+
+    def batch_replica_clear(self, keys: Sequence[str], segment_name: str = "") -> list[str]:
+        """Remove copies, of one segment or all, of what this client has not just read; return those names.
+
+        Raises:
+            RequestError: not set up.
+        """
+        return self._need().clear(_texts(keys), segment_name)
+
+    # ------------------------------------------------------------ segments
+
+    def allocate_and_mount_segment(
+        self,
+        size: int,
+        protocol: str = "tcp",  # noqa: ARG002 - the pool's engine has its own
+        location: str = "",  # noqa: ARG002 - host memory
+    ) -> dict[str, Any]:
+        """Give `size` more bytes to the pool: {"ret", "segment_ids", "allocated_size"}; ret -1: refused."""
+        try:
+            name = self._need().started.mount(size)
+        except MooncakeError as error:
+            log.error("mooncake.store: not mounted", size=size, reason=str(error))
+            return {"ret": INTERNAL, "segment_ids": [], "allocated_size": 0}
+        return {"ret": OK, "segment_ids": [name], "allocated_size": size}
+
+    def unmount_and_free_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
+        """Take mounted segments back, with what is in them; -1: one is none of ours."""
+        return self.unmount_segment(segment_ids, grace_period_seconds)
+
+    def unmount_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
+        """As unmount_and_free_segment. Readers that are under way finish; the grace is not waited for."""
+        del grace_period_seconds
+        calls = self._calls
+        if calls is None:
+            return INVALID_PARAMS
+        done = [calls.started.unmount(one) for one in segment_ids]
+        return OK if all(done) else INTERNAL
+
+    def unmount_local_disk_segment(self, grace_period_seconds: int = 0) -> int:  # noqa: ARG002
+        """Return 0: this process has no disk segment."""
+        return OK if self._calls else INVALID_PARAMS
+
+    def get_offload_rpc_read_count(self) -> int:
+        """Return 0: no read goes by another client's disk."""
+        return 0
 
 
 def _texts(keys: Sequence[str]) -> Sequence[str]:

@@ -249,6 +249,13 @@ class Calls:
         self.reads.forget(some)
         return codes
 
+    def clear(self, names: Sequence[str], segment: str) -> list[str]:
+        """Remove copies of what was not just read, on one segment or all; return those that had some."""
+        free = [name for name in names if not self.reads.holds(name)]
+        nodes = [node_of(segment)] if segment else []
+        results = self.pool.remove(free, tenant=self.tenant, nodes=nodes, deadline_s=LOOK_S)
+        return [name for name, result in zip(free, results, strict=True) if result.ok]
+
     def _remove(self, names: Sequence[str]) -> list[Result]:
         results = self.pool.remove(names, tenant=self.tenant, deadline_s=LOOK_S)
         if not self.pool.nodes and not self.started.background.has_master():

@@ -11,6 +11,7 @@ Upstream's names mean here:
 import asyncio
 import contextlib
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -287,25 +288,56 @@ class Started:
             self.engine = open_engine(settings.local_hostname, settings.protocol, settings.rdma_devices, env)
             stack.callback(self.engine.close)
             self.hostname = self.engine.name
-            config = self._segment(env, stack) if settings.global_segment_size else None
+            size = settings.global_segment_size
+            config = self._segment(env, stack, node_of(self.hostname), size) if size else None
             self.background = Background(master, config)
             stack.callback(self.background.close)
             self.background.start()
             self.pool = Pool(master, engine=self.engine)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
+        self._env = env
+        self._master = master
+        self._mounted: dict[str, contextlib.ExitStack] = {}
+        self._lock = threading.Lock()
+
+    def mount(self, capacity_bytes: int) -> str:
+        """Give more memory to the pool; return the name of that segment.
+
+        Raises:
+            ConfigError: it cannot be had; PeerError: the master does not answer.
+        """
+        with contextlib.ExitStack() as stack, self._lock:
+            name = f"{node_of(self.hostname)[:50]}-{secrets.token_hex(4)}"
+            background = Background(self._master, self._segment(self._env, stack, name, capacity_bytes))
+            stack.callback(background.close)
+            background.start()
+            self._mounted[name] = stack.pop_all()
+            return name
+
+    def unmount(self, name: str) -> bool:
+        """Take a mounted segment back, with what is in it; return whether it was there."""
+        with self._lock:
+            stack = self._mounted.pop(name, None)
+        if stack is not None:
+            stack.close()
+        return stack is not None
 
     def close(self) -> None:
         """End all of it (idempotent)."""
+        for name in list(self._mounted):
+            self.unmount(name)
         self._stack.close()
 
-    def _segment(self, env: EngineEnv, stack: contextlib.ExitStack) -> StoreConfig:
+    def _segment(
+        self, env: EngineEnv, stack: contextlib.ExitStack, node: str, capacity_bytes: int
+    ) -> StoreConfig:
         run_dir = tempfile.mkdtemp(prefix="mooncake-")
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         own = self.engine.config
         return StoreConfig(
-            node=node_of(self.hostname),
-            capacity_bytes=self.settings.global_segment_size,
+            node=node,
+            capacity_bytes=capacity_bytes,
             run_dir=run_dir,
             endpoint=f"tcp://{own.host}:*",
             events=f"tcp://{own.host}:*",

@@ -13,6 +13,7 @@ INTERNAL = -1
 NO_AVAILABLE_HANDLE = -200
 INVALID_PARAMS = -600
 OBJECT_NOT_FOUND = -704
+OBJECT_ALREADY_EXISTS = -705
 OBJECT_HAS_LEASE = -706
 TRANSFER_FAIL = -800
 RPC_FAIL = -900
@@ -68,6 +69,18 @@ class TaskType(enum.IntEnum):
 
     REPLICA_COPY = 0
     REPLICA_MOVE = 1
+
+
+ACTIVATION, GENERAL, GRADIENT = ObjectDataType.ACTIVATION, ObjectDataType.GENERAL, ObjectDataType.GRADIENT
+KVCACHE, METADATA, SAMPLE = ObjectDataType.KVCACHE, ObjectDataType.METADATA, ObjectDataType.SAMPLE
+OPTIMIZER_STATE, TENSOR = ObjectDataType.OPTIMIZER_STATE, ObjectDataType.TENSOR
+UNKNOWN, WEIGHT = ObjectDataType.UNKNOWN, ObjectDataType.WEIGHT
+UNDEFINED, INITIALIZED = ReplicaStatus.UNDEFINED, ReplicaStatus.INITIALIZED
+COMPLETE, REMOVED = ReplicaStatus.COMPLETE, ReplicaStatus.REMOVED
+PENDING, PROCESSING = TaskStatus.PENDING, TaskStatus.PROCESSING
+SUCCESS, FAILED = TaskStatus.SUCCESS, TaskStatus.FAILED
+REPLICA_COPY, REPLICA_MOVE = TaskType.REPLICA_COPY, TaskType.REPLICA_MOVE
+"""As pybind exports them into upstream's module; of two enums with one name, the later one."""
 
 
 class ReplicateConfig:
