@@ -76,7 +76,7 @@ class EvictionPolicy(Protocol):
 
 
 class Lru:
-    """Least recently used first. O(1) amortised; 30 to 120 bytes per block."""
+    """Least recently used first. O(1) amortised; 50 to 110 bytes per block."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -273,7 +273,7 @@ class LengthAware(Lfu):
 
 
 class TailLru:
-    """First the ends of prompts that are quick to recompute, then as Lru. O(1); 160 to 340 bytes per block.
+    """First the ends of prompts that are quick to recompute, then as Lru. O(1) amortised; 90 to 210 bytes per block.
 
     Tail-Optimized LRU ("Tail-Optimized Caching for LLM Inference", NeurIPS 2025, arXiv 2510.15152).
     A conversation of L blocks whose next turn brings Q more misses its time to first token only if
