@@ -91,6 +91,7 @@ class Reason(StrEnum):
     QUEUE_FULL = "queue full"
     TTFT_SLO = "predicted time to first token exceeds its objective"
     TBT_SLO = "predicted time between tokens exceeds its objective"
+    DECODE_LOAD = "decode instances are loaded beyond their objective or KV room"
 
 
 class Rejection(msgspec.Struct, frozen=True, gc=False, kw_only=True):

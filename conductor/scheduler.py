@@ -16,6 +16,7 @@ from enum import StrEnum
 
 import msgspec
 
+from conductor.admission import Admission, AdmissionMode, Room
 from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
@@ -62,6 +63,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     waiting_max: prefills that one instance may hold, and decode requests beyond max_num_seqs; new
         requests are rejected beyond it. Requests already accepted are never dropped for it.
+    admission, decode_s: see conductor.admission; decode_s is its t_d, None = learned.
     """
 
     mode: Mode = Mode.DISAGGREGATED
@@ -70,6 +72,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float | None = None
     waiting_max: int = 1024
     seed: int = 0
+    admission: AdmissionMode = AdmissionMode.OBJECTIVES
+    decode_s: float | None = None
 
 
 class _Worker(msgspec.Struct, frozen=True):
@@ -111,6 +115,7 @@ class Scheduler:
         self._cluster = cluster
         self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
         self._draws = 0
+        self._admission = Admission(config.admission, config.tbt_slo_s, config.decode_s, cost)
 
     def on_request(self, now_s: float, facts: RequestFacts) -> Plan | Rejection:
         """Plan a new request and charge its load; a Rejection charges nothing."""
@@ -201,6 +206,15 @@ class Scheduler:
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored."""
         self._cluster.release(now_s, ticket)
+        self._admission.released(now_s, ticket)
+
+    def second_check(self, plan: Plan) -> Rejection | None:
+        """Ask again when a plan's prompt is done, before it is decoded; None = go on (paper 1.3)."""
+        record = None if plan.decode is None else self._cluster.record(plan.decode)
+        if record is None:
+            return None
+        load = self._admission.load_when_ready(plan.decode_ticket, record.kv_blocks * record.block_size)
+        return _over_load(plan.request_id, load, self._admission.decode_s)
 
     # ------------------------------------------------------------ who may serve
 
@@ -243,7 +257,7 @@ class Scheduler:
             return free
         work = self._choose_prefill(now_s, facts, free)
         chosen = self._price_decode(facts, 0, work.worker)
-        rejected = self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
+        rejected = self._refused(now_s, facts, work, chosen, [work.worker])
         return rejected or self._plan(now_s, facts, decision, None, work, chosen)
 
     def _two_legs(
@@ -264,7 +278,7 @@ class Scheduler:
         root, node = work.worker.record.context_root, work.worker.record.node
         same_root = [w for w in free_decodes if w.record.context_root == root]
         chosen = self._choose_decode(facts, 0, same_root, node)
-        rejected = self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
+        rejected = self._refused(now_s, facts, work, chosen, same_root)
         if rejected:
             return rejected
         if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
@@ -287,6 +301,12 @@ class Scheduler:
         decode_ticket = 0
         if chosen is not None:
             decode_ticket = self._cluster.charge_decode(chosen.worker.id, chosen.kv_tokens)
+        prefill_ticket = self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len)
+        if chosen is not None:
+            ready_s = now_s + work.ttft_s
+            self._admission.planned(
+                prefill_ticket, decode_ticket, chosen.worker.id, ready_s, chosen.kv_tokens
+            )
         return Plan(
             request_id=facts.request_id,
             prefill=prefill,
@@ -298,9 +318,22 @@ class Scheduler:
             predicted_ttft_s=work.ttft_s,
             predicted_prefill_s=work.work_s,
             predicted_tbt_s=0.0 if chosen is None else chosen.tbt_s,
-            prefill_ticket=self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len),
+            prefill_ticket=prefill_ticket,
             decode_ticket=decode_ticket,
         )
+
+    def _refused(
+        self, now_s: float, facts: RequestFacts, work: _Prefill, chosen: _Decode, decodes: list[_Worker]
+    ) -> Rejection | None:
+        """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
+        if self._config.admission is AdmissionMode.OBJECTIVES:
+            return self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
+        if rejected := self._over_objectives(facts, work.ttft_s, 0.0):
+            return rejected
+        kv_tokens = sum(w.record.kv_blocks * w.record.block_size for w in decodes)
+        room = Room(len(decodes), max(1, kv_tokens))
+        load = self._admission.load_on_arrival(now_s + work.ttft_s, chosen.kv_tokens, room)
+        return _over_load(facts.request_id, load, self._admission.decode_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
         ttft_slo_s, tbt_slo_s = self._config.ttft_slo_s, self._config.tbt_slo_s
@@ -404,6 +437,17 @@ def _reject(
     facts: RequestFacts, reason: Reason, detail: str, retry_after_s: float = RETRY_AFTER_S
 ) -> Rejection:
     return Rejection(request_id=facts.request_id, reason=reason, retry_after_s=retry_after_s, detail=detail)
+
+
+def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | None:
+    if load <= 1:
+        return None
+    # answers end evenly over t_d, so that is when the part above 1 has gone
+    retry_after_s = min(max(decode_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+    detail = f"load of the decode instances {load:.3f}"
+    return Rejection(
+        request_id=request_id, reason=Reason.DECODE_LOAD, retry_after_s=retry_after_s, detail=detail
+    )
 
 
 def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:

@@ -56,7 +56,10 @@ def simulate(
     eviction: Annotated[str, typer.Option(help="lru, lfu, length or tail.")] = "lru",
     ttft_slo_s: Annotated[float, typer.Option(help="Objective by which requests are judged.")] = TTFT_SLO_S,
     tbt_slo_s: Annotated[float, typer.Option(help="The same, mean of the longest tenth.")] = TBT_SLO_S,
-    reject: Annotated[bool, typer.Option("--reject", help="Refuse what is predicted to miss them.")] = False,
+    admission: Annotated[
+        str, typer.Option(help="none, or whom to refuse: objectives, late, early or predicted.")
+    ] = "none",
+    decode_s: Annotated[float, typer.Option(help="How long predicted takes an answer for; 0 = learned.")] = 0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
@@ -72,7 +75,7 @@ def simulate(
             decode=0 if both else decode, both=both, chunk_tokens=chunk_tokens, profile=profile, speed=speed,
             start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, pool_tokens=pool_tokens,
             decode_pool_tokens=decode_pool_tokens, eviction=eviction, ttft_slo_s=ttft_slo_s,
-            tbt_slo_s=tbt_slo_s, reject=reject, seed=seed,
+            tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, seed=seed,
         )  # fmt: skip
         _run(options, json, plot, _console(), _console(stderr=True))
 

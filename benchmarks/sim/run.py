@@ -9,10 +9,13 @@ from benchmarks.sim.profile import Profile, read_profile
 from benchmarks.sim.report import Summary, summarize
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
 from benchmarks.sim.world import Sample, World, WorldConfig
+from conductor.admission import AdmissionMode
 from conductor.scheduler import Policy
 from kvstore.eviction import POLICIES
 from mooncake.core.errors import ConfigError
 
+NONE = "none"
+"""Admission that takes everything."""
 INSTANCES_MAX = 4096
 """Of one kind: beyond it, one decision is a scan of seconds."""
 
@@ -39,7 +42,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     eviction: str = "lru"
     ttft_slo_s: float
     tbt_slo_s: float
-    reject: bool = False
+    admission: str = "none"
+    decode_s: float = 0.0
     seed: int = 0
 
 
@@ -101,6 +105,10 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         raise ConfigError("prefill, decode, both are 0: who is to serve?")
     if options.eviction not in POLICIES:
         raise ConfigError(f"eviction={options.eviction!r}: must be one of {', '.join(POLICIES)}")
+    if options.admission != NONE and options.admission not in list(AdmissionMode):
+        raise ConfigError(f"admission={options.admission!r}: must be {NONE}, {', '.join(AdmissionMode)}")
+    if options.decode_s < 0:
+        raise ConfigError(f"decode_s={options.decode_s}: must not be negative; 0 = learned")
     if options.chunk_tokens < 0 or options.decode_pool_tokens < 0:
         raise ConfigError("chunk_tokens and decode_pool_tokens must not be negative")
     if not (options.ttft_slo_s > 0 and options.tbt_slo_s > 0):
@@ -116,8 +124,10 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         eviction=options.eviction,
         chunk_tokens=options.chunk_tokens,
         mixed=bool(options.both and options.chunk_tokens),
-        reject_ttft_s=options.ttft_slo_s if options.reject else None,
-        reject_tbt_s=options.tbt_slo_s if options.reject else None,
+        admission=AdmissionMode.OBJECTIVES if options.admission == NONE else AdmissionMode(options.admission),
+        decode_s=options.decode_s or None,
+        reject_ttft_s=None if options.admission == NONE else options.ttft_slo_s,
+        reject_tbt_s=None if options.admission == NONE else options.tbt_slo_s,
     )
 
 

@@ -20,10 +20,11 @@ from benchmarks.sim.host import Host
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest
+from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
-from conductor.plan import Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
+from conductor.plan import Abort, Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
 from conductor.request import RequestMachine
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from mooncake.core.keys import KEY_BYTES
@@ -44,6 +45,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     both: instances that do both; excludes the two others. host_blocks: of the store beside each instance
     that prefills; None = as the profile says. decode_host_blocks: beside each that only decodes.
+    admission, decode_s: see conductor.admission; objectives that are None are not enforced.
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both).
     """
 
@@ -57,6 +59,8 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     eviction: str = "lru"
     chunk_tokens: int = 0
     mixed: bool = False
+    admission: AdmissionMode = AdmissionMode.OBJECTIVES
+    decode_s: float | None = None
     reject_ttft_s: float | None = None
     reject_tbt_s: float | None = None
     waiting_max: int = WAITING_MAX
@@ -117,6 +121,8 @@ class World:
                 policy=config.policy,
                 ttft_slo_s=config.reject_ttft_s,
                 tbt_slo_s=config.reject_tbt_s,
+                admission=config.admission,
+                decode_s=config.decode_s,
                 waiting_max=config.waiting_max,
                 seed=config.seed,
             ),
@@ -234,6 +240,8 @@ class World:
                 case Deliver():
                     if entry.ttft_s < 0:
                         entry.ttft_s = self.time.now_s - entry.trace.arrival_s
+                case Abort():
+                    pass  # the leg has not begun
                 case Done():
                     entry.done = True
                     entry.machine = None
@@ -294,7 +302,14 @@ class World:
         self.cost.observe_transfer(size_bytes, self.time.now_s - begun_s, remote=True)
 
     def _handed_over(self, entry: Entry, instance: _Instance, job: Job) -> None:
+        """The decode instance looks again before it takes a request (paper 1.3)."""
+        assert entry.plan is not None
+        assert entry.machine is not None
         instance.host.store(self.time.now_s, entry.keys, 0)
+        if rejection := self.scheduler.second_check(entry.plan):
+            entry.rejected = f"after prefill: {rejection.reason}"
+            self._execute(entry, entry.machine.abort())
+            return
         instance.engine.add_answer(job)
 
     # ------------------------------------------------------------ what engines tell (EngineEvents)

@@ -15,6 +15,7 @@ from benchmarks.sim.report import Summary, summarize
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
 from benchmarks.sim.world import World, WorldConfig
+from conductor.admission import AdmissionMode
 from conductor.scheduler import Policy
 
 A800 = read_profile(DEFAULT)
@@ -239,3 +240,21 @@ def test_the_same_seed_gives_the_same_run_whatever_the_hash_seed() -> None:
     ]
     assert len(digests[0].strip()) == 16
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("mode", list(AdmissionMode))
+def test_whoever_is_refused_whenever_all_load_comes_back(mode: AdmissionMode) -> None:
+    small = msgspec.structs.replace(A800, gpu_kv_tokens=40_000)
+    requests = synthesize(120, 8.0, 2)
+    world = simulated(
+        requests, small, prefill=4, decode=2, admission=mode, reject_ttft_s=10.0, reject_tbt_s=0.0285
+    )
+    rejected = [entry for entry in world.entries if entry.rejected]
+    wasted = [entry for entry in rejected if entry.ttft_s >= 0]
+    assert 0 < len(rejected) < len(requests)
+    assert all(entry.done for entry in world.entries)
+    assert world.cluster.charged == 0
+    if mode is AdmissionMode.LATE:
+        assert len(wasted) == len(rejected)
+    if mode is AdmissionMode.OBJECTIVES:
+        assert not wasted
