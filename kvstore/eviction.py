@@ -273,7 +273,7 @@ class LengthAware(Lfu):
 
 
 class TailLru:
-    """First the ends of prompts that are quick to recompute, then as Lru. O(1) amortised; 90 to 210 bytes per block.
+    """First the ends of prompts that are quick to recompute, then as Lru. 90 to 210 bytes per block.
 
     Tail-Optimized LRU ("Tail-Optimized Caching for LLM Inference", NeurIPS 2025, arXiv 2510.15152).
     A conversation of L blocks whose next turn brings Q more misses its time to first token only if
