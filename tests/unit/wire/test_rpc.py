@@ -424,21 +424,17 @@ def test_a_thread_that_waits_for_its_answer_does_not_hold_up_the_others(silent):
 
         def wait() -> None:
             with contextlib.suppress(PeerTimeout):
-                client.finish(call, 1.0)
+                client.finish(call, 2.0)
 
         waiter = threading.Thread(target=wait)
         waiter.start()
         time.sleep(0.05)
-        worst_s = 0.0
         for _ in range(10):
-            started_s = time.monotonic()
             mine = client.begin(Say("quick"))
             client.poll(mine)
             client.forget(mine)
-            worst_s = max(worst_s, time.monotonic() - started_s)
-        assert waiter.is_alive()
+        assert waiter.is_alive()  # had they waited for it, it would have ended by now
         waiter.join(PATIENT_S)
-        assert worst_s < 0.2
 
 
 def test_a_peer_that_does_not_speak_our_protocol_is_a_protocol_error(silent):
