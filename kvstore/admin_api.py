@@ -38,6 +38,7 @@ from kvstore.directory_metrics import DirectoryView
 from kvstore.task_types import Progress
 from mooncake.core.errors import CapacityError, MooncakeError, NotLeader, PeerError, RequestError
 from mooncake.core.keys import KEY_BYTES
+from mooncake.core.messages import StoreStats
 
 if TYPE_CHECKING:
     from kvstore.coordinator import Coordinator
@@ -175,7 +176,7 @@ class AdminApi:
                 {
                     **{name: getattr(status, name) for name in ("node", "epoch", "mode", "lag_s", "reason")},
                     **{name: memory[name] for name in ("capacity_bytes", "used_bytes", "blocks")},
-                    "tiers": [memory],
+                    "tiers": [memory, *([_ssd(stats)] if stats and stats.ssd_capacity_bytes else [])],
                     "transfer": record.transfer if record else "",
                 }
             )
@@ -266,6 +267,11 @@ class AdminApi:
 
 
 _POSTS = ("copy", "move", "drain", "undrain", "hot", "cool")
+
+
+def _ssd(stats: StoreStats) -> dict[str, Any]:
+    used = {name: getattr(stats, f"ssd_{name}") for name in ("capacity_bytes", "used_bytes", "blocks")}
+    return {"tier": "ssd", **used}
 
 
 def _request(what: str, body: bytes) -> TaskRequest:

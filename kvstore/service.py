@@ -435,7 +435,12 @@ class StoreService:
 
     def _stats(self) -> StoreStats:
         self.node.tick(self._clock())
-        return self.node.stats()
+        stats = self.node.stats()
+        if self.tiering is None:
+            return stats
+        ssd = self.tiering.tier.stats()
+        used = {"ssd_used_bytes": ssd.live_bytes, "ssd_blocks": ssd.objects}
+        return msgspec.structs.replace(stats, ssd_capacity_bytes=ssd.capacity_bytes, **used)
 
     def _snapshot(self, request: Snapshot) -> SnapshotPage:
         self._flush()  # so that seq and the complete set are the same moment

@@ -253,7 +253,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="st"):
 
 
 class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
-    """Counters since start, gauges now."""
+    """Counters since start, gauges now. `ssd_*`: of the tier below the memory, 0 = there is none."""
 
     capacity_bytes: int
     used_bytes: int
@@ -267,6 +267,9 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     commits: int
     hard_pinned_bytes: int = 0
     soft_pinned_bytes: int = 0
+    ssd_capacity_bytes: int = 0
+    ssd_used_bytes: int = 0
+    ssd_blocks: int = 0
 
 
 StoreRequest = (

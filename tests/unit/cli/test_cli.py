@@ -25,9 +25,12 @@ def test_help_imports_nothing_heavy():
     assert not {"torch", "vllm", "numpy", "zmq", "transformers", "asyncio"} & set(loaded)
 
 
-@pytest.mark.parametrize(
-    "command", ["up", "model", "doctor", "conductor", "prefill", "decode", "store", "top", "version"]
-)
+COMMANDS = (
+    "up", "model", "doctor", "conductor", "prefill", "decode", "store", "directory", "pool", "top", "version",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from kvstore import admin_api
@@ -310,3 +311,13 @@ async def test_replicas_are_not_counted_at_every_scrape(ask, coordinator):
     coordinator.now_s = lambda: 10.0 + admin_api.CENSUS_S
     text = (await ask("GET", "/metrics")).text.decode()
     assert 'mooncake_directory_replicas{copies="2"} 0.0' in text
+
+
+async def test_a_node_with_an_ssd_shows_both_tiers(ask, coordinator):
+    stats = coordinator.polls.stats["a"]
+    coordinator.polls.stats["a"] = msgspec.structs.replace(
+        stats, ssd_capacity_bytes=900 * SIZE, ssd_used_bytes=7 * SIZE, ssd_blocks=7
+    )
+    tiers = (await ask("GET", "/segments")).body["segments"][0]["tiers"]
+    assert [tier["tier"] for tier in tiers] == ["memory", "ssd"]
+    assert tiers[1] == {"tier": "ssd", "capacity_bytes": 900 * SIZE, "used_bytes": 7 * SIZE, "blocks": 7}
