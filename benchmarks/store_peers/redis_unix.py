@@ -1,9 +1,15 @@
-"""redis over a unix socket, with its C parser: SET, GET and EXISTS, MSET and MGET for more than one."""
+"""redis over a unix socket, with its C parser: SET, GET and EXISTS; for more than one key the quickest way.
+
+That is MGET for GET, and for PUT either MSET or a pipeline of SETs.
+"""
 
 from collections.abc import Sequence
 
 from benchmarks.store_peers.base import Go, StoreContender
 from benchmarks.transfer_peers.redis_unix import Redis as Server
+
+PIPELINE_BYTES = 64 << 10
+"""From here on a pipeline takes a third to a half of MSET's time; below, up to four times as long."""
 
 
 class Redis(StoreContender, Server):
@@ -15,7 +21,16 @@ class Redis(StoreContender, Server):
         if len(keys) == 1:
             return lambda: self.client.set(keys[0], pages[0])
         pairs = dict(zip(keys, pages, strict=True))
-        return lambda: self.client.mset(pairs)
+        if size < PIPELINE_BYTES:
+            return lambda: self.client.mset(pairs)
+
+        def go() -> None:
+            with self.client.pipeline(transaction=False) as pipeline:
+                for key, page in pairs.items():
+                    pipeline.set(key, page)
+                pipeline.execute()
+
+        return go
 
     def get(self, keys: Sequence[str], at: Sequence[int], size: int) -> Go:  # noqa: ARG002
         """See StoreContender."""
