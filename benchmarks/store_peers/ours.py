@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class Ours(StoreContender):
         ready = threading.Event()
 
         async def serve() -> None:
-            folder = tempfile.mkdtemp(prefix="bench-store-")
+            folder = tempfile.mkdtemp(dir=sys.argv[-1])  # the benchmark's own, which removes it
             config = StoreConfig(node="bench", capacity_bytes=SEGMENT_POOLS * pool_bytes, run_dir=folder)
             started.append(await StoreService(config).start())
             ready.set()
