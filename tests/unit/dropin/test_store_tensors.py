@@ -6,6 +6,7 @@ import mooncake.store as store_module
 from mooncake.core.errors import RequestError
 from mooncake.store import MooncakeDistributedStore
 from mooncake.store_tensors import DIMENSIONS_MAX, DTYPES, HEAD_BYTES, parts_of_tensor, tensor_of
+from tests.unit.dropin.test_store import config_of
 
 torch = pytest.importorskip("torch")
 
@@ -126,3 +127,37 @@ def test_upstream_s_helpers_for_headers_are_there() -> None:
     assert len(head) == store_module._tensor_metadata_size()
     assert (size, owner.ctypes.data) == (18, address)
     assert same(store_module._deserialize_tensor(head + owner.tobytes()), tensor)
+
+
+def test_every_form_for_several_tensors_does_what_that_for_one_does(store, memory) -> None:
+    keys, tensors = ["a", "b"], [some("int32", 5), some("float16", 2, 4)]
+    new = [some("int32", 6), some("float16", 3, 4)]
+    config = config_of(with_hard_pin=True)
+    assert store.batch_pub_tensor(keys, tensors, config) == [0, 0]
+    assert store.pub_tensor("c", tensors[0], config) == 0
+    assert all(map(same, store.batch_get_tensor(keys), tensors))
+    assert store.batch_upsert_tensor(keys, new) == [0, 0]
+    assert all(map(same, store.batch_get_tensor(keys), new))
+    assert store.batch_upsert_pub_tensor(keys, tensors, config) == [0, 0]
+    assert store.upsert_pub_tensor("c", new[0], config=config) == 0
+    assert same(store.get_tensor("c"), new[0])
+    room = HEAD_BYTES + 64
+    _, address = memory(2 * room)
+    places = [address, address + room]
+    assert all(map(same, store.batch_get_tensor_into(keys, places, [room, room]), tensors))
+    sizes = [HEAD_BYTES + 20, HEAD_BYTES + 16]
+    assert store.batch_put_tensor_from(["d", "e"], places, sizes) == [0, 0]
+    assert store.batch_upsert_tensor_from(["b", "a"], places, sizes) == [0, 0]
+    assert all(map(same, store.batch_get_tensor(["d", "e", "b", "a"]), tensors * 2))
+    assert store.batch_put_tensor_from(["f", "g"], places, sizes[:1]) == [-600, -600]
+
+
+def test_shards_of_several_tensors(store, memory) -> None:
+    keys, tensors = ["a", "b"], [some("int32", 4), some("int32", 8)]
+    config = config_of(with_hard_pin=True)
+    assert store.batch_pub_tensor_with_tp(keys, tensors, config, tp_size=2) == [0, 0]
+    shards = store.batch_get_tensor_with_tp(keys, 1, 2)
+    assert [one.tolist() for one in shards] == [[3, 4], [5, 6, 7, 8]]
+    assert store.pub_tensor_with_tp("c", tensors[0], config, tp_size=4) == 0
+    array, address = memory(HEAD_BYTES + 8)
+    assert store.get_tensor_with_tp_into("c", address, array.nbytes, 2, 4).tolist() == [3]
