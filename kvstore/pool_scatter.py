@@ -8,6 +8,7 @@ from kvstore.pool_members import NEAR, Access, Members
 from kvstore.pool_model import Hints, Outcome, Result
 from mooncake.core.errors import MooncakeError
 
+WRITING = "somebody else is writing it"
 ROUNDS_MAX = 3
 """Nodes tried for one copy: the chosen one, and two others when it is full or gone."""
 
@@ -126,7 +127,7 @@ class Scatter:
                 if size:
                     results[at] = Result(Outcome.EXISTS, size, (node,))
                 else:
-                    results[at] = Result(Outcome.FAILED, reason=f"{node}: somebody else is writing it")
+                    results[at] = Result(Outcome.FAILED, reason=f"{node}: {WRITING}")
         return results
 
     def _result(self, copies: "_Copies", size: int) -> Result:

@@ -17,6 +17,7 @@ import structlog
 from kvstore.names import NAME_BYTES_MAX
 from kvstore.placement import COPIES_MAX
 from kvstore.pool_model import Outcome, Place, Result
+from kvstore.pool_scatter import WRITING
 from mooncake.core.errors import PeerGone, RequestError
 from mooncake.store_start import Started, node_of
 from mooncake.store_types import (
@@ -135,6 +136,8 @@ class Calls:
     def _put_code(self, name: str, result: Result) -> int:
         if result.ok:
             return OK
+        if WRITING in result.reason:
+            return OK  # as upstream answers: the name is taken, whoever finishes it
         log.warning("mooncake.store: not put", key=name, reason=result.reason)
         if result.outcome is Outcome.FULL:
             return NO_AVAILABLE_HANDLE

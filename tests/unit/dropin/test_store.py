@@ -9,7 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+from kvstore.pool_local import reserve_request
+from kvstore.pool_model import Hints
+from kvstore.pool_names import object_key
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
+from mooncake.core.messages import Abandon, Reserved
 from mooncake.store import (
     BufferHandle,
     MooncakeDistributedStore,
@@ -108,6 +112,17 @@ def test_a_buffer_handle_is_memory_with_size_and_address(store) -> None:
     assert not memoryview(handle).readonly
     assert handle.ptr() == np.frombuffer(handle, np.uint8).ctypes.data
     assert [one and bytes(one) for one in store.batch_get_buffer(["a", "zz"])] == [b"hello", None]
+
+
+def test_a_put_of_what_another_is_just_writing_answers_0_as_upstream_s(store) -> None:
+    (access,) = [one for one in store._need().pool._members.stores.values() if one.near][:1]
+    request = reserve_request("another", [object_key("a")], 100, Hints())
+    link, room = access._client.call(request, Reserved, 30.0)
+    assert room.offsets[0] >= 0
+    config = config_of(preferred_segment=store.get_hostname())
+    assert store.put("a", b"1", config) == 0
+    assert store.is_exist("a") == 0
+    access._client.tell(link, Abandon("another", room.tickets))
 
 
 # ---------------------------------------------------------------- memory of the caller
