@@ -3,6 +3,7 @@
 Where a test's name says that upstream differs, docs/store.md says why we do.
 """
 
+import asyncio
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from kvstore.pool_local import reserve_request
 from kvstore.pool_model import Hints
 from kvstore.pool_names import object_key
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
-from mooncake.core.messages import Abandon, Reserved
+from mooncake.core.messages import STORES_PREFIX, Abandon, Reserved
+from mooncake.core.metadata_open import open_metadata
 from mooncake.store import (
     BufferHandle,
     MooncakeDistributedStore,
@@ -516,6 +518,56 @@ def test_a_closed_client_s_segment_leaves_with_what_is_in_it(store, join) -> Non
     while late.is_exist("a"):
         pass
     assert late.get("a") == b""
+
+
+OWNER = """
+import sys
+from mooncake import store_start
+from mooncake.store import MooncakeDistributedStore
+store_start.SEGMENT_TTL_S = 300.0  # as long as the test needs to look at what is left
+store = MooncakeDistributedStore()
+assert store.setup("127.0.0.1", "P2PHANDSHAKE", 8 << 20, 0, "tcp", "", sys.argv[1], tenant_id="victim") == 0
+assert store.put_batch(["a", "b"], [b"1" * 100_000, b"2"]) == 0
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+async def end_registrations(address: str) -> None:
+    """What their leases would do in time."""
+    metadata = open_metadata(f"tcp://{address}")
+    for entry in (await metadata.get(STORES_PREFIX)).entries:
+        await metadata.delete(entry.key)
+    await metadata.close()
+
+
+def test_what_a_killed_process_held_is_an_error_then_a_miss_and_never_other_bytes(memory) -> None:
+    master = MasterThread()
+    store = client(master, 0, tenant_id="victim")
+    command = [sys.executable, "-c", OWNER, master.address]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout.readline() == "ready\n"
+        while store.batch_is_exist(["a", "b"]) != [1, 1]:
+            pass
+        assert store.get("a") == b"1" * 100_000
+        owner.kill()
+        owner.wait(30)
+        _, address = memory(200_000)
+        assert (store.is_exist("a"), store.get_size("b")) == (-900, -900)
+        assert store.batch_get_into(["a", "zz"], [address] * 2, [200_000] * 2) == [-900, -900]
+        assert store.put("c", b"3") < 0
+        with pytest.raises(PeerError):
+            store.get("a")
+        asyncio.run(end_registrations(master.address))
+        while store.is_exist("a"):
+            pass
+        assert (store.get("a"), store.get_size("b"), store.put("c", b"3")) == (b"", -704, -200)
+    finally:
+        owner.kill()
+        owner.communicate()
+        store.close()
+        master.stop()
 
 
 def test_a_program_that_forgets_to_close_ends_all_the_same(master) -> None:
