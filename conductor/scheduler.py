@@ -7,8 +7,8 @@ The paper adds fetch and queue although they overlap, and decides to fetch by a 
 taking the minimum of both honest sums per instance needs no such knob and is never worse than
 either alone. The decode instance is the one with the least predicted seconds for the hand-over and
 the whole answer. Load is charged when a plan is made, so a burst does not pile up on one instance.
-Ties go to the lower instance id. Prefill and decode must share a context_root: block keys commit
-to it, so across two roots no hand-over could ever hit.
+Ties go to the instance with fewer streams, then to the lower id. Prefill and decode must share a
+context_root: block keys commit to it, so across two roots no hand-over could ever hit.
 """
 
 from collections.abc import Sequence
@@ -355,9 +355,9 @@ class Scheduler:
         policy = self._config.policy
         if policy in {Policy.KVCACHE, Policy.CACHE_AWARE}:
             options = [self._price(now_s, facts, worker, hits, deepest, 0) for worker in workers]
-            return min(options, key=lambda option: (option.ttft_s, option.worker.id))
+            return min(options, key=lambda option: (option.ttft_s, *_tie(option.worker)))
         if policy is Policy.LEAST_LOAD:
-            worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, w.id))
+            worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, *_tie(w)))
         else:
             worker = self._blind(workers, "prefill")
         return self._price(now_s, facts, worker, hits, deepest, 0)
@@ -448,6 +448,11 @@ def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | Non
     return Rejection(
         request_id=request_id, reason=Reason.DECODE_LOAD, retry_after_s=retry_after_s, detail=detail
     )
+
+
+def _tie(worker: _Worker) -> tuple[int, str]:
+    # idle instances that do both: by id alone, all streams would go to the first one
+    return worker.load.decode_requests, worker.id
 
 
 def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:

@@ -311,6 +311,18 @@ def test_round_robin_takes_turns_on_both_sides():
     assert plans[0].decision is Decision.ROUND_ROBIN
 
 
+@pytest.mark.parametrize("policy", [Policy.LEAST_LOAD, Policy.CACHE_AWARE, Policy.KVCACHE])
+def test_among_idle_instances_that_do_both_the_one_with_fewest_streams_is_next(policy: Policy) -> None:
+    """By id alone, an unloaded cluster would decode everything on its first instance."""
+    one = scheduler(cluster(*(record(name) for name in "abc")), mode=Mode.AGGREGATED, policy=policy)
+    chosen = []
+    for number in range(6):
+        plan = planned(one.on_request(0.0, facts(f"r{number}")))
+        one.release(0.0, plan.prefill_ticket)  # its prompt is done, its answer goes on
+        chosen.append(plan.decode)
+    assert chosen == ["a", "b", "c"] * 2
+
+
 def test_least_load_ignores_the_cache():
     index = PrefixIndex()
     index.apply("n1", b"".join(keys(30)), b"")
