@@ -38,6 +38,13 @@ def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
     assert "20 requests in" in got.output
 
 
+def test_admission_turns_requests_away_by_reason() -> None:
+    load = ["--requests", "150", "--rate", "10", "--prefill", "1", "--decode", "1", "--ttft-slo-s", "5"]
+    got = runner.invoke(cli.app, ["simulate", *load, "--admission", "predicted", "--decode-s", "20"])
+    assert got.exit_code == 0, got.output
+    assert "predicted time to first token" in got.output
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -49,6 +56,8 @@ def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
         (["--speed", "0"], "speed"),
         (["--ttft-slo-s", "0"], "objectives"),
         (["--eviction", "best"], "lru"),
+        (["--admission", "best"], "predicted"),
+        (["--decode-s", "-1"], "decode_s"),
         (["--json", "/nowhere/r.json"], "/nowhere/r.json"),
     ],
 )
