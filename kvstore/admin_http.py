@@ -7,12 +7,9 @@ that change something must say that they are JSON, so that no web page can send 
 import asyncio
 import concurrent.futures
 import hmac
-import socket
-import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Coroutine, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
@@ -21,6 +18,7 @@ import structlog
 from kvstore.admin_api import Answer
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
+from mooncake.core.http_server import IDLE_S, BoundedHandler, BoundedServer
 
 log = structlog.get_logger(__name__)
 
@@ -29,8 +27,6 @@ TOKEN_CHARS_MIN = 16
 """As of API keys: below this it can be guessed."""
 CONNECTIONS_MAX = 64
 """Threads: operators, Prometheus and probes."""
-IDLE_S = 10.0
-"""A connection on which nothing happens for that long is closed."""
 ANSWER_S = 10.0
 """A listing of 16 M keys takes several seconds."""
 BODY_BYTES_MAX = 2 << 20
@@ -100,51 +96,22 @@ class AdminServer:
             self._thread.join(IDLE_S)
 
 
-class _Server(ThreadingHTTPServer):
-    """With a bound on the threads."""
-
-    daemon_threads = True
-    block_on_close = False  # daemon threads of idle clients end with their connection
-
+class _Server(BoundedServer):
     def __init__(
         self, address: tuple[str, int], api: Api, token: str, loop: asyncio.AbstractEventLoop
     ) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api = api
         self.token = token.encode()
         self.loop = loop
-        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no more threads
-            self._free.release()
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("admin.connection_broke", client=client_address, error=repr(sys.exc_info()[1]))
+        super().__init__(address, _Handler, CONNECTIONS_MAX)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BoundedHandler):
     server: _Server
-    protocol_version = "HTTP/1.1"
-    server_version = "mooncake"
-    sys_version = ""
-    timeout = IDLE_S
+    body_bytes_max = BODY_BYTES_MAX
 
     def _serve(self) -> None:
-        body = self._body()
+        body = self.read_body()
         if body is None:
             return
         if refusal := self._refusal():
@@ -186,39 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
             return Answer(415, {"error": "send Content-Type: application/json"})
         return None
 
-    def _body(self) -> bytes | None:
-        """Return the request's body; None if that has been refused."""
-        length = self.headers.get("Content-Length", "0").strip()
-        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
-            self.close_connection = True  # the body is still in the pipe
-            self._answer(Answer(411, {"error": "Content-Length is required"}))
-            return None
-        size = int(length) if len(length) < 20 else BODY_BYTES_MAX + 1
-        if size > BODY_BYTES_MAX:
-            self.close_connection = True
-            self._answer(Answer(413, {"error": f"a body of more than {BODY_BYTES_MAX} bytes"}))
-            return None
-        body = self.rfile.read(size)
-        if len(body) < size:
-            self.close_connection = True
-            return None
-        return body
+    def refuse(self, status: int, text: str) -> None:
+        self._answer(Answer(status, {"error": text}))
 
     def _answer(self, answer: Answer) -> None:
         body = answer.text or msgspec.json.encode(answer.body) + b"\n"
         kind = "text/plain; version=0.0.4; charset=utf-8" if answer.text else "application/json"
-        self.send_response(answer.status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if answer.status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        headers = {"WWW-Authenticate": "Bearer"} if answer.status == 401 else {}
+        self.reply(answer.status, body, kind, headers)
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do_HEAD = _serve  # noqa: N815 - http.server's
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        log.debug("admin.request", client=self.client_address[0], what=format % args)

@@ -11,20 +11,18 @@ import argparse
 import enum
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import structlog
 
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
+from mooncake.core.http_server import IDLE_S, BoundedHandler, BoundedServer
 from mooncake.core.secret import read_secret
 from transfer.naming import proves
 
@@ -36,8 +34,6 @@ VALUE_BYTES_MAX = 1 << 20
 TOTAL_BYTES_MAX = 256 << 20
 CONNECTIONS_MAX = 256
 """Threads; a client asks once and goes."""
-IDLE_S = 10.0
-"""A connection on which nothing happens for that long is closed."""
 TICK_S = 0.05
 """How soon `close` is noticed."""
 JSON_TEXT = "application/json; charset=utf-8"
@@ -90,106 +86,47 @@ class _Table:
         return 200, b"metadata deleted", JSON_TEXT
 
 
-class _Server(ThreadingHTTPServer):
-    """With a bound on the threads."""
-
-    daemon_threads = True
-    block_on_close = False  # daemon threads of idle clients end with their connection
-
+class _Server(BoundedServer):
     def __init__(self, address: tuple[str, int], secret: bytes) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.table = _Table()
         self.secret = secret
-        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no more threads
-            self._free.release()
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("metadata connection broke", client=client_address, error=repr(sys.exc_info()[1]))
+        super().__init__(address, _Handler, CONNECTIONS_MAX)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BoundedHandler):
     server: _Server
-    protocol_version = "HTTP/1.1"
-    server_version = "mooncake"
-    sys_version = ""
-    timeout = IDLE_S
+    body_bytes_max = VALUE_BYTES_MAX
 
     def _serve(self) -> None:
         url = urllib.parse.urlsplit(self.path)
         if url.path != "/metadata":
-            self._answer(404, b"404: Not Found", "text/plain; charset=utf-8")
+            self.reply(404, b"404: Not Found", "text/plain; charset=utf-8")
             return
-        body = self._body()
+        body = self.read_body()
         if body is None:
             return
         key = urllib.parse.parse_qs(url.query).get("key", [""])[0].strip()
         secret = self.server.secret
         proof = self.headers.get("Authorization", "")
         if secret and not proves(proof, secret, self.command, key, body, time.time()):
-            self._answer(401, b"a proof of the shared secret is required", JSON_TEXT)
+            self.reply(401, b"a proof of the shared secret is required", JSON_TEXT)
         elif not key:
-            self._answer(400, b"metadata key is required", JSON_TEXT)
+            self.reply(400, b"metadata key is required", JSON_TEXT)
         elif len(key) > KEY_CHARS_MAX:
-            self._answer(400, f"metadata key is longer than {KEY_CHARS_MAX} characters".encode(), JSON_TEXT)
+            self.reply(400, f"metadata key is longer than {KEY_CHARS_MAX} characters".encode(), JSON_TEXT)
         elif self.command == "GET":
-            self._answer(*self.server.table.get(key))
+            self.reply(*self.server.table.get(key))
         elif self.command == "PUT":
-            self._answer(*self.server.table.put(key, body))
+            self.reply(*self.server.table.put(key, body))
         elif self.command == "DELETE":
-            self._answer(*self.server.table.delete(key))
+            self.reply(*self.server.table.delete(key))
         else:
-            self._answer(405, b"Method not allowed", JSON_TEXT)
+            self.reply(405, b"Method not allowed", JSON_TEXT)
 
-    def _body(self) -> bytes | None:
-        """Return the request's body; None if that has been refused."""
-        length = self.headers.get("Content-Length", "0").strip()
-        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
-            self._refuse(411, b"Content-Length is required")
-            return None
-        size = int(length) if len(length) < 20 else VALUE_BYTES_MAX + 1
-        if size > VALUE_BYTES_MAX:
-            self._refuse(413, f"Maximum request body size {VALUE_BYTES_MAX} exceeded.".encode())
-            return None
-        body = self.rfile.read(size)
-        if len(body) < size:
-            self.close_connection = True
-            return None
-        return body
-
-    def _refuse(self, status: int, text: bytes) -> None:
-        self.close_connection = True  # the body is still in the pipe
-        self._answer(status, text, "text/plain; charset=utf-8")
-
-    def _answer(self, status: int, body: bytes, content_type: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    def refuse(self, status: int, text: str) -> None:
+        self.reply(status, text.encode(), "text/plain; charset=utf-8")
 
     do_GET = do_PUT = do_DELETE = do_HEAD = do_POST = do_PATCH = do_OPTIONS = _serve  # noqa: N815 - http.server's
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        log.debug("metadata request", client=self.client_address[0], what=format % args)
 
 
 class KVBootstrapServer:

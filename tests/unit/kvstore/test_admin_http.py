@@ -107,7 +107,7 @@ async def test_without_a_token_no_web_page_can_ask(serve, api):
 
 
 async def test_bodies_are_bounded_and_have_a_length(serve, api, monkeypatch):
-    monkeypatch.setattr(admin_http, "BODY_BYTES_MAX", 10)
+    monkeypatch.setattr(admin_http._Handler, "body_bytes_max", 10)
     client = serve()
     assert (await client.ask("POST", "/tasks/drain", b"x" * 11, **JSON))[0] == 413
     assert (await client.ask("POST", "/tasks/drain", None, Content_Length="9" * 30, **JSON))[0] == 413
