@@ -16,7 +16,8 @@ pytestmark = [
     pytest.mark.parametrize("cluster", [FP32], ids=lambda setup: setup.name, indirect=True),
 ]
 
-FREE_S = 2.0
+FREE_S = 10.0
+"""It takes 0.2 s on a quiet machine. Work that nobody stops would go on for longer than this."""
 SAMPLED = {"temperature": 1.0, "seed": 1, "ignore_eos": True}
 """n > 1 wants sampling."""
 LONG_PROMPT, SHORT_PROMPT = 8000, 100
@@ -53,7 +54,6 @@ def assert_freed(cluster: Cluster, left_s: float) -> None:
 
     wait_until("everything is free", free, FREE_S, 0.02)
     print(f"free after {time.monotonic() - left_s:.2f} s")
-    assert time.monotonic() - left_s < FREE_S + 0.5
     # what the gauges say is so: the engines have time for others at once
     started_s = time.monotonic()
     cluster.client.complete(random_prompt(SHORT_PROMPT, time.monotonic_ns()), max_tokens=4, **GREEDY)
@@ -65,7 +65,7 @@ def assert_freed(cluster: Cluster, left_s: float) -> None:
 class TestAClientLeaves:
     def test_during_prefill(self, cluster: Cluster, stream: bool, n: int):
         prompt = random_prompt(LONG_PROMPT, 7000 + 2 * n + stream)
-        connection = post(cluster, prompt, max_tokens=64, n=n, stream=stream, **SAMPLED)
+        connection = post(cluster, prompt, max_tokens=6000, n=n, stream=stream, **SAMPLED)
         with connection:
             wait_until("the prompt is being prefilled", lambda: prefills(cluster) > 0, 5.0, 0.005)
             time.sleep(0.3)
