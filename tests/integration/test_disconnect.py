@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 FREE_S = 10.0
-"""It takes 0.2 s on a quiet machine. Work that nobody stops would go on for longer than this."""
+"""It takes 0.2 s on a quiet machine; decoding for nobody would take longer than this."""
 SAMPLED = {"temperature": 1.0, "seed": 1, "ignore_eos": True}
 """n > 1 wants sampling."""
 LONG_PROMPT, SHORT_PROMPT = 8000, 100
@@ -65,12 +65,15 @@ def assert_freed(cluster: Cluster, left_s: float) -> None:
 class TestAClientLeaves:
     def test_during_prefill(self, cluster: Cluster, stream: bool, n: int):
         prompt = random_prompt(LONG_PROMPT, 7000 + 2 * n + stream)
-        connection = post(cluster, prompt, max_tokens=6000, n=n, stream=stream, **SAMPLED)
+        tokens = cluster.metric("vllm:generation_tokens_total")
+        connection = post(cluster, prompt, max_tokens=64, n=n, stream=stream, **SAMPLED)
         with connection:
             wait_until("the prompt is being prefilled", lambda: prefills(cluster) > 0, 5.0, 0.005)
             time.sleep(0.3)
             assert prefills(cluster) > 0, "too late: the prompt is too short"
         assert_freed(cluster, time.monotonic())
+        decoded = cluster.metric("vllm:generation_tokens_total") - tokens
+        assert decoded < 64, "somebody decoded for a client that had left"
 
     def test_during_decode(self, cluster: Cluster, stream: bool, n: int):
         prompt = random_prompt(SHORT_PROMPT, 7100 + 2 * n + stream)
