@@ -107,7 +107,7 @@ async def test_a_killed_decode_engine_costs_a_gap_and_no_token(make_world, first
     began_s = time.monotonic()
     victim.kill()
     await world.until(lambda: bool(other.received))
-    assert time.monotonic() - began_s < 0.5
+    assert time.monotonic() - began_s < 1.5
     assert await world.finish(rid) == expected(PROMPT, 40)
     assert sum(output.prefill_stats is not None for output in world.outputs[rid]) == 1
     assert sum(output.events is not None for output in world.outputs[rid]) == 1
@@ -128,7 +128,7 @@ async def test_a_stopped_engine_is_noticed_and_its_late_tokens_are_dropped(make_
     began_s = time.monotonic()
     victim.frozen.set()
     await world.until(lambda: bool(other.received))
-    assert time.monotonic() - began_s < 3.0
+    assert time.monotonic() - began_s < 10.0
     victim.frozen.clear()
     assert await world.finish(rid) == expected(PROMPT, 60)
     await world.until(lambda: not victim.jobs)  # the abort waited for it in its queue

