@@ -38,7 +38,7 @@ from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_a
 
 log = structlog.get_logger(__name__)
 
-STORE_WAIT_S = 180.0
+STORE_WAIT_S = 60.0
 """A worker started before its store waits this long for it, then says so."""
 ENGINE_STOP_S = 10.0
 STORE_POLL_S = 1.0

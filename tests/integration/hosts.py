@@ -108,19 +108,24 @@ class TwoHosts:
         )  # fmt: skip
         self.run_store("a")
         self.run_store("b")
+        # engines wait a minute for their store, and that one for the Conductor, which imports vLLM first
+        self.wait("both stores are known", lambda: len(self.view().get("stores", [])) == 2, READY_S, 0.5)
         self.run_engine("prefill", "a", cores[0])
         self.run_engine("decode", "b", cores[-1])
 
         def complete() -> bool:
             ended = {name: p.returncode for name, p in self.processes.items() if p.poll() is not None}
             assert not ended, f"ended: {ended}\n{self.logs()}"
-            try:
-                rows = httpx.get(f"{self.url}/mooncake/instances", timeout=5.0).json()["instances"]
-            except httpx.TransportError:
-                return False
-            return [row["state"] for row in rows] == ["alive", "alive"]
+            return [row["state"] for row in self.view().get("instances", [])] == ["alive", "alive"]
 
         self.wait("both engines serve", complete, READY_S, 0.5)
+
+    def view(self) -> dict[str, Any]:
+        """Return GET /mooncake/instances, {} while nobody answers."""
+        try:
+            return httpx.get(f"{self.url}/mooncake/instances", timeout=5.0).raise_for_status().json()
+        except httpx.TransportError:
+            return {}
 
     def wait(self, what: str, condition: Callable[[], Any], deadline_s: float, every_s: float = 0.2) -> None:
         """Return when `condition` holds; fail after `deadline_s`, with every log."""
