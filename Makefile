@@ -17,9 +17,9 @@ check: install         ## style, types, layers
 test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
 	.venv/bin/python -m pytest
 
-unit: install          ## unit and simulation tests, a quick look: two processes, a third of the examples, no chaos
+unit: install          ## unit and simulation tests, a quick look: four processes (they wait a lot), a third of the examples, no chaos
 	PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest tests/unit tests/sim -m "not chaos" \
-	    -n 2 --dist worksteal --hypothesis-profile=quick  # bytecode: to rewrite all asserts anew takes 10 s
+	    -n 4 --dist worksteal --hypothesis-profile=quick  # bytecode: to rewrite all asserts anew takes 10 s
 
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"
