@@ -2,6 +2,7 @@
 
 import time
 
+from kvstore.finding import ELSEWHERE
 from kvstore.pool_local import SLACK_S, LocalStore
 from kvstore.pool_locate import Holders, Locator
 from kvstore.pool_members import Access, Members
@@ -112,7 +113,7 @@ class Gather:
     ) -> list[int]:
         """Read what was leased; return the rows that are still on the store's SSD."""
         sizes, offsets = look.sizes, look.offsets
-        there = [at for at, size in enumerate(sizes) if size and offsets[at] != -1]
+        there = [at for at, size in enumerate(sizes) if size and offsets[at] != ELSEWHERE]
         nodes = (access.node,)
         if there:
             said = access.read(look, there, [rows[at] for at in there], sink, self._verify, self._end_s)
@@ -123,7 +124,7 @@ class Gather:
                     results[rows[at]] = Result(Outcome.DONE, sizes[at], nodes)
         if len(there) == len(rows):
             return []
-        late = [rows[at] for at, size in enumerate(sizes) if size and offsets[at] == -1]
+        late = [rows[at] for at, size in enumerate(sizes) if size and offsets[at] == ELSEWHERE]
         reasons.update(dict.fromkeys(late, f"{access.node}: still on its way from the SSD"))
         return late
 

@@ -6,7 +6,8 @@ Every batch is one message there and one back; what was leased is given back wit
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -39,6 +40,9 @@ from mooncake.core.messages import (
 )
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ASK_S = 2.0
 """For one request: a turn of the store's loop is a millisecond, so this is a store in trouble."""
@@ -89,7 +93,7 @@ class LocalStore:
         """
         inline = INLINE_BYTES if len(keys) <= INLINE_KEYS_MAX else 0
         request = Find(b"".join(keys), min(lease_s, LEASE_S_MAX), inline)
-        link, found = self._client.call(request, Findings, _left(end_s))
+        link, found = self._client.call(request, Findings, left_s(end_s))
         look = Look.of(keys, found, link)
         if look.lease_id and not link.is_mine(look.lease_id):
             raise ProtocolError(f"store {self.node}: a lease of another start")
@@ -97,7 +101,7 @@ class LocalStore:
 
     def has(self, keys: bytes, end_s: float) -> list[bool]:
         """Return which of `keys`, one blob, are there, by the shortest way; raises as find."""
-        sizes = self._client.call(Find(keys), Findings, _left(end_s))[1].sizes
+        sizes = self._client.call(Find(keys), Findings, left_s(end_s))[1].sizes
         if len(sizes) == SIZE_BYTES:
             return [sizes != _NOTHING]
         return [size > 0 for size in np.frombuffer(sizes, "<i8").tolist()]
@@ -111,7 +115,7 @@ class LocalStore:
             PeerError, CapacityError: as find.
         """
         request = Find(key, min(max(0.0, end_s - time.monotonic()) + SLACK_S, LEASE_S_MAX), INLINE_BYTES)
-        link, found = self._client.call(request, Findings, _left(end_s))
+        link, found = self._client.call(request, Findings, left_s(end_s))
         size, data = int.from_bytes(found.sizes, "little"), found.data
         if not size:
             return Result(Outcome.MISSING)
@@ -154,14 +158,9 @@ class LocalStore:
         """
         pairs = list(zip(rows, into, strict=True))
         total = sum(look.sizes[row] for row in rows) if len(rows) > 1 else 0
-        lanes = min(self._lanes, total // LANE_BYTES, len(rows))
-        if lanes < 2:
-            return self._read(look, pairs, sink, verify, end_s)
-        parts = [pairs[lane::lanes] for lane in range(lanes)]
-        waits = [self._threads.submit(self._read, look, part, sink, verify, end_s) for part in parts[1:]]
-        reasons = self._read(look, parts[0], sink, verify, end_s)
-        for wait in waits:
-            reasons |= wait.result()
+        reasons: dict[int, str] = {}
+        for said in self._in_lanes(lambda some: self._read(look, some, sink, verify, end_s), pairs, total):
+            reasons |= said
         return reasons
 
     def _read(
@@ -233,7 +232,7 @@ class LocalStore:
         try:
             for size, rows in by_size(sizes).items():
                 request = reserve_request(self._writer, [keys[row] for row in rows], size, hints)
-                used, room = self._client.call(request, Reserved, _left(end_s))
+                used, room = self._client.call(request, Reserved, left_s(end_s))
                 link = link or used
                 used.check_reserved(room, len(rows), size)
                 for row, offset, ticket in zip(rows, room.offsets, room.tickets, strict=True):
@@ -283,33 +282,31 @@ class LocalStore:
                 sums.append(block_checksum(keys[row], target))
             return sums
 
-        return self._in_lanes(fill, rows, sum(sizes[row] for row in rows))
+        parts = self._in_lanes(fill, rows, sum(sizes[row] for row in rows))
+        return [one for part in parts for one in part]
 
-    def _in_lanes(
-        self, work: Callable[[Sequence[int]], list[bytes]], rows: Sequence[int], total_bytes: int
-    ) -> list[bytes]:
-        lanes = min(self._lanes, total_bytes // LANE_BYTES, len(rows))
+    def _in_lanes(self, work: Callable[[Sequence[T]], R], items: Sequence[T], total_bytes: int) -> list[R]:
+        """Return what `work` answers to parts of `items`, in order; several at once where that pays.
+
+        Nothing is under way any more when this returns or raises: memory may be given up then.
+        """
+        lanes = min(self._lanes, total_bytes // LANE_BYTES, len(items))
         if lanes < 2:
-            return work(rows)
-        step = -(-len(rows) // lanes)
-        waits: list[Future[list[bytes]]] = [
-            self._threads.submit(work, rows[at : at + step]) for at in range(step, len(rows), step)
-        ]
+            return [work(items)]
+        step = -(-len(items) // lanes)
+        waits = [self._threads.submit(work, items[at : at + step]) for at in range(step, len(items), step)]
         try:
-            done = work(rows[:step])
-        finally:  # nobody may write into memory that was given up
-            rest = [wait.exception() for wait in waits]
-        for error in rest:
-            if error is not None:
-                raise error
-        return [*done, *(one for wait in waits for one in wait.result())]
+            first = work(items[:step])
+        finally:
+            wait(waits)
+        return [first, *(one.result() for one in waits)]
 
     def _commit(self, tickets: list[int], sums: list[bytes], names: list[bytes], end_s: float) -> list[bool]:
         done: list[bool] = []
         for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
             part = slice(at, at + KEYS_PER_REQUEST_MAX)
             request = Commit(tickets[part], sums[part], names[part])
-            answer: Committed = self._client.call(request, Committed, _left(end_s))[1]
+            answer: Committed = self._client.call(request, Committed, left_s(end_s))[1]
             if len(answer.done) != len(tickets[part]):
                 raise ProtocolError(f"store {self.node}: {len(answer.done)} results")
             done += answer.done
@@ -317,16 +314,16 @@ class LocalStore:
 
     def remove(self, keys: Sequence[bytes], end_s: float) -> int:
         """Remove objects; return how many were there. Raises PeerError."""
-        answer: KeysDropped = self._client.call(DropKeys(list(keys)), KeysDropped, _left(end_s))[1]
+        answer: KeysDropped = self._client.call(DropKeys(list(keys)), KeysDropped, left_s(end_s))[1]
         return answer.dropped
 
     def names(self, cursor: int, end_s: float) -> NamesPage:
         """Return a page of what its objects are called; raises PeerError."""
-        page: NamesPage = self._client.call(ListNames(cursor), NamesPage, _left(end_s))[1]
+        page: NamesPage = self._client.call(ListNames(cursor), NamesPage, left_s(end_s))[1]
         return page
 
 
-def _left(end_s: float) -> float:
+def left_s(end_s: float) -> float:
     """Return how long one request may take.
 
     Raises:

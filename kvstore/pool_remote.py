@@ -11,14 +11,13 @@ from typing import Any
 import structlog
 
 from kvstore.finding import ELSEWHERE, INLINE
-from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX, SERVICE
-from kvstore.node import ID_BITS, id_base
-from kvstore.pool_local import ASK_S, by_size, put_result, reserve_request
+from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX
+from kvstore.pool_local import by_size, left_s, put_result, reserve_request
 from kvstore.pool_model import Hints, Look, Outcome, Result, Sink, copy
 from kvstore.pool_stage import Range, Stage, batches
-from kvstore.remote import UNDO_S, scattered_checksum
-from mooncake.core import wire
-from mooncake.core.errors import MooncakeError, PeerGone, PeerTimeout, ProtocolError
+from kvstore.remote import scattered_checksum
+from kvstore.remote_call import RemoteCall
+from mooncake.core.errors import MooncakeError, ProtocolError
 from mooncake.core.messages import (
     Abandon,
     Commit,
@@ -35,7 +34,6 @@ from mooncake.core.messages import (
     Reserved,
     Stats,
     StoreRecord,
-    StoreReply,
     StoreRequest,
     StoreStats,
 )
@@ -60,7 +58,7 @@ class DistantStore:
         self._engine = engine
         self._stage = stage
         self._writer = writer
-        self._epoch_bits = id_base(record.epoch) >> ID_BITS
+        self._call = RemoteCall(engine, record)
 
     def close(self) -> None:
         """Hang up; the next call would connect anew."""
@@ -77,13 +75,13 @@ class DistantStore:
         """See LocalStore."""
         request = Find(b"".join(keys), min(lease_s, LEASE_S_MAX), INLINE_BYTES)
         look = Look.of(keys, self._ask(request, Findings, end_s))
-        self._check_epoch([look.lease_id] if look.lease_id else [])
+        self._call.check_epoch([look.lease_id] if look.lease_id else [])
         return look
 
     def release(self, look: Look) -> None:
         """See LocalStore."""
         if look.lease_id:
-            self._tell(Release(look.lease_id))
+            self._call.tell(Release(look.lease_id))
 
     def read(
         self, look: Look, rows: Sequence[int], into: Sequence[int], sink: Sink, verify: bool, end_s: float
@@ -103,7 +101,7 @@ class DistantStore:
                 staged.append(row)
         if here:
             offsets = [look.offsets[row] for row in here]
-            self._move(Opcode.READ, offsets, list(here.values()), end_s)
+            self._call.move(Opcode.READ, offsets, list(here.values()), end_s)
             for row in here:
                 parts = sink.places(targets[row], look.sizes[row])
                 reasons[row] = self._verdict(look, row, parts) if verify else ""
@@ -111,7 +109,7 @@ class DistantStore:
             with self._stage.room(sum(look.sizes[row] for row in batch), end_s) as buffer:
                 ranges_of = _spread(buffer, [look.sizes[row] for row in batch])
                 offsets = [look.offsets[row] for row in batch]
-                self._move(Opcode.READ, offsets, [[one] for one in ranges_of], end_s)
+                self._call.move(Opcode.READ, offsets, [[one] for one in ranges_of], end_s)
                 for row, (address, size) in zip(batch, ranges_of, strict=True):
                     copied = sink.take(targets[row], buffer.part(address, size))
                     reasons[row] = self._verdict(look, row, copied) if verify and copied else ""
@@ -146,7 +144,7 @@ class DistantStore:
         if look.is_sound(row, parts):
             return ""
         log.warning("pool.bad_block", node=self.node, key=look.keys[row].hex()[:16])
-        self._tell(ReportBad([look.keys[row]]))
+        self._call.tell(ReportBad([look.keys[row]]))
         return f"{self.node}: the bytes are not what was committed"
 
     # ------------------------------------------------------------ writing
@@ -174,7 +172,7 @@ class DistantStore:
         mine = [row for row, ticket in enumerate(room.tickets) if ticket]
         tickets = [room.tickets[row] for row in mine]
         try:
-            self._check_epoch(tickets)
+            self._call.check_epoch(tickets)
             if any(room.offsets[row] + size > self.record.capacity_bytes for row in mine):
                 raise ProtocolError(f"store {self.node}: a slot is not in its segment")
             self._write(mine, sources, room.offsets, size, end_s)
@@ -191,7 +189,7 @@ class DistantStore:
                 raise ProtocolError(f"store {self.node}: {len(done)} results for {len(mine)} tickets")
         except MooncakeError:
             if tickets:  # an empty list would mean everything of this writer
-                self._tell(Abandon(self._writer, tickets))
+                self._call.tell(Abandon(self._writer, tickets))
             raise
         committed = dict(zip(mine, done, strict=True))
         return [
@@ -214,7 +212,7 @@ class DistantStore:
             else:
                 staged.append(row)
         if here:
-            self._move(Opcode.WRITE, [offsets[row] for row in here], list(here.values()), end_s)
+            self._call.move(Opcode.WRITE, [offsets[row] for row in here], list(here.values()), end_s)
         for batch in batches(staged, [size] * len(sources)):
             with self._stage.room(size * len(batch), end_s) as buffer:
                 places = _spread(buffer, [size] * len(batch))
@@ -223,7 +221,9 @@ class DistantStore:
                     for part in sources[row]:
                         copy(buffer.part(at, part.nbytes), part)
                         at += part.nbytes
-                self._move(Opcode.WRITE, [offsets[row] for row in batch], [[one] for one in places], end_s)
+                self._call.move(
+                    Opcode.WRITE, [offsets[row] for row in batch], [[one] for one in places], end_s
+                )
 
     def remove(self, keys: Sequence[bytes], end_s: float) -> int:
         """See LocalStore."""
@@ -237,40 +237,8 @@ class DistantStore:
 
     # ------------------------------------------------------------ inside
 
-    def _check_epoch(self, ids: Sequence[int]) -> None:
-        if any(one >> ID_BITS != self._epoch_bits for one in ids):
-            raise PeerGone(f"store {self.node} has been restarted: its record is over")
-
-    def _move(
-        self, op: Opcode, offsets: Sequence[int], places: Sequence[Sequence[Range]], end_s: float
-    ) -> None:
-        local, remote, sizes = [], [], []
-        for offset, ranges in zip(offsets, places, strict=True):
-            there = self.record.segment_address + offset
-            for address, size in ranges:
-                local.append(address)
-                remote.append(there)
-                sizes.append(size)
-                there += size
-        left_s = max(0.0, end_s - time.monotonic())
-        self._engine.transfer(op, self.record.transfer, local, remote, sizes, deadline_s=left_s)
-
     def _ask(self, request: StoreRequest, kind: type[Any], end_s: float) -> Any:
-        left_s = min(ASK_S, end_s - time.monotonic())
-        if left_s <= 0:
-            raise PeerTimeout("the deadline passed")
-        body = self._engine.ask(self.record.transfer, SERVICE, wire.encode(request), left_s)
-        reply: Any = wire.decode(body, StoreReply)  # type: ignore[arg-type]
-        if not isinstance(reply, kind):
-            raise ProtocolError(f"{self.record.transfer}: {type(reply).__name__} instead of {kind.__name__}")
-        return reply
-
-    def _tell(self, request: StoreRequest) -> None:
-        """Send something whose failure changes nothing: the store's own bounds do it then."""
-        try:
-            self._engine.ask(self.record.transfer, SERVICE, wire.encode(request), UNDO_S)
-        except MooncakeError as error:
-            log.info("pool.not_told", node=self.node, request=type(request).__name__, reason=str(error))
+        return self._call.ask(request, kind, left_s(end_s))
 
 
 def _spread(buffer: Buffer, sizes: Sequence[int]) -> list[Range]:

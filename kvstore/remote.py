@@ -8,16 +8,14 @@ verified before the lease ends; what cannot be verified counts as not found, and
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 import structlog
 import xxhash
 
-from kvstore.limits import LEASE_S_MAX, SERVICE
-from kvstore.node import ID_BITS, id_base
-from mooncake.core import wire
-from mooncake.core.errors import MooncakeError, PeerGone, ProtocolError, RequestError
+from kvstore.limits import LEASE_S_MAX
+from kvstore.remote_call import UNDO_S, Ranges, RemoteCall
+from mooncake.core.errors import MooncakeError, ProtocolError, RequestError
 from mooncake.core.keys import checksum_seed
 from mooncake.core.messages import (
     Abandon,
@@ -33,8 +31,6 @@ from mooncake.core.messages import (
     Reserve,
     Reserved,
     StoreRecord,
-    StoreReply,
-    StoreRequest,
 )
 from transfer.engine import TransferEngine
 from transfer.model import Opcode
@@ -44,11 +40,6 @@ log = structlog.get_logger(__name__)
 DEADLINE_S = 5.0
 ASK_S = 2.0
 """For one request: two round trips and a turn of the store's loop are a millisecond."""
-UNDO_S = 1.0
-"""For giving back what a failed call held; the store does it by itself after its own bounds."""
-
-Ranges = Sequence[tuple[int, int]]
-"""Where one block lies here: (address, size_bytes) in registered memory, in order."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -74,10 +65,10 @@ class RemoteStore:
         """
         if not record.transfer:
             raise RequestError(f"store {record.node} is not open to other hosts: it has no transfer address")
+        self._call = RemoteCall(engine, record)
         self._engine = engine
         self._record = record
         self._writer = writer
-        self._epoch_bits = id_base(record.epoch) >> ID_BITS
 
     def get(self, keys: Sequence[bytes], targets: Sequence[Ranges], deadline_s: float = DEADLINE_S) -> Found:
         """Read the longest prefix of `keys` that the store has complete into `targets`.
@@ -119,10 +110,10 @@ class RemoteStore:
             PeerError: the store is away or restarted.
         """
         request = Acquire(list(keys), min(lease_s, LEASE_S_MAX), wait_s)
-        held: Acquired = self._ask(request, Acquired, min(ASK_S + wait_s, deadline_s))
+        held: Acquired = self._call.ask(request, Acquired, min(ASK_S + wait_s, deadline_s))
         if held.lease_id:
             try:
-                self._check_epoch([held.lease_id])
+                self._call.check_epoch([held.lease_id])
                 self._check_blocks(held.blocks, keys)
             except MooncakeError:
                 self.release(held.lease_id)
@@ -147,11 +138,11 @@ class RemoteStore:
             if sum(size for _, size in target) != block.size_bytes:
                 raise RequestError(f"a block of {block.size_bytes} bytes does not fit its target")
         end_s = time.monotonic() + deadline_s
-        self._move(Opcode.READ, [block.offset for block in blocks], targets, end_s)
+        self._call.move(Opcode.READ, [block.offset for block in blocks], targets, end_s)
         for at, block in enumerate(blocks):
             if scattered_checksum(keys[at], map(self._bytes, targets[at])) != block.checksum:
                 log.warning("pool.bad_block", node=self._record.node, key=keys[at].hex()[:16])
-                self._tell(ReportBad([keys[at]]))
+                self._call.tell(ReportBad([keys[at]]))
                 return at
         return len(blocks)
 
@@ -161,11 +152,11 @@ class RemoteStore:
         Raises:
             PeerError: it is away. RequestError: it copies from nobody.
         """
-        self._ask(Pull(list(keys), source, 0.0), Pulled, UNDO_S)
+        self._call.ask(Pull(list(keys), source, 0.0), Pulled, UNDO_S)
 
     def release(self, lease_id: int) -> None:
         """Give a lease back; one that cannot be given back ends by its term."""
-        self._tell(Release(lease_id))
+        self._call.tell(Release(lease_id))
 
     def put(
         self, keys: Sequence[bytes], sources: Sequence[Ranges], deadline_s: float = DEADLINE_S
@@ -185,19 +176,23 @@ class RemoteStore:
         sizes = {sum(size for _, size in source) for source in sources}
         if len(sizes) != 1 or len(sources) != len(keys):
             raise RequestError(f"put: {len(keys)} keys, {len(sources)} sources of {sorted(sizes)} bytes")
-        room = self._ask(Reserve(self._writer, list(keys), sizes.pop()), Reserved, min(ASK_S, deadline_s))
+        room = self._call.ask(
+            Reserve(self._writer, list(keys), sizes.pop()), Reserved, min(ASK_S, deadline_s)
+        )
         if not len(room.offsets) == len(room.tickets) == len(keys):
             raise ProtocolError(f"{self._record.transfer}: {len(room.offsets)} slots for {len(keys)} keys")
         mine = [at for at, offset in enumerate(room.offsets) if offset >= 0]
         tickets = [room.tickets[at] for at in mine]
         try:
-            self._check_epoch(tickets)
-            self._move(Opcode.WRITE, [room.offsets[at] for at in mine], [sources[at] for at in mine], end_s)
+            self._call.check_epoch(tickets)
+            self._call.move(
+                Opcode.WRITE, [room.offsets[at] for at in mine], [sources[at] for at in mine], end_s
+            )
             sums = [scattered_checksum(keys[at], map(self._bytes, sources[at])) for at in mine]
             done = self._commit(tickets, sums, end_s)
         except MooncakeError:
             if tickets:  # an empty list would mean everything of this writer
-                self._tell(Abandon(self._writer, tickets))
+                self._call.tell(Abandon(self._writer, tickets))
             raise
         known = {at for at, ok in zip(mine, done, strict=True) if ok}
         return [at in known or self._has(keys[at], end_s) for at in range(len(keys))]
@@ -206,22 +201,17 @@ class RemoteStore:
         if not tickets:
             return []
         left_s = max(0.0, end_s - time.monotonic())
-        answer: Committed = self._ask(Commit(tickets, sums), Committed, left_s)
+        answer: Committed = self._call.ask(Commit(tickets, sums), Committed, left_s)
         if len(answer.done) != len(tickets):
             raise ProtocolError(f"{self._record.transfer}: {len(answer.done)} of {len(tickets)} results")
         return answer.done
 
     def _has(self, key: bytes, end_s: float) -> bool:
         """Return whether the store has the block that it did not let us write."""
-        held = self._ask(Acquire([key], UNDO_S), Acquired, max(0.0, end_s - time.monotonic()))
+        held = self._call.ask(Acquire([key], UNDO_S), Acquired, max(0.0, end_s - time.monotonic()))
         if held.lease_id:
-            self._tell(Release(held.lease_id))
+            self._call.tell(Release(held.lease_id))
         return bool(held.blocks)
-
-    def _check_epoch(self, ids: Sequence[int]) -> None:
-        """Raise PeerGone unless these ids are of the start of the store that `record` describes."""
-        if any(one >> ID_BITS != self._epoch_bits for one in ids):
-            raise PeerGone(f"store {self._record.node} has been restarted: its record is over")
 
     def _check_blocks(self, blocks: Sequence[Block], keys: Sequence[bytes]) -> None:
         """Pass if every block lies in the segment."""
@@ -231,40 +221,12 @@ class RemoteStore:
             if not 0 < block.size_bytes <= self._record.capacity_bytes - block.offset or block.offset < 0:
                 raise ProtocolError(f"{self._record.transfer}: block {block} is not in its segment")
 
-    def _move(self, op: Opcode, offsets: Sequence[int], places: Sequence[Ranges], end_s: float) -> None:
-        local, remote, sizes = [], [], []
-        for offset, ranges in zip(offsets, places, strict=True):
-            there = self._record.segment_address + offset
-            for address, size in ranges:
-                local.append(address)
-                remote.append(there)
-                sizes.append(size)
-                there += size
-        if local:
-            left_s = max(0.0, end_s - time.monotonic())
-            self._engine.transfer(op, self._record.transfer, local, remote, sizes, deadline_s=left_s)
-
     def _bytes(self, place: tuple[int, int]) -> memoryview:
         address, size = place
         buffer = self._engine.buffer_at(address)
         if buffer is None or buffer.view is None or address + size > buffer.end:
             raise RequestError(f"{address:#x}+{size} is not registered host memory")
         return buffer.part(address, size)
-
-    def _ask(self, request: StoreRequest, kind: type[Any], deadline_s: float) -> Any:
-        body = self._engine.ask(self._record.transfer, SERVICE, wire.encode(request), deadline_s)
-        reply: Any = wire.decode(body, StoreReply)  # type: ignore[arg-type]
-        if not isinstance(reply, kind):
-            raise ProtocolError(f"{self._record.transfer}: {type(reply).__name__} instead of {kind.__name__}")
-        return reply
-
-    def _tell(self, request: StoreRequest) -> None:
-        """Send something whose failure changes nothing: the store's own bounds do it then."""
-        try:
-            self._engine.ask(self._record.transfer, SERVICE, wire.encode(request), UNDO_S)
-        except MooncakeError as error:
-            what = type(request).__name__
-            log.info("pool.not_told", node=self._record.node, request=what, reason=str(error))
 
 
 def scattered_checksum(key: bytes, parts: Iterable[memoryview]) -> bytes:
