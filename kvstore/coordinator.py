@@ -26,8 +26,9 @@ from kvstore.directory_messages import (
 from kvstore.directory_metrics import DirectoryMetrics
 from kvstore.directory_service import DirectoryService
 from kvstore.store_clients import StatsPoll, StoreClients
-from mooncake.core.election import TTL_S, Election, Term
+from mooncake.core.election import TTL_S, Election
 from mooncake.core.errors import ConfigError, MooncakeError, NotLeader
+from mooncake.core.messages import Term
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
 

@@ -27,16 +27,14 @@ from kvstore.directory_messages import (
     UndrainNode,
 )
 from kvstore.executor import Executor, Observer
-from kvstore.limits import KEYS_PER_REQUEST_MAX
+from kvstore.limits import check_keys
 from kvstore.placement import Placer, Room
 from kvstore.store_clients import StatsPoll, StoreClients
 from kvstore.task_book import Booked, TaskBook, TaskEntry, drain_key
 from kvstore.task_types import Command, Kind, Progress, State
 from kvstore.tasks import Tasks
-from mooncake.core.election import Term
 from mooncake.core.errors import MooncakeError, NotLeader, RequestError
-from mooncake.core.keys import KEY_BYTES
-from mooncake.core.messages import Ok, Orders, StoreStats
+from mooncake.core.messages import Ok, StoreStats, Term
 from mooncake.core.metadata import MetadataStore
 
 log = structlog.get_logger(__name__)
@@ -89,9 +87,8 @@ class LeaderTerm:
         self._booked: dict[int, str] = {}  # task -> where it is kept
         self._book_turn = asyncio.Lock()  # the book and `_booked` change together
         self._seen: dict[str, StoreStats] = {}  # what the placer knows of each node
-        orders = Orders(term.life, term.number, term.leader)
         self._executor = Executor(
-            clients.ask, lambda: orders if leads() else None, self._on_results, observe, clock
+            clients.ask, lambda: term if leads() else None, self._on_results, observe, clock
         )
 
     async def run(self) -> None:
@@ -149,11 +146,7 @@ class LeaderTerm:
         return Ok()
 
     def _check(self, keys: list[bytes], *nodes: str) -> None:
-        if len(keys) > KEYS_PER_REQUEST_MAX:
-            raise RequestError(f"{len(keys)} keys in one request: at most {KEYS_PER_REQUEST_MAX}")
-        for key in keys:
-            if len(key) != KEY_BYTES:
-                raise RequestError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+        check_keys(keys)
         known = [status.node for status in self._directory.status(self._clock())]
         for node in nodes:
             if node not in known:

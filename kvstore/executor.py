@@ -16,7 +16,7 @@ import structlog
 from kvstore.task_types import Command, Copy
 from kvstore.tasks import COMMAND_S
 from mooncake.core.errors import MooncakeError
-from mooncake.core.messages import DropKeys, KeysDropped, Orders, Pull, Pulled, StoreRequest
+from mooncake.core.messages import DropKeys, KeysDropped, Pull, Pulled, StoreRequest, Term
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class Executor:
     def __init__(
         self,
         ask: Ask,
-        orders: Callable[[], Orders | None],
+        orders: Callable[[], Term | None],
         results: Results,
         observe: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -114,7 +114,7 @@ class Executor:
         self._tell("copy" if source else "drop", errors, self._clock() - begun_s)
         self._results([(command.command_id, error) for command, error in zip(group, errors, strict=True)])
 
-    async def _pull(self, keys: list[bytes], source: str, node: str, orders: Orders) -> list[str]:
+    async def _pull(self, keys: list[bytes], source: str, node: str, orders: Term) -> list[str]:
         pulled: Pulled = await self._ask(node, Pull(keys, source, PULL_WAIT_S, orders), Pulled, PULL_S)
         held = [*pulled.held, *[False] * len(keys)][: len(keys)]
         return ["" if there else f"{node} did not get it from {source}" for there in held]

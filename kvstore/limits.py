@@ -1,8 +1,11 @@
 """Every bound of a store node, each with its reason. Shared by node, service and client."""
 
+from collections.abc import Sequence
+
 import msgspec
 
-from mooncake.core.errors import ConfigError
+from mooncake.core.errors import ConfigError, RequestError
+from mooncake.core.keys import KEY_BYTES
 
 KEYS_PER_REQUEST_MAX = 16_384
 """A prompt of 262k tokens in blocks of 16: half a megabyte of keys, about 10 ms of node time."""
@@ -52,6 +55,24 @@ HEARTBEAT_S = 0.5
 """Distance of heartbeats on the event socket."""
 TICK_S = 0.1
 """How late an expiry may be noticed when nobody calls."""
+
+
+def check_keys(keys: Sequence[bytes], keys_max: int = KEYS_PER_REQUEST_MAX) -> None:
+    """Pass if these may be the keys of one request.
+
+    Raises:
+        RequestError: too many, or one that is no key.
+    """
+    check_count(keys, keys_max)
+    for key in keys:
+        if len(key) != KEY_BYTES:
+            raise RequestError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+
+
+def check_count(items: Sequence[object], keys_max: int = KEYS_PER_REQUEST_MAX) -> None:
+    """Pass if one request may name as many; raises RequestError."""
+    if len(items) > keys_max:
+        raise RequestError(f"{len(items)} keys in one request: at most {keys_max}")
 
 
 class NodeLimits(msgspec.Struct, frozen=True, kw_only=True):

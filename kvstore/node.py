@@ -29,10 +29,9 @@ from kvstore.ages import AgeHistogram
 from kvstore.allocator import OffsetAllocator, aligned
 from kvstore.blocks import Entry, Write
 from kvstore.leases import Leases
-from kvstore.limits import EVICTIONS_PER_KEY_MAX, WRITER_CHARS_MAX, NodeLimits
+from kvstore.limits import EVICTIONS_PER_KEY_MAX, WRITER_CHARS_MAX, NodeLimits, check_count, check_keys
 from kvstore.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
 from mooncake.core.errors import CapacityError, RequestError
-from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
 
 CHECKSUM_BYTES = 16
@@ -106,7 +105,7 @@ class Node:
             CapacityError: too many leases.
         """
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         entries = self._prefix(keys)
         reply = self._lease(keys, entries, lease_s, len(keys) - 1)
         self.hits += len(entries)
@@ -116,7 +115,7 @@ class Node:
     def first_writing(self, now_s: float, keys: Sequence[bytes]) -> bytes | None:
         """Return the key that ends the complete prefix, if it is being written; else None."""
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         for key in keys:
             if key not in self._complete:
                 return key if key in self._writing else None
@@ -149,7 +148,7 @@ class Node:
             RequestError: malformed keys, writer or tags; a size that could never fit.
         """
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         _check_writer(writer)
         tags.check()
         if not 0 < size_bytes <= self._allocator.capacity_bytes:
@@ -190,7 +189,7 @@ class Node:
             RequestError: not one 16-byte checksum per ticket; nothing is committed then.
         """
         self.tick(now_s)
-        self._check_count(tickets)
+        check_count(tickets, self.limits.keys_max)
         if len(tickets) != len(checksums) or any(len(c) != CHECKSUM_BYTES for c in checksums):
             raise RequestError(f"commit needs one checksum of {CHECKSUM_BYTES} bytes per ticket")
         if self._now_s >= self._second + 1:
@@ -221,7 +220,7 @@ class Node:
         """
         self.tick(now_s)
         _check_writer(writer)
-        self._check_count(tickets)
+        check_count(tickets, self.limits.keys_max)
         for ticket in list(tickets) or list(self._writes):
             write = self._writes.get(ticket)
             if write is not None and write.writer == writer:
@@ -241,7 +240,7 @@ class Node:
             RequestError: malformed keys or ttl_s.
         """
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         check_pin_s(ttl_s)
         done = 0
         for key in keys:
@@ -275,7 +274,7 @@ class Node:
     def lease_for_check(self, now_s: float, key: bytes, lease_s: float) -> Acquired:
         """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
         self.tick(now_s)
-        self._check_keys([key])
+        check_keys([key])
         return self._lease([key], self._prefix([key]), lease_s)
 
     def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
@@ -288,7 +287,7 @@ class Node:
             RequestError, CapacityError: as acquire.
         """
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         found = [key for key in keys if key in self._complete]
         return self._lease(found, self._prefix(found), lease_s).lease_id, found
 
@@ -313,7 +312,7 @@ class Node:
             RequestError: malformed keys.
         """
         self.tick(now_s)
-        self._check_keys(keys)
+        check_keys(keys, self.limits.keys_max)
         found = [key for key in dict.fromkeys(keys) if key in self._complete]
         for key in found:
             self._drop(key)
@@ -457,16 +456,6 @@ class Node:
             del self._pending[key]
         else:
             self._pending[key] = stored
-
-    def _check_count(self, items: Sequence[object]) -> None:
-        if len(items) > self.limits.keys_max:
-            raise RequestError(f"{len(items)} keys in one request: at most {self.limits.keys_max}")
-
-    def _check_keys(self, keys: Sequence[bytes]) -> None:
-        self._check_count(keys)
-        for key in keys:
-            if len(key) != KEY_BYTES:
-                raise RequestError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
 
 
 def _check_writer(writer: str) -> None:

@@ -1,4 +1,4 @@
-"""How a process reaches one store of another host: requests by the engine's control connection, bytes beside it."""
+"""How a store of another host is reached: requests over the engine's control connection, bytes beside it."""
 
 import time
 from collections.abc import Sequence

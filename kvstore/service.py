@@ -8,7 +8,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from kvstore.finding import find, split_keys
 from kvstore.keeping import make_policy, pin, set_quota, tags_of
 from kvstore.limits import (
     HEARTBEAT_S,
-    KEYS_PER_REQUEST_MAX,
     PULL_WAIT_S_MAX,
     TICK_S,
     WAIT_S_MAX,
     NodeLimits,
+    check_keys,
 )
 from kvstore.metrics import SsdCollector, StoreCollector
 from kvstore.names import Names
@@ -42,9 +42,8 @@ from kvstore.store_config import StoreConfig
 from kvstore.tiering import Tiering
 from kvstore.writebehind import WriteBehindLimits
 from mooncake.core import wire
-from mooncake.core.election import Fence, Term
+from mooncake.core.election import Fence
 from mooncake.core.errors import ConfigError, NotLeader, RequestError
-from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import (
     Abandon,
     Acquire,
@@ -58,7 +57,6 @@ from mooncake.core.messages import (
     KeysDropped,
     ListNames,
     Ok,
-    Orders,
     Pin,
     Pull,
     Pulled,
@@ -73,6 +71,7 @@ from mooncake.core.messages import (
     StoreRecord,
     StoreRequest,
     StoreStats,
+    Term,
 )
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcServer
@@ -127,7 +126,15 @@ class StoreService:
         self._flush_due = False
         self._waiting: dict[asyncio.Future[None], bytes] = {}  # readers that wait for a key
         self._recheck = Recheck(self.node, self._clock, self._after_change)
+        self._waiting_handlers: dict[type, Callable[[Any], Awaitable[Any]]] = {
+            Find: self._fetch_and_find,
+            Acquire: self._acquire,
+            ReportBad: self._recheck.report,
+            Pull: self._pull,
+            DropKeys: self._drop,
+        }
         self._handlers: dict[type, Callable[[Any], Any]] = {
+            HandOver: self._hand_over,
             Release: self._release,
             Reserve: self._reserve,
             Pin: lambda request: pin(self.node, self._clock(), request),
@@ -300,18 +307,8 @@ class StoreService:
 
     async def _handle(self, request: StoreRequest) -> Any:
         try:
-            if isinstance(request, Find):
-                return await self._fetch_and_find(request)
-            if isinstance(request, Acquire):
-                return await self._acquire(request)
-            if isinstance(request, ReportBad):
-                return await self._recheck.report(request)
-            if isinstance(request, Pull):
-                return await self._pull(request)
-            if isinstance(request, DropKeys):
-                return await self._drop(request)
-            if isinstance(request, HandOver):
-                return self._hand_over(request)
+            if (waiting := self._waiting_handlers.get(type(request))) is not None:
+                return await waiting(request)
             return self._handlers[type(request)](request)
         finally:
             self._after_change()
@@ -366,7 +363,7 @@ class StoreService:
 
     async def _pull(self, request: Pull) -> Pulled:
         self._check_orders(request.orders)
-        _check_keys(request.keys)
+        check_keys(request.keys)
         if not request.wait_s >= 0:
             raise RequestError(f"wait_s={request.wait_s}: must not be negative")
         if self.pulls is None:
@@ -380,23 +377,23 @@ class StoreService:
         return Pulled([self.node.block_of(key) is not None for key in request.keys])
 
     def _hand_over(self, request: HandOver) -> Ok:
-        _check_keys(request.keys)
+        check_keys(request.keys)
         if self._outside:
             self._outside.hand_over(request.keys, request.target)
         return Ok()
 
     async def _drop(self, request: DropKeys) -> KeysDropped:
         self._check_orders(request.orders)
-        _check_keys(request.keys)
+        check_keys(request.keys)
         held = {key for key in request.keys if self.node.block_of(key) is not None}
         self.node.drop(self._clock(), request.keys)
         if self.tiering:
             held.update(await self.tiering.drop(request.keys))
         return KeysDropped(len(held))
 
-    def _check_orders(self, orders: Orders | None) -> None:
+    def _check_orders(self, orders: Term | None) -> None:
         """Follow no leader whose term is over."""
-        if orders is not None and not self._fence.admits(Term(orders.life, orders.number, orders.leader)):
+        if orders is not None and not self._fence.admits(orders):
             raise NotLeader(f"orders of {orders.leader}, term {orders.number}: another leads now")
 
     async def _until_written(self, key: bytes, wait_s: float) -> None:
@@ -467,11 +464,3 @@ class StoreService:
                 events = self.tiering.merge(events)
             self._names.forget(events.removed)
             self._events.publish(events)
-
-
-def _check_keys(keys: Sequence[bytes]) -> None:
-    if len(keys) > KEYS_PER_REQUEST_MAX:
-        raise RequestError(f"{len(keys)} keys in one request: at most {KEYS_PER_REQUEST_MAX}")
-    for key in keys:
-        if len(key) != KEY_BYTES:
-            raise RequestError(f"a key has {KEY_BYTES} bytes, not {len(key)}")

@@ -23,7 +23,7 @@ import msgspec
 import structlog
 
 from mooncake.core.errors import MooncakeError
-from mooncake.core.messages import MetaEntries
+from mooncake.core.messages import MetaEntries, Term
 from mooncake.core.metadata import MetadataStore
 
 log = structlog.get_logger(__name__)
@@ -39,14 +39,6 @@ CLOSE_S = 0.5
 """A store that is there answers in milliseconds; else the lease ends by itself."""
 LIVES_MAX = 64
 """Lives of the store that a Fence remembers as over; one restart a day for two months."""
-
-
-class Term(msgspec.Struct, frozen=True):
-    """A leader's time in office. Numbers grow within one life of the store."""
-
-    life: str  # epoch of the store
-    number: int
-    leader: str
 
 
 class LeaderRecord(msgspec.Struct, frozen=True):

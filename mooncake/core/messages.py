@@ -145,10 +145,10 @@ class ReportBad(msgspec.Struct, frozen=True, array_like=True, tag="bad"):
     keys: list[bytes]
 
 
-class Orders(msgspec.Struct, frozen=True, array_like=True):
-    """In whose name a leader gives orders: a node follows none of an earlier term (core.election.Term)."""
+class Term(msgspec.Struct, frozen=True, array_like=True):
+    """A leader's time in office (core.election). Numbers grow within one life of the metadata store."""
 
-    life: str
+    life: str  # epoch of the metadata store
     number: int
     leader: str
 
@@ -156,13 +156,13 @@ class Orders(msgspec.Struct, frozen=True, array_like=True):
 class Pull(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pull"):
     """Copy blocks from the store of node `source` into this one. Answer: Pulled.
 
-    `wait_s` bounds the copying; what is under way then goes on. `orders`: of the leader, if it asks.
+    `wait_s` bounds the copying; what is under way then goes on. `orders`: in whose name, if a leader asks.
     """
 
     keys: list[bytes]
     source: str
     wait_s: float
-    orders: Orders | None = None
+    orders: Term | None = None
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pulld"):
@@ -182,7 +182,7 @@ class DropKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop
     """Remove complete blocks from every tier; leased ones are freed later. Answer: KeysDropped."""
 
     keys: list[bytes]
-    orders: Orders | None = None
+    orders: Term | None = None
 
 
 class KeysDropped(msgspec.Struct, frozen=True, array_like=True, tag="dropd"):

@@ -6,7 +6,7 @@ import msgspec
 
 from kvstore.events import EventPublisher, Snapshots
 from kvstore.node import NodeEvents
-from mooncake.core.election import Fence, Term
+from mooncake.core.election import Fence
 from mooncake.core.errors import NotLeader, RequestError
 from mooncake.core.messages import (
     STORES_PREFIX,
@@ -93,7 +93,7 @@ class FakeStore:
         raise RequestError(f"not here: {request}")
 
     def _obey(self, orders) -> None:
-        if not self._fence.admits(Term(orders.life, orders.number, orders.leader)):
+        if not self._fence.admits(orders):
             self.refused.append(orders.number)
             raise NotLeader(f"term {orders.number} is over")
         self.orders.append(orders.number)

@@ -26,9 +26,9 @@ from kvstore.directory_metrics import DirectoryMetrics
 from kvstore.placement import Placer
 from kvstore.task_types import Kind, Progress, State
 from kvstore.tasks import Tasks
-from mooncake.core.election import LeaderRecord, Term
+from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import CapacityError, NotLeader, PeerGone, RequestError
-from mooncake.core.messages import Ok, StoreRecord, StoreStats
+from mooncake.core.messages import Ok, StoreRecord, StoreStats, Term
 
 SIZE = 4096
 TASK = Progress(5, Kind.DRAIN, State.RUNNING, 10, 3, 0, "", "a", "")

@@ -21,7 +21,7 @@ from kvstore.directory_messages import (
 from kvstore.executor import Executor
 from kvstore.task_types import Copy, State
 from mooncake.core.errors import ConfigError, NotLeader, PeerGone
-from mooncake.core.messages import STORES_PREFIX, Orders
+from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_memory import MemoryMetadata
 from mooncake.core.rpc import RpcClient
 from tests.unit.kvstore.fake_stores import SIZE, FakeStore, keys
@@ -225,7 +225,7 @@ async def test_orders_of_an_earlier_term_are_refused_by_stores_that_know_the_nex
     await world.ask("d2", CopyKeys(keys(1), "b"))
     await until(lambda: world.where(1) == {"a", "b"})
     results = []
-    orders = Orders(old.term.life, old.term.number, old.term.leader)
+    orders = old.term
     late = Executor(second.clients.ask, lambda: orders, results.extend)
     late.run([Copy(1, keys(2)[0], "a", "b")])
     await until(lambda: results)

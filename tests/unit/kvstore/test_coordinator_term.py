@@ -20,9 +20,8 @@ from kvstore.directory_messages import (
 from kvstore.limits import KEYS_PER_REQUEST_MAX
 from kvstore.task_book import TaskBook
 from kvstore.task_types import State
-from mooncake.core.election import Term
 from mooncake.core.errors import CapacityError, NotLeader, PeerGone, RequestError
-from mooncake.core.messages import DropKeys, KeysDropped, Pulled, StoreStats
+from mooncake.core.messages import DropKeys, KeysDropped, Pulled, StoreStats, Term
 from mooncake.core.metadata_memory import MemoryMetadata
 
 SIZE = 4096

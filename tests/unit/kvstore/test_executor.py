@@ -8,9 +8,9 @@ from kvstore.executor import PULL_S, Executor
 from kvstore.task_types import Copy, Drop
 from kvstore.tasks import COMMAND_S
 from mooncake.core.errors import PeerTimeout
-from mooncake.core.messages import DropKeys, KeysDropped, Orders, Pull, Pulled
+from mooncake.core.messages import DropKeys, KeysDropped, Pull, Pulled, Term
 
-ORDERS = Orders("life", 7, "d1")
+ORDERS = Term("life", 7, "d1")
 
 
 def key(n: int) -> bytes:

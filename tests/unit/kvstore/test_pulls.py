@@ -20,10 +20,10 @@ from mooncake.core.messages import (
     Commit,
     DropKeys,
     HandOver,
-    Orders,
     Pull,
     Release,
     Reserve,
+    Term,
 )
 from mooncake.core.metadata_memory import MemoryMetadata
 from transfer.config import EngineConfig
@@ -218,10 +218,10 @@ async def test_orders_of_a_leader_whose_term_is_over_are_refused(tmp_path):
     async with stores(tmp_path, "a", "b") as (a, b):
         await a.put(0)
         await b.put(1)
-        assert (await b.ask(Pull([key(0)], "a", WAIT_S, Orders("life", 5, "new")))).held == [True]
+        assert (await b.ask(Pull([key(0)], "a", WAIT_S, Term("life", 5, "new")))).held == [True]
         for late in (
-            DropKeys([key(1)], Orders("life", 4, "old")),
-            Pull([key(0)], "a", 0.0, Orders("life", 4, "old")),
+            DropKeys([key(1)], Term("life", 4, "old")),
+            Pull([key(0)], "a", 0.0, Term("life", 4, "old")),
         ):
             with pytest.raises(NotLeader, match="old"):
                 await b.ask(late)
