@@ -108,10 +108,7 @@ class StoreLink:
 
     def begin(self, request: Any) -> bytes:
         """Send; raises CapacityError, or PeerGone when the link was closed meanwhile."""
-        try:
-            return self._rpc.begin(request)
-        except zmq.ZMQError as error:
-            raise self._closed(error) from error
+        return self._rpc.begin(request)
 
     def send(self, request: Any) -> None:
         """Send a request whose answer nobody needs; raises as `begin`."""
@@ -119,18 +116,11 @@ class StoreLink:
 
     def poll(self, call_id: bytes) -> bool:
         """Return whether the answer is here; a closed link never has it."""
-        try:
-            return self._rpc.poll(call_id)
-        except zmq.ZMQError:
-            return False
+        return self._rpc.poll(call_id)
 
     def finish(self, call_id: bytes, deadline_s: float, kind: type[Any]) -> Any:
-        """Return the answer, a `kind`; raises as BlockingRpcClient.finish, or PeerGone."""
-        try:
-            reply = self._rpc.finish(call_id, deadline_s)
-        except zmq.ZMQError as error:
-            raise self._closed(error) from error
-        return self._is(reply, kind)
+        """Return the answer, a `kind`; raises as BlockingRpcClient.finish."""
+        return self._is(self._rpc.finish(call_id, deadline_s), kind)
 
     def _is(self, reply: Any, kind: type[Any]) -> Any:
         if not isinstance(reply, kind):
@@ -203,9 +193,6 @@ class StoreLink:
 
     def _restarted(self) -> PeerGone:
         return PeerGone(f"store {self.record.node} restarted: epoch {self.record.epoch} is over")
-
-    def _closed(self, error: zmq.ZMQError) -> PeerGone:
-        return PeerGone(f"{self.record.endpoint}: link closed ({error})")
 
 
 def _record_of(segment: Segment) -> StoreRecord:

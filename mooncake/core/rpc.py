@@ -27,6 +27,7 @@ from mooncake.core.errors import (
     CapacityError,
     ConfigError,
     MooncakeError,
+    PeerGone,
     PeerTimeout,
     ProtocolError,
 )
@@ -245,6 +246,7 @@ class BlockingRpcClient:
 
         Raises:
             CapacityError: too many calls in flight, or the socket's queue is full.
+            PeerGone: this client was closed.
         """
         payload = wire.encode(request)
         with self._lock:
@@ -255,17 +257,22 @@ class BlockingRpcClient:
                 self._socket.send_multipart([call_id, payload], zmq.NOBLOCK)
             except zmq.Again:
                 raise CapacityError(f"send queue to {self.endpoint} is full") from None
+            except zmq.ZMQError as error:
+                raise PeerGone(f"{self.endpoint}: closed meanwhile ({error})") from error
             self._replies[call_id] = None
         return call_id
 
     def poll(self, call_id: bytes) -> bool:
-        """Return whether the reply to `call_id` is here; never waits."""
+        """Return whether the reply to `call_id` is here; never waits. A closed client never has it."""
         with self._lock:
-            self._drain(0)
+            try:
+                self._drain(0)
+            except PeerGone:
+                return False
             return self._replies.get(call_id) is not None
 
     def finish(self, call_id: bytes, deadline_s: float) -> Any:
-        """Return the reply, waiting at most `deadline_s`; raises as RpcClient.call."""
+        """Return the reply, waiting at most `deadline_s`; raises as RpcClient.call, and as `begin`."""
         end_s = time.monotonic() + deadline_s
         try:
             while True:
@@ -292,8 +299,13 @@ class BlockingRpcClient:
             self._replies.pop(call_id, None)
 
     def _drain(self, wait_ms: int) -> None:
-        while self._socket.poll(wait_ms):
-            frames = self._socket.recv_multipart()
+        while True:
+            try:
+                if not self._socket.poll(wait_ms):
+                    return
+                frames = self._socket.recv_multipart()
+            except zmq.ZMQError as error:  # another thread has closed the client
+                raise PeerGone(f"{self.endpoint}: closed meanwhile ({error})") from error
             if len(frames) != 2:
                 raise ProtocolError(f"{self.endpoint}: {len(frames)} frames instead of 2")
             if frames[0] in self._replies:

@@ -15,6 +15,7 @@ from mooncake.core.errors import (
     CapacityError,
     ConfigError,
     MooncakeError,
+    PeerGone,
     PeerTimeout,
     ProtocolError,
 )
@@ -466,3 +467,24 @@ def test_a_blocking_client_survives_a_restart_of_its_server():
         client.call(Say("nobody"), 0.05)
     asyncio.run(serve_one(client, endpoint))
     client.close()
+
+
+def test_a_client_that_another_thread_closes_is_gone_for_those_who_use_it(server_thread):
+    with blocking(server_thread) as client:
+        call = client.begin(Say("slow", wait_s=60.0))
+        ended: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                client.finish(call, 60.0)
+            except PeerGone as gone:
+                ended.append(gone)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        client.close()
+        waiter.join(PATIENT_S)
+        assert len(ended) == 1
+        assert not client.poll(call)
+        with pytest.raises(PeerGone):
+            client.begin(Say("hi"))
