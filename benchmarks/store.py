@@ -10,18 +10,10 @@ DIR) and root: upstream's processes listen on every address, so all contenders g
 Absent peers are skipped by name.
 """
 
-import argparse
-import os
-import shutil
-import signal
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from benchmarks import harness
-from benchmarks.transfer import absent
+from benchmarks.transfer_peers import contest
 from benchmarks.transfer_peers.rounds import (
     KIB,
     MIB,
@@ -29,13 +21,8 @@ from benchmarks.transfer_peers.rounds import (
     Cell,
     Contender,
     Pace,
-    Sample,
-    judge,
-    measure,
-    started,
     table,
 )
-from mooncake.core.errors import ConfigError
 
 POOL_BYTES = 128 * MIB
 """Objects of one size: four last-level caches, so that large ones are read cold."""
@@ -84,52 +71,16 @@ BARS = (
 FIGURES = {"us": "microseconds for one go", "gb_s": "GB/s", "cpu_s_gb": "CPU seconds per GB, both processes"}
 
 
-def report(samples: list[Sample], names: list[str], skipped: dict[str, str]) -> list[dict[str, Any]]:
-    """Print the tables; return the closing one."""
+def main() -> None:
+    """See the module's text."""
+    args = contest.parser(__doc__).parse_args()
+    pace = QUICK if args.quick else FULL
+    contenders = contest.wanted(CONTENDERS, args)
+    samples, names, skipped = contest.run(contenders, args, CELLS, pace, POOL_BYTES)
     for figure, title in FIGURES.items():
         cells = [c for c in CELLS if figure == "us" or c.op != "EXISTS"]
         harness.show(title, table(samples, names, cells, figure))
-    bars = [judge(samples, bar) for bar in BARS]
-    rounds = len({s.round for s in samples})
-    harness.show(f"Bars: medians of ratios over {rounds} rounds, the worst cell decides", bars)
-    if skipped:
-        harness.show("Skipped", [{"contender": n, "why": why} for n, why in skipped.items()])
-    return bars
-
-
-def main() -> None:
-    """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short samples: within 60 s")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--peers", metavar="LIST", help="only these contenders, by comma")
-    venv = os.environ.get("MOONCAKE_BENCH_PEERS")
-    parser.add_argument("--peer-venv", default=venv, metavar="DIR", help="default: $MOONCAKE_BENCH_PEERS")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    known = [c.name for c in CONTENDERS]
-    wanted = args.peers.split(",") if args.peers else known
-    if unknown := set(wanted) - set(known):
-        raise ConfigError(f"--peers {','.join(unknown)}: choose among {', '.join(known)}")
-    pace = QUICK if args.quick else FULL
-    isolated = os.geteuid() == 0 and bool(shutil.which("unshare")) and bool(shutil.which("ip"))
-    peer_python = Path(args.peer_venv) / "bin" / "python" if args.peer_venv else None
-    contenders = [c for c in CONTENDERS if c.name in wanted]
-    skipped = {c.name: why for c in contenders if (why := absent(c, peer_python, isolated))}
-    chosen = [
-        (c, str(peer_python) if c.foreign else sys.executable) for c in contenders if c.name not in skipped
-    ]
-    with (
-        harness.progress(1 + pace.rounds * len(CELLS)) as begin,
-        tempfile.TemporaryDirectory(prefix="bench-store-") as folder,
-    ):
-        begin("starting")
-        with started(chosen, POOL_BYTES, folder, isolated, skipped) as workers:
-            names = [w.contender.name for w in workers]
-            samples = measure(workers, CELLS, pace, skipped, begin)
-    bars = report(samples, names, skipped)
-    result = {"pool_bytes": POOL_BYTES, "pace": asdict(pace), "bars": bars, "skipped": skipped}
-    harness.save(args.json, {**result, "samples": [asdict(s) for s in samples]})
+    contest.conclude(args, samples, BARS, skipped, pool_bytes=POOL_BYTES, pace=asdict(pace))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,12 @@ The peers need a virtual environment of their own (`benchmarks/transfer_peers/in
 Absent peers are skipped by name.
 """
 
-import argparse
-import os
-import shutil
-import signal
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from benchmarks import harness
+from benchmarks.transfer_peers import contest
 from benchmarks.transfer_peers.rounds import (
     KIB,
     MIB,
@@ -28,13 +22,8 @@ from benchmarks.transfer_peers.rounds import (
     Cell,
     Contender,
     Pace,
-    Sample,
-    judge,
-    measure,
-    started,
     table,
 )
-from mooncake.core.errors import ConfigError
 
 POOL_BYTES_MAX = 1 << 30
 """Seventeen pools are in memory at the same time."""
@@ -107,71 +96,23 @@ def cache_bytes() -> int:
     return max([32 * MIB, *(int(file.read_text().strip().removesuffix("K")) * KIB for file in files)])
 
 
-def absent(contender: Contender, peer_python: Path | None, isolated: bool) -> str:
-    """Return why a contender cannot run, "" if it may."""
-    if contender.foreign and peer_python is None:
-        return "no --peer-venv (see benchmarks/transfer_peers/install)"
-    if contender.foreign and not (peer_python and peer_python.exists()):
-        return f"{peer_python} does not exist"
-    if contender.exposed and not isolated:
-        return "it listens on every address, and a network of its own needs root, unshare and ip"
-    if contender.module.endswith("redis_unix") and not shutil.which("redis-server"):
-        return "no redis-server"
-    return ""
-
-
-def report(samples: list[Sample], names: list[str], skipped: dict[str, str]) -> list[dict[str, Any]]:
-    """Print the tables; return the closing one."""
-    for medium in ("memory", "disk"):
-        here = [c.name for c in CONTENDERS if c.medium == medium and c.name in names]
-        cells = [c for c in CELLS if c.medium == medium]
-        for figure, title in FIGURES.items() if here else ():
-            harness.show(f"{medium}: {title.format(here[0])}", table(samples, here, cells, figure))
-    bars = [judge(samples, bar) for bar in BARS]
-    rounds = len({s.round for s in samples})
-    harness.show(f"Bars: medians of ratios over {rounds} rounds, the worst cell decides", bars)
-    if skipped:
-        harness.show("Skipped", [{"contender": n, "why": why} for n, why in skipped.items()])
-    return bars
-
-
 def main() -> None:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short samples: within 60 s")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--peers", metavar="LIST", help="only these contenders, by comma")
-    venv = os.environ.get("MOONCAKE_BENCH_PEERS")
-    parser.add_argument("--peer-venv", default=venv, metavar="DIR", help="default: $MOONCAKE_BENCH_PEERS")
+    parser = contest.parser(__doc__)
     parser.add_argument("--dir", metavar="DIR", help="on the disk to measure (default: the temporary folder)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    known = [c.name for c in CONTENDERS]
-    wanted = args.peers.split(",") if args.peers else known
-    if unknown := set(wanted) - set(known):
-        raise ConfigError(f"--peers {','.join(unknown)}: choose among {', '.join(known)}")
-    contenders = [c for c in CONTENDERS if c.name in wanted]
+    contenders = contest.wanted(CONTENDERS, args)
     sizes = QUICK_SIZES if args.quick else SINGLES
     cells = [c for c in CELLS if c.size in sizes and any(c.medium == o.medium for o in contenders)]
     pace = QUICK if args.quick else FULL
-    isolated = os.geteuid() == 0 and bool(shutil.which("unshare")) and bool(shutil.which("ip"))
-    peer_python = Path(args.peer_venv) / "bin" / "python" if args.peer_venv else None
-    skipped = {c.name: why for c in contenders if (why := absent(c, peer_python, isolated))}
-    chosen = [
-        (c, str(peer_python) if c.foreign else sys.executable) for c in contenders if c.name not in skipped
-    ]
     pool_bytes = pool_size(QUICK_POOL_CACHES if args.quick else POOL_CACHES)
-    with (
-        harness.progress(1 + pace.rounds * len(cells)) as begin,
-        tempfile.TemporaryDirectory(prefix="bench-transfer-", dir=args.dir) as folder,
-    ):
-        begin("starting")
-        with started(chosen, pool_bytes, folder, isolated, skipped) as workers:
-            names = [w.contender.name for w in workers]
-            samples = measure(workers, cells, pace, skipped, begin)
-    bars = report(samples, names, skipped)
-    result = {"pool_bytes": pool_bytes, "pace": asdict(pace), "bars": bars, "skipped": skipped}
-    harness.save(args.json, {**result, "samples": [asdict(s) for s in samples]})
+    samples, names, skipped = contest.run(contenders, args, cells, pace, pool_bytes, args.dir)
+    for medium in ("memory", "disk"):
+        here = [c.name for c in CONTENDERS if c.medium == medium and c.name in names]
+        shown = [c for c in CELLS if c.medium == medium]
+        for figure, title in FIGURES.items() if here else ():
+            harness.show(f"{medium}: {title.format(here[0])}", table(samples, here, shown, figure))
+    contest.conclude(args, samples, BARS, skipped, pool_bytes=pool_bytes, pace=asdict(pace))
 
 
 if __name__ == "__main__":
