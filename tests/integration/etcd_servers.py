@@ -9,7 +9,7 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from mooncake.core.metadata_etcd import EtcdMetadata
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions
 from mooncake.core.metadata_etcd_wire import key_range
 from mooncake.core.process import set_parent_death_signal
 from tests.integration.ports import lasting_port
+
+POLL_S = 0.2
+"""Of clients in tests: shorter than in production, so that silence is noticed soon."""
 
 ETCD = shutil.which("etcd")
 NEEDS_ETCD = pytest.mark.skipif(ETCD is None, reason="no etcd here: install the package etcd-server")
@@ -206,3 +210,12 @@ def running(
         yield servers
     finally:
         servers.close()
+
+
+@contextlib.asynccontextmanager
+async def client(options: EtcdOptions) -> AsyncIterator[EtcdMetadata]:
+    store = EtcdMetadata(options, poll_s=POLL_S)
+    try:
+        yield store
+    finally:
+        await store.close()

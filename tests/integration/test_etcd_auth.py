@@ -14,18 +14,16 @@ import pytest
 
 from mooncake.core.errors import ConfigError, PeerError
 from mooncake.core.messages import STORES_PREFIX
-from mooncake.core.metadata_etcd import EtcdMetadata
 from mooncake.core.metadata_etcd_options import PASSWORD_ENV, EtcdOptions, parse_etcd
 from mooncake.core.metadata_follow import Follower, follow
 from mooncake.core.metadata_registration import Registration, RegistrationState
-from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, running
+from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, client, running
 from tests.integration.etcd_tls import make_tls
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
 
 USER, PASSWORD = "mooncake", "open-sesame"
 WAIT_S = 30.0
-POLL_S = 0.2
 TOKEN_TTL_S = 1
 """etcd's default is 300 s after the last use."""
 MOONCAKE = str(Path(sys.executable).parent / "mooncake")
@@ -50,15 +48,6 @@ def who(servers: EtcdServers, password_file: Path, **settings: str) -> EtcdOptio
 
 def guard(servers: EtcdServers) -> None:
     servers.enable_auth(USER, PASSWORD, "/mooncake/")
-
-
-@contextlib.asynccontextmanager
-async def client(options: EtcdOptions) -> AsyncIterator[EtcdMetadata]:
-    store = EtcdMetadata(options, poll_s=POLL_S)
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @contextlib.asynccontextmanager

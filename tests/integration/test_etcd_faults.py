@@ -23,12 +23,11 @@ from mooncake.core.metadata_etcd import ANSWER_S, CALL_S, EtcdMetadata
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions, parse_etcd
 from mooncake.core.metadata_follow import Follower, follow
 from mooncake.core.metadata_registration import Registration, RegistrationState
-from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, EtcdServers, Tls, running
+from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, POLL_S, EtcdServers, Tls, client, running
 from tests.integration.etcd_tls import make_tls
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
 
-POLL_S = 0.2
 WAIT_S = 15.0
 OUTAGE_S = 10.0
 ELECTION_S = 4.0
@@ -47,15 +46,6 @@ def servers(tmp_path: Path) -> Iterator[EtcdServers]:
 def three(tmp_path: Path) -> Iterator[EtcdServers]:
     with running(tmp_path, count=3) as servers:
         yield servers
-
-
-@contextlib.asynccontextmanager
-async def client(options: EtcdOptions) -> AsyncIterator[EtcdMetadata]:
-    store = EtcdMetadata(options, poll_s=POLL_S)
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @contextlib.asynccontextmanager
