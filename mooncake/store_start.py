@@ -110,9 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             elif name in cls.__struct_fields__:
                 known[name] = str(value)
             elif value not in (None, "", False, "false", "False", "0", 0):
-                log.warning(
-                    "mooncake.store: a setting that means nothing here", setting=name, value=str(value)
-                )
+                log.warning("mooncake.store: a setting that means nothing here", setting=name)
         missing = [name for name in ("local_hostname", "metadata_server") if name not in known]
         if missing:
             raise fail(missing[0], "", "it must be given")

@@ -110,6 +110,10 @@ def is_etcd(text: str) -> bool:
     return text.partition("://")[0] in _SCHEMES
 
 
+_UNKNOWN_SETTING = re.compile(rf"([?&](?!(?:insecure|{'|'.join([*_FILES, _PASSWORD])})=)[^=&]*=)[^&]+")
+"""Its value is not repeated: it may be a password."""
+
+
 def parse_etcd(text: str) -> EtcdOptions:
     """Return what an address like those in the module's text says.
 
@@ -121,7 +125,8 @@ def parse_etcd(text: str) -> EtcdOptions:
 
     def fail(advice: str) -> ConfigError:
         if not _PERHAPS_PASSWORD.match(text):
-            return ConfigError(f"metadata = {text!r}: {advice}")
+            shown = _UNKNOWN_SETTING.sub(r"\1...", text)
+            return ConfigError(f"metadata = {shown!r}: {advice}")
         return ConfigError(
             f"metadata = '{text.partition('://')[0]}://...@{text.rpartition('@')[2]}': not understood; "
             f"others can read a password here: use ?password_file=FILE or {PASSWORD_ENV}"
@@ -161,7 +166,7 @@ def _check_settings(
     allowed = (_FILES if secure else ("insecure",)) + ((_PASSWORD,) if user else ())
     for name, value in settings.items():
         if name not in allowed or not value:
-            raise fail(f"{name}={value} means nothing here; there are {', '.join(allowed)}")
+            raise fail(f"{name} means nothing here; there are {', '.join(allowed)}")
     if settings.get("insecure", "true") != "true":
         raise fail("insecure is true or left away")
     if ("cert" in settings) != ("key" in settings):

@@ -412,6 +412,21 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(secret):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "etcd://me@127.0.0.1?password=hunter2",
+        "etcds://h?pass=hunter2",
+        "etcds://h?ca=x&password=hunter2&cert=y",
+        "etcds://h?password=hunter2#x",
+    ],
+)
+def test_a_setting_that_means_nothing_may_be_a_password_and_is_not_repeated(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_etcd(text)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_an_address_names_a_user_and_where_the_password_is(tmp_path, monkeypatch):
     monkeypatch.delenv(PASSWORD_ENV, raising=False)
     file = tmp_path / "password"
