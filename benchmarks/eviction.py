@@ -21,11 +21,11 @@ import msgspec
 from rich.console import Console
 
 from benchmarks import harness
-from kvstore.allocator import ALIGN_BYTES
-from kvstore.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
 from kvstore.limits import LEASE_S_MAX
-from kvstore.node import CHECKSUM_BYTES, Node
-from kvstore.pins import Guarded, Tags
+from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
+from kvstore.node.node import CHECKSUM_BYTES, Node
+from kvstore.node.pins import Guarded, Tags
 from mooncake.core.keys import KEY_BYTES
 
 BLOCK_TOKENS = 512

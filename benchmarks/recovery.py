@@ -29,15 +29,15 @@ import psutil
 import structlog
 
 from benchmarks import harness
-from kvstore.client import PoolClient
-from kvstore.directory import Mode
-from kvstore.directory_messages import (
+from kvstore.directory.directory import Mode
+from kvstore.directory.messages import (
     DirectoryReply,
     DirectoryStatus,
     DirectoryStatusIs,
     Locate,
     Located,
 )
+from kvstore.engine.client import PoolClient
 from mooncake.core.errors import CapacityError, IntegrityError, MooncakeError, PeerError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import STORES_PREFIX, StoreRecord

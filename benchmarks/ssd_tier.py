@@ -27,7 +27,7 @@ from typing import Any
 import structlog
 
 from benchmarks import harness
-from kvstore.ssd import Put, SsdConfig, SsdTier
+from kvstore.ssd.tier import Put, SsdConfig, SsdTier
 from mooncake.core.keys import block_checksum
 from transfer.file import FileIO
 

@@ -20,7 +20,7 @@ from conductor.index_feed import IndexFeed
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
-from kvstore import follower
+from kvstore.directory import follower
 from mooncake.core.config import LOOPBACK
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, Pulse, StoreRecord
 from mooncake.core.metadata import MetadataStore

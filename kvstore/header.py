@@ -29,7 +29,7 @@ import struct
 import msgspec
 from xxhash import xxh3_128, xxh3_128_digest
 
-from kvstore.allocator import ALIGN_BYTES
+from kvstore.node.allocator import ALIGN_BYTES
 from mooncake.core.keys import KEY_BYTES
 
 HEADER_BYTES = ALIGN_BYTES

@@ -25,7 +25,7 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 import structlog
 
 from mooncake.core.errors import MooncakeError, PeerError, PeerTimeout, RequestError
-from mooncake.engine_rpc import (
+from mooncake.dropin.engine.rpc import (
     CoroRPCInterface,
     ReceivedData,
     ReceivedTensor,
@@ -33,8 +33,8 @@ from mooncake.engine_rpc import (
     create_rpc_client,
     create_rpc_server,
 )
-from mooncake.engine_segment import SharedSegment
-from mooncake.engine_start import TRANSPORTS, Started, log_to_stderr
+from mooncake.dropin.engine.segment import SharedSegment
+from mooncake.dropin.engine.start import TRANSPORTS, Started, log_to_stderr
 from transfer import engine as transfer_engine
 from transfer.batch import Batch
 from transfer.memory import check_mapped

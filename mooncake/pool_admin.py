@@ -153,7 +153,7 @@ def find_directories(metadata: str) -> list[str]:
 async def _find(metadata: str) -> list[str]:
     import asyncio
 
-    from kvstore.directory_messages import DIRECTORIES_PREFIX, DirectoryRecord
+    from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
     from mooncake.core.metadata_open import open_metadata
 
     store = open_metadata(metadata)

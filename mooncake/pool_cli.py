@@ -71,7 +71,7 @@ def directory(
     from mooncake.cli import _errors_told, _run_role
 
     with _errors_told():
-        from kvstore.coordinator import CoordinatorConfig
+        from kvstore.leader.coordinator import CoordinatorConfig
         from mooncake.core.config import fail
         from mooncake.core.metadata_open import check_metadata
         from mooncake.core.rpc import check_endpoint
@@ -99,7 +99,7 @@ async def _serve(config: Any, metadata: str) -> int:
     import asyncio
     import signal
 
-    from kvstore.coordinator import Coordinator
+    from kvstore.leader.coordinator import Coordinator
     from mooncake.core.metadata_open import open_metadata
 
     stop = asyncio.Event()
@@ -117,7 +117,7 @@ async def _serve(config: Any, metadata: str) -> int:
 
 
 def _token(path: Path | None) -> str:
-    from kvstore.admin_http import TOKEN_ENV
+    from kvstore.leader.admin_http import TOKEN_ENV
     from mooncake.core.config import fail
 
     if path is None:

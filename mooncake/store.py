@@ -19,17 +19,17 @@ from typing import Any
 import structlog
 
 from mooncake.core.errors import MooncakeError, RequestError
-from mooncake.engine_start import log_to_stderr
-from mooncake.store_answers import answers_code, answers_codes
-from mooncake.store_calls import Calls, Parts
-from mooncake.store_left_out import LeftOut
-from mooncake.store_sessions import SessionForms, Sessions
-from mooncake.store_start import BUFFER_BYTES, Settings, Started
-from mooncake.store_tensor_forms import TensorForms
-from mooncake.store_tensors import metadata_size as _tensor_metadata_size
-from mooncake.store_tensors import serialize as _serialize_tensor
-from mooncake.store_tensors import tensor_of as _deserialize_tensor
-from mooncake.store_types import (
+from mooncake.dropin.engine.start import log_to_stderr
+from mooncake.dropin.store.answers import answers_code, answers_codes
+from mooncake.dropin.store.calls import Calls, Parts
+from mooncake.dropin.store.left_out import LeftOut
+from mooncake.dropin.store.sessions import SessionForms, Sessions
+from mooncake.dropin.store.start import BUFFER_BYTES, Settings, Started
+from mooncake.dropin.store.tensor_forms import TensorForms
+from mooncake.dropin.store.tensors import metadata_size as _tensor_metadata_size
+from mooncake.dropin.store.tensors import serialize as _serialize_tensor
+from mooncake.dropin.store.tensors import tensor_of as _deserialize_tensor
+from mooncake.dropin.store.types import (
     ACTIVATION,
     COMPLETE,
     FAILED,
@@ -149,7 +149,7 @@ class MooncakeDistributedStore(TensorForms, SessionForms, LeftOut):
         *,
         config: dict[str, Any] | None = None,
     ) -> int:
-        """Join the pool; see mooncake.store_start for what the settings mean here.
+        """Join the pool; see mooncake.dropin.store.start for what the settings mean here.
 
         A second call with the same settings changes nothing; with others it ends the first client.
 

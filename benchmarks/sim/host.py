@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from benchmarks.sim.timeline import Link
 from conductor.index import PrefixIndex
-from kvstore.allocator import ALIGN_BYTES
-from kvstore.eviction import POLICIES
 from kvstore.limits import LEASE_S_MAX
-from kvstore.node import CHECKSUM_BYTES, HARD_PIN_RATIO, Node
-from kvstore.pins import PLAIN, Guarded, Tags
+from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.eviction import POLICIES
+from kvstore.node.node import CHECKSUM_BYTES, HARD_PIN_RATIO, Node
+from kvstore.node.pins import PLAIN, Guarded, Tags
 
 CHECKSUM = bytes(CHECKSUM_BYTES)
 
@@ -23,7 +23,7 @@ class Host:
     def __init__(
         self, name: str, capacity_blocks: int, eviction: str, egress: Link, index: PrefixIndex
     ) -> None:
-        """Start empty. `eviction` is a name of kvstore.eviction."""
+        """Start empty. `eviction` is a name of kvstore.node.eviction."""
         self.name = name
         self.egress = egress
         self._index = index

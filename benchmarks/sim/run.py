@@ -11,7 +11,7 @@ from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale
 from benchmarks.sim.world import Sample, World, WorldConfig
 from conductor.admission import AdmissionMode
 from conductor.scheduler import Policy
-from kvstore.eviction import POLICIES
+from kvstore.node.eviction import POLICIES
 from mooncake.core.errors import ConfigError
 
 NONE = "none"

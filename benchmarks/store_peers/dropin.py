@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from benchmarks.store_peers.upstream import MASTER_PORT, SEGMENT_POOLS, START_S_MAX, Upstream, client
-from mooncake import store_start
+from mooncake.dropin.store import start as store_start
 
 TTL_S = 3_600.0
 """A contender is stopped while others have their turn: that is no death."""
@@ -22,7 +22,13 @@ class DropIn(Upstream):
     def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
         """Start the master and own the segment."""
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-        argv = [sys.executable, "-m", "mooncake.master", f"--rpc_port={MASTER_PORT}", "--metrics_port=0"]
+        argv = [
+            sys.executable,
+            "-m",
+            "mooncake.dropin.master.command",
+            f"--rpc_port={MASTER_PORT}",
+            "--metrics_port=0",
+        ]
         master = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end_s = time.monotonic() + START_S_MAX
         while True:

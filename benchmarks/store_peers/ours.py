@@ -1,4 +1,4 @@
-"""kvstore.pool: the store is a process of its own, the caller a plain thread of another."""
+"""kvstore.client.pool: the store is a process of its own, the caller a plain thread of another."""
 
 import asyncio
 import os
@@ -13,10 +13,10 @@ import msgspec
 import structlog
 
 from benchmarks.store_peers.base import Go, StoreContender
-from kvstore.pool import Pool
-from kvstore.pool_model import Result
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.client.model import Result
+from kvstore.client.pool import Pool
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core.messages import StoreRecord
 
 SEGMENT_POOLS = 7

@@ -21,7 +21,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 POLICIES = ("kvcache", "cache_aware", "least_load", "round_robin", "random")
 """How the Conductor chooses instances: conductor.scheduler.Policy, which says what they mean."""
 EVICTIONS = ("lru", "lfu", "length", "tail")
-"""Which blocks a full store gives up first: kvstore.eviction.POLICIES, which says what they mean."""
+"""Which blocks a full store gives up first: kvstore.node.eviction.POLICIES, which says what they mean."""
 HUGEPAGES = ("auto", "off", "require")
 """What a store's memory is made of: transfer.hugepages says what they mean."""
 SLO_S_MAX = 3600.0

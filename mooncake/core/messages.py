@@ -87,7 +87,7 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
     `writer` names the engine; everything it has in writing is given up by Abandon or after
     the node's write deadline (quarantined first: a stalled writer may still write).
 
-    Hints, see kvstore.pins: `tenant` pays for the blocks, those of one `group` go together ("" = none);
+    Hints, see kvstore.node.pins: `tenant` pays for the blocks, those of one `group` go together ("" = none);
     keys[i] stands at depth + i of its prompt (-1 = unknown); a soft pin lasts until the block was not hit
     for soft_pin_s (0 = none), a hard pin until it is unpinned; a pin that has no room is not given.
     """
@@ -545,4 +545,4 @@ class StoreRecord(msgspec.Struct, frozen=True):
     metrics_url: str = ""  # as in InstanceRecord
     transfer: str = ""  # "host:port" of its transfer engine, for engines of other hosts; "" = none
     segment_address: int = 0  # of the segment's first byte, as that transfer engine names it
-    door: str = ""  # unix socket for calls of plain threads (same host only), see kvstore.pool_door
+    door: str = ""  # unix socket for calls of plain threads (same host only), see kvstore.store.door

@@ -48,9 +48,9 @@ def run_store(options: StoreOptions) -> int:
 
 
 async def _store(options: StoreOptions) -> int:
-    from kvstore.service import StoreService
-    from kvstore.ssd_model import SsdConfig
-    from kvstore.store_config import StoreConfig
+    from kvstore.ssd.model import SsdConfig
+    from kvstore.store.config import StoreConfig
+    from kvstore.store.service import StoreService
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvstore.client import PoolClient
+from kvstore.engine.client import PoolClient
 from mooncake.core.errors import ConfigError
 from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf

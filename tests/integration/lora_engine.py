@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.model_gguf import to_bfloat16
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.spec import EngineSpec

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvstore.client import PoolClient
-from kvstore.directory_messages import DIRECTORIES_PREFIX, DirectoryRecord
+from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
+from kvstore.engine.client import PoolClient
 from mooncake.core.errors import MooncakeError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import STORES_PREFIX, StoreRecord

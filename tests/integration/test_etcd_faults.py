@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvstore.client import PoolClient
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.engine.client import PoolClient
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core import metadata_etcd, metadata_etcd_http, metadata_registration
 from mooncake.core.election import Election
 from mooncake.core.errors import ConfigError, PeerError, PeerGone, PeerTimeout

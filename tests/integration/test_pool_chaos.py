@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.pool import Pool
-from kvstore.pool_model import Outcome, Result
+from kvstore.client.model import Outcome, Result
+from kvstore.client.pool import Pool
 from mooncake.core.messages import StoreRecord
 from tests.integration.pool_processes import METADATA, WAIT_S, PoolProcesses, content, key, until
 from tests.integration.ports import lasting_port

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kvstore.directory_messages import DirectoryReply, Locate
+from kvstore.directory.messages import DirectoryReply, Locate
 from mooncake.core.messages import StoreRecord
 from mooncake.core.rpc import BlockingRpcClient
 from tests.integration.etcd_servers import NEEDS_ETCD, running

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from kvstore.directory import Directory
-from kvstore.event_stream import Apply, Distrust, EventStream, Reset, SnapshotPages, TakeSnapshot
-from kvstore.events import Snapshots
+from kvstore.directory.directory import Directory
+from kvstore.directory.event_stream import Apply, Distrust, EventStream, Reset, SnapshotPages, TakeSnapshot
+from kvstore.leader.placement import Placer, Room
+from kvstore.leader.task_types import Command, Drop, State
+from kvstore.leader.tasks import Tasks
 from kvstore.limits import HEARTBEAT_S, NodeLimits
-from kvstore.node import Node, id_base
-from kvstore.placement import Placer, Room
-from kvstore.task_types import Command, Drop, State
-from kvstore.tasks import Tasks
+from kvstore.node.events import Snapshots
+from kvstore.node.node import Node, id_base
 from mooncake.core.errors import MooncakeError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Acquired, Block, SnapshotPage, StoreEvents

@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 
-from kvstore.directory import Directory, Mode
-from kvstore.event_stream import EventStream
+from kvstore.directory.directory import Directory, Mode
+from kvstore.directory.event_stream import EventStream
+from kvstore.leader.task_types import State
 from kvstore.limits import NodeLimits
-from kvstore.node import Node
-from kvstore.task_types import State
+from kvstore.node.node import Node
 from mooncake.core.keys import block_checksum
 from tests.sim.pool_world import HOT, KEYS, LIMITS, SIZE, Violation, World
 

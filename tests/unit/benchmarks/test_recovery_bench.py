@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import recovery
 from benchmarks.recovery import NODES, SIZE, TWICE, homes_of, key_of, missing, put, read
-from kvstore.client import PoolClient
+from kvstore.engine.client import PoolClient
 from mooncake.core.errors import IntegrityError
 from tests.unit.kvstore.conftest import start_store, store_parent  # noqa: F401 - fixtures
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from kvstore.directory_messages import DIRECTORIES_PREFIX, DirectoryRecord
+from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
 from mooncake import cli, pool_admin, pool_cli
 from mooncake.core.errors import CapacityError, ConfigError, NotLeader, PeerGone, ProtocolError, RequestError
 from mooncake.core.metadata_client import MetadataServer

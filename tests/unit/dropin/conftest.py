@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mooncake.master import Master, MasterOptions
+from mooncake.dropin.master.command import Master, MasterOptions
 from mooncake.store import MooncakeDistributedStore
 
 PATIENCE_S = 30.0

@@ -273,7 +273,7 @@ def test_an_unknown_batch_is_minus_1_where_upstream_crashes(here: Node) -> None:
 def test_batches_that_nobody_asks_about_are_bounded(
     here: Node, there: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mooncake.engine_start.BATCHES_MAX", 2)
+    monkeypatch.setattr("mooncake.dropin.engine.start.BATCHES_MAX", 2)
     first, second, third = (
         here.engine.transfer_submit_write(there.name, here.address, there.address, 0) for _ in range(3)
     )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mooncake.core.errors import ConfigError
 from mooncake.core.secret import read_secret
-from mooncake.engine_env import EngineEnv, read_env, read_log_level
+from mooncake.dropin.engine.env import EngineEnv, read_env, read_log_level
 
 NUMBERS = (
     "MC_TRANSFER_TIMEOUT", "MC_HANDSHAKE_CONNECT_TIMEOUT", "MC_HANDSHAKE_PORT", "MC_MIN_RPC_PORT",

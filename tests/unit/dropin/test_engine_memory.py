@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooncake import engine_memory
 from mooncake.core.errors import CapacityError, PeerTimeout
-from mooncake.engine_memory import CLASS_BYTES_MIN, SLAB_BYTES, SMALL_BYTES_MAX, ManagedBuffers
+from mooncake.dropin.engine import memory as engine_memory
+from mooncake.dropin.engine.memory import CLASS_BYTES_MIN, SLAB_BYTES, SMALL_BYTES_MAX, ManagedBuffers
 from transfer.model import Buffer
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import mooncake.engine as module
-from mooncake import engine_rpc
-from mooncake.engine_rpc import ReceivedData, ReceivedTensor, RpcInterface
+from mooncake.dropin.engine import rpc as engine_rpc
+from mooncake.dropin.engine.rpc import ReceivedData, ReceivedTensor, RpcInterface
 
 SECRET = "sixteen bytes or more"
 TARGET_HOST = "127.0.0.1"

@@ -7,7 +7,7 @@ import urllib.parse
 import pytest
 
 from mooncake.core.errors import ConfigError
-from mooncake.master import MasterOptions, main, parse_flags
+from mooncake.dropin.master.command import MasterOptions, main, parse_flags
 
 
 @pytest.fixture

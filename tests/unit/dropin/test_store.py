@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from kvstore.pool_local import reserve_request
-from kvstore.pool_model import Hints
-from kvstore.pool_names import object_key
+from kvstore.client.local import reserve_request
+from kvstore.client.model import Hints
+from kvstore.client.object_names import object_key
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from mooncake.core.messages import STORES_PREFIX, Abandon, Reserved
 from mooncake.core.metadata_open import open_metadata
@@ -522,7 +522,7 @@ def test_a_closed_client_s_segment_leaves_with_what_is_in_it(store, join) -> Non
 
 OWNER = """
 import sys
-from mooncake import store_start
+from mooncake.dropin.store import start as store_start
 from mooncake.store import MooncakeDistributedStore
 store_start.SEGMENT_TTL_S = 300.0  # as long as the test needs to look at what is left
 store = MooncakeDistributedStore()

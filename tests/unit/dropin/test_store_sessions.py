@@ -3,8 +3,8 @@
 import pytest
 
 from mooncake.core.errors import RequestError
+from mooncake.dropin.store.left_out import REASONS
 from mooncake.store import MooncakeDistributedStore
-from mooncake.store_left_out import REASONS
 from tests.unit.dropin.test_store import config_of
 
 

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
+from mooncake.dropin.store.left_out import REASONS
 from mooncake.store import MooncakeDistributedStore
-from mooncake.store_left_out import REASONS
 
 SIGNATURES = """
     allocate_and_mount_segment(size, protocol="tcp", location="")

@@ -4,8 +4,8 @@ import pytest
 
 import mooncake.store as store_module
 from mooncake.core.errors import RequestError
+from mooncake.dropin.store.tensors import DIMENSIONS_MAX, DTYPES, HEAD_BYTES, parts_of_tensor, tensor_of
 from mooncake.store import MooncakeDistributedStore
-from mooncake.store_tensors import DIMENSIONS_MAX, DTYPES, HEAD_BYTES, parts_of_tensor, tensor_of
 from tests.unit.dropin.test_store import config_of
 
 torch = pytest.importorskip("torch")

@@ -18,8 +18,8 @@ from mooncake.core.messages import StoreRecord
 ROOT = Path(__file__).parents[3]
 PARENT = """
 import asyncio, ctypes, os, signal, sys, msgspec
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.store.service import StoreService
+from kvstore.store.config import StoreConfig
 from mooncake.core import log
 
 async def serve(config):
@@ -38,8 +38,12 @@ for line in sys.stdin.buffer:
         os.write(1, b"%d\\n" % status)
     elif os.fork() == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # never outlive the tests
-        asyncio.run(serve(line))
-        os._exit(0)
+        try:
+            asyncio.run(serve(line))
+        except BaseException as error:
+            os.write(1, repr(error).encode() + b"\\n")  # instead of the record, that nobody waits for ever
+        finally:
+            os._exit(0)
 """
 
 
@@ -72,7 +76,10 @@ class StoreProcess:
     def __init__(self, parent: Parent, **config) -> None:
         self._parent = parent
         self._status: int | None = None
-        self.record = msgspec.json.decode(parent.ask(msgspec.json.encode(config)), type=StoreRecord)
+        answer = parent.ask(msgspec.json.encode(config))
+        if not answer.startswith(b"{"):
+            pytest.fail(f"the store did not start: {answer.decode()}")
+        self.record = msgspec.json.decode(answer, type=StoreRecord)
 
     def signal(self, number: int) -> None:
         os.kill(self.record.pid, number)

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from kvstore import admin_api
-from kvstore.admin_api import KEYS_PAGE_MAX, AdminApi
-from kvstore.directory import Directory
-from kvstore.directory_messages import (
+from kvstore.directory.directory import Directory
+from kvstore.directory.messages import (
     CancelTask,
     CopyKeys,
     DirectoryRecord,
@@ -22,10 +20,12 @@ from kvstore.directory_messages import (
     TaskStarted,
     UndrainNode,
 )
-from kvstore.directory_metrics import DirectoryMetrics
-from kvstore.placement import Placer
-from kvstore.task_types import Kind, Progress, State
-from kvstore.tasks import Tasks
+from kvstore.directory.metrics import DirectoryMetrics
+from kvstore.leader import admin_api
+from kvstore.leader.admin_api import KEYS_PAGE_MAX, AdminApi
+from kvstore.leader.placement import Placer
+from kvstore.leader.task_types import Kind, Progress, State
+from kvstore.leader.tasks import Tasks
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import CapacityError, NotLeader, PeerGone, RequestError
 from mooncake.core.messages import Ok, StoreRecord, StoreStats, Term

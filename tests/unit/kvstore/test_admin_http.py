@@ -7,9 +7,9 @@ import urllib.parse
 import msgspec
 import pytest
 
-from kvstore import admin_http
-from kvstore.admin_api import Answer
-from kvstore.admin_http import AdminServer, check_admin
+from kvstore.leader import admin_http
+from kvstore.leader.admin_api import Answer
+from kvstore.leader.admin_http import AdminServer, check_admin
 from mooncake.core.errors import ConfigError
 
 TOKEN = "token-of-the-test-suite"

@@ -7,8 +7,7 @@ import urllib.parse
 import msgspec
 import pytest
 
-from kvstore.coordinator import Coordinator, CoordinatorConfig
-from kvstore.directory_messages import (
+from kvstore.directory.messages import (
     DIRECTORIES_PREFIX,
     CopyKeys,
     DirectoryRecord,
@@ -18,8 +17,9 @@ from kvstore.directory_messages import (
     Locate,
     TaskProgress,
 )
-from kvstore.executor import Executor
-from kvstore.task_types import Copy, State
+from kvstore.leader.coordinator import Coordinator, CoordinatorConfig
+from kvstore.leader.executor import Executor
+from kvstore.leader.task_types import Copy, State
 from mooncake.core.errors import ConfigError, NotLeader, PeerGone
 from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_memory import MemoryMetadata
@@ -105,7 +105,7 @@ class World:
 
 @pytest.fixture
 async def world(monkeypatch):
-    monkeypatch.setattr("kvstore.tasks.ROUND_S", 0.1)
+    monkeypatch.setattr("kvstore.leader.tasks.ROUND_S", 0.1)
     made = World()
     yield made
     await made.close()

@@ -4,10 +4,8 @@ import asyncio
 
 import pytest
 
-from kvstore import coordinator_term
-from kvstore.coordinator_term import LeaderTerm
-from kvstore.directory import Directory
-from kvstore.directory_messages import (
+from kvstore.directory.directory import Directory
+from kvstore.directory.messages import (
     CancelTask,
     CopyKeys,
     DrainNode,
@@ -17,9 +15,11 @@ from kvstore.directory_messages import (
     TaskProgress,
     UndrainNode,
 )
+from kvstore.leader import term as coordinator_term
+from kvstore.leader.task_book import TaskBook
+from kvstore.leader.task_types import State
+from kvstore.leader.term import LeaderTerm
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from kvstore.task_book import TaskBook
-from kvstore.task_types import State
 from mooncake.core.errors import CapacityError, NotLeader, PeerGone, RequestError
 from mooncake.core.messages import DropKeys, KeysDropped, Pulled, StoreStats, Term
 from mooncake.core.metadata_memory import MemoryMetadata
@@ -138,8 +138,8 @@ class World:
 def quick(monkeypatch):
     for name, seconds in [("TICK_S", 0.002), ("BOOK_S", 0.01), ("SETTLE_S", 30.0)]:
         monkeypatch.setattr(coordinator_term, name, seconds)
-    monkeypatch.setattr("kvstore.tasks.ROUND_S", 0.01)
-    monkeypatch.setattr("kvstore.tasks.RETRY_S", 0.01)
+    monkeypatch.setattr("kvstore.leader.tasks.ROUND_S", 0.01)
+    monkeypatch.setattr("kvstore.leader.tasks.RETRY_S", 0.01)
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ async def test_what_makes_no_sense_is_refused_and_not_booked(make, request_, wor
 
 
 async def test_a_task_that_finds_no_room_is_not_booked(make, monkeypatch):
-    monkeypatch.setattr("kvstore.tasks.TASKS_MAX", 0)
+    monkeypatch.setattr("kvstore.leader.tasks.TASKS_MAX", 0)
     world = make(a=(1,), b=())
     with pytest.raises(CapacityError, match="tasks are open"):
         await world.term().handle(CopyKeys(keys(1), "b"))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.directory import DEAD_BITS_MAX, Directory, Mode
+from kvstore.directory.directory import DEAD_BITS_MAX, Directory, Mode
 from mooncake.core.errors import ProtocolError, RequestError
 
 

@@ -5,7 +5,7 @@ from hashlib import sha256
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from kvstore.directory import Directory
+from kvstore.directory.directory import Directory
 from mooncake.core.keys import KEY_BYTES
 
 

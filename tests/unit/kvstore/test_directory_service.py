@@ -5,10 +5,9 @@ import asyncio
 import msgspec
 import pytest
 
-from kvstore import directory_service
-from kvstore import service as service_module
-from kvstore.directory import Directory, Mode
-from kvstore.directory_messages import (
+from kvstore.directory import service as directory_service
+from kvstore.directory.directory import Directory, Mode
+from kvstore.directory.messages import (
     DirectoryReply,
     DirectoryStatus,
     DirectoryStatusIs,
@@ -16,10 +15,11 @@ from kvstore.directory_messages import (
     Located,
     LocatePrefix,
 )
-from kvstore.directory_service import DirectoryListener, DirectoryService
+from kvstore.directory.service import DirectoryListener, DirectoryService
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.store import service as service_module
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core import wire
 from mooncake.core.errors import ConfigError, ProtocolError, RequestError
 from mooncake.core.messages import STORES_PREFIX

@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvstore import event_stream, follower
-from kvstore.event_stream import Apply, Distrust, EventStream, Reset, SnapshotPages, TakeSnapshot
+from kvstore.directory import event_stream, follower
+from kvstore.directory.event_stream import Apply, Distrust, EventStream, Reset, SnapshotPages, TakeSnapshot
 from mooncake.core import rpc, wire
 from mooncake.core.errors import PeerTimeout, ProtocolError
 from mooncake.core.messages import SnapshotPage, StoreEvents, StoreRecord

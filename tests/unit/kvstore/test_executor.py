@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from kvstore.executor import PULL_S, Executor
-from kvstore.task_types import Copy, Drop
-from kvstore.tasks import COMMAND_S
+from kvstore.leader.executor import PULL_S, Executor
+from kvstore.leader.task_types import Copy, Drop
+from kvstore.leader.tasks import COMMAND_S
 from mooncake.core.errors import PeerTimeout
 from mooncake.core.messages import DropKeys, KeysDropped, Pull, Pulled, Term
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kvstore.header import HEADER_BYTES, NO_LAYOUT, Codec, ObjectHeader, Record, decode_record
-from kvstore.service import StoreService
-from kvstore.ssd_model import SsdConfig
-from kvstore.store_config import StoreConfig
+from kvstore.ssd.model import SsdConfig
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core.keys import block_checksum, chain, context_root, request_root, variant_root
 from mooncake.core.messages import Acquire, Commit, Reserve
 

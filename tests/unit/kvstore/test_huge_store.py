@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kvstore.client import PoolClient
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.engine.client import PoolClient
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core.errors import ConfigError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import StoreRecord

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from kvstore.eviction import POLICIES
-from kvstore.keeping import NO_QUOTA, make_policy, pin, set_quota, tags_of
 from kvstore.limits import NodeLimits
-from kvstore.node import FULL, HARD_PIN_RATIO, PRESENT, Node
-from kvstore.pins import DEPTH_MAX, NAME_CHARS_MAX, PLAIN, SOFT_TTL_S_MAX, Guarded, Tags
+from kvstore.node.eviction import POLICIES
+from kvstore.node.keeping import NO_QUOTA, make_policy, pin, set_quota, tags_of
+from kvstore.node.node import FULL, HARD_PIN_RATIO, PRESENT, Node
+from kvstore.node.pins import DEPTH_MAX, NAME_CHARS_MAX, PLAIN, SOFT_TTL_S_MAX, Guarded, Tags
 from mooncake.core import wire
 from mooncake.core.config import EVICTIONS
 from mooncake.core.errors import ConfigError, RequestError
@@ -101,7 +101,7 @@ def test_without_depths_the_length_aware_policy_is_lfu():
 
 def tail_node(blocks: int) -> Node:
     """A policy for which the last two blocks of a prompt are quick to compute."""
-    from kvstore.eviction import TailLru
+    from kvstore.node.eviction import TailLru
 
     return Node(blocks * SIZE, policy=Guarded(0, lambda: TailLru(2)))
 

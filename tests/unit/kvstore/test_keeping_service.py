@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from kvstore.client import PoolClient
-from kvstore.keeping import NO_QUOTA
-from kvstore.store_config import StoreConfig
+from kvstore.engine.client import PoolClient
+from kvstore.node.keeping import NO_QUOTA
+from kvstore.store.config import StoreConfig
 from mooncake.core.errors import ConfigError, RequestError
 from mooncake.core.messages import SetQuota, TenantUsage
 

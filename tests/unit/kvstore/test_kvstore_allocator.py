@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvstore.allocator import ALIGN_BYTES, OffsetAllocator, aligned
+from kvstore.node.allocator import ALIGN_BYTES, OffsetAllocator, aligned
 from mooncake.core.errors import ConfigError
 
 PAGE = ALIGN_BYTES

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore import client as client_module
-from kvstore.client import PoolClient
+from kvstore.engine import client as client_module
+from kvstore.engine.client import PoolClient
 from mooncake.core.errors import PeerError, PeerGone, PeerTimeout, ProtocolError, RequestError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import StoreRecord

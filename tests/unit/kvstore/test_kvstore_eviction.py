@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvstore import eviction
-from kvstore.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
+from kvstore.node import eviction
+from kvstore.node.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
 from mooncake.core.errors import ConfigError
 
 SLACK = 3

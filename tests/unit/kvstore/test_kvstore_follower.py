@@ -5,14 +5,14 @@ import asyncio
 import pytest
 import zmq
 
-from kvstore import events as events_module
-from kvstore import follower as follower_module
-from kvstore import service as service_module
-from kvstore.events import Snapshots
-from kvstore.follower import IndexListener, StoreFollower
-from kvstore.node import NodeEvents
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.directory import follower as follower_module
+from kvstore.directory.follower import IndexListener, StoreFollower
+from kvstore.node import events as events_module
+from kvstore.node.events import Snapshots
+from kvstore.node.node import NodeEvents
+from kvstore.store import service as service_module
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core import rpc, wire
 from mooncake.core.errors import PeerTimeout, RequestError
 from mooncake.core.messages import Snapshot, SnapshotPage, StoreEvents, StoreRecord

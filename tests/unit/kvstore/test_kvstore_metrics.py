@@ -4,12 +4,12 @@ import re
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvstore import metrics
-from kvstore.ages import BOUNDS_S, AgeHistogram
-from kvstore.metrics import StoreCollector
-from kvstore.node import Node
-from kvstore.pins import PLAIN, Tags
-from kvstore.ssd_model import SsdStats
+from kvstore.node.ages import BOUNDS_S, AgeHistogram
+from kvstore.node.node import Node
+from kvstore.node.pins import PLAIN, Tags
+from kvstore.ssd.model import SsdStats
+from kvstore.store import metrics
+from kvstore.store.metrics import StoreCollector
 
 SIZE = 4096
 

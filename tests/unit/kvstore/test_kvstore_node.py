@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvstore.eviction import Lru
 from kvstore.limits import QUARANTINE_S, WRITE_S_MAX, NodeLimits
-from kvstore.node import FULL, ID_BITS, PRESENT, Node, id_base
-from kvstore.pins import Guarded
+from kvstore.node.eviction import Lru
+from kvstore.node.node import FULL, ID_BITS, PRESENT, Node, id_base
+from kvstore.node.pins import Guarded
 from mooncake.core.errors import CapacityError, ConfigError, RequestError
 
 SIZE = 8192

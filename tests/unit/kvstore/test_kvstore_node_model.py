@@ -11,12 +11,12 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.allocator import aligned
-from kvstore.eviction import POLICIES
-from kvstore.keeping import make_policy
 from kvstore.limits import NodeLimits
-from kvstore.node import FULL, PRESENT, Node
-from kvstore.pins import PLAIN, Pin, Tags
+from kvstore.node.allocator import aligned
+from kvstore.node.eviction import POLICIES
+from kvstore.node.keeping import make_policy
+from kvstore.node.node import FULL, PRESENT, Node
+from kvstore.node.pins import PLAIN, Pin, Tags
 
 PAGE = 4096
 CAPACITY = 16 * PAGE

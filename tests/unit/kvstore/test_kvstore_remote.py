@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvstore.remote import Found, RemoteStore
-from kvstore.store_config import StoreConfig
+from kvstore.engine.remote import Found, RemoteStore
+from kvstore.store.config import StoreConfig
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
@@ -172,7 +172,7 @@ def test_nonsense_to_the_service_is_an_error_and_harms_nobody(world):
 
 
 async def test_the_service_closes_with_its_engine(tmp_path):
-    from kvstore.service import StoreService
+    from kvstore.store.service import StoreService
 
     config = StoreConfig(
         node="n1",

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 import zmq
 
-from kvstore import service as service_module
 from kvstore.limits import BAD_KEYS_MAX, CHECKS_WAITING_MAX, NodeLimits
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.store import service as service_module
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, ConfigError, ProtocolError, RequestError
 from mooncake.core.keys import block_checksum

@@ -8,11 +8,11 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from kvstore.client import PoolClient
+from kvstore.engine.client import PoolClient
 from kvstore.limits import NodeLimits
-from kvstore.service import StoreService
-from kvstore.ssd_model import SsdConfig
-from kvstore.store_config import StoreConfig
+from kvstore.ssd.model import SsdConfig
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Acquire, Commit, Reserve
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore import names as module
-from kvstore.names import NAME_BYTES_MAX, Names
-from kvstore.pool import Pool
+from kvstore.client.pool import Pool
+from kvstore.node import names as module
+from kvstore.node.names import NAME_BYTES_MAX, Names
 from mooncake.core.errors import RequestError
 from tests.unit.kvstore.test_pool import distant
 from transfer.config import EngineConfig

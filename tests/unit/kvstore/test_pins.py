@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from kvstore import pins
-from kvstore.eviction import LengthAware, Lfu, Lru, TailLru
-from kvstore.node import Node
-from kvstore.pins import SOFT_TTL_S_MAX, Guarded, Pin, TenantUse
+from kvstore.node import pins
+from kvstore.node.eviction import LengthAware, Lfu, Lru, TailLru
+from kvstore.node.node import Node
+from kvstore.node.pins import SOFT_TTL_S_MAX, Guarded, Pin, TenantUse
 from mooncake.core.errors import CapacityError, RequestError
 
 ALL = 1 << 40

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.pins import Guarded, Pin
+from kvstore.node.pins import Guarded, Pin
 from mooncake.core.errors import CapacityError
 
 HARD_BYTES_MAX = 12

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvstore.placement import COPIES_MAX, Placer, Room
+from kvstore.leader.placement import COPIES_MAX, Placer, Room
 from mooncake.core.errors import RequestError
 
 MB = 1 << 20

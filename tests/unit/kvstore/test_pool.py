@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.pool import Pool
-from kvstore.pool_model import Outcome
-from kvstore.pool_names import object_key
+from kvstore.client.model import Outcome
+from kvstore.client.object_names import object_key
+from kvstore.client.pool import Pool
 from mooncake.core.errors import RequestError
 from mooncake.core.messages import StoreRecord
 from tests.unit.kvstore.conftest import StoreProcess

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.finding import ELSEWHERE, INLINE, find
-from kvstore.node import Node
-from kvstore.pool_door import Door, DoorClient
+from kvstore.node.finding import ELSEWHERE, INLINE, find
+from kvstore.node.node import Node
+from kvstore.store.door import Door, DoorClient
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, PeerGone, PeerTimeout, ProtocolError, RequestError
 from mooncake.core.messages import Commit, Committed, Find, Findings, Ok, Release, Reserve, Reserved, Stats
@@ -296,7 +296,7 @@ def test_find_counts_leases_and_refuses_like_acquire():
 
 
 def test_callers_beyond_the_bound_are_turned_away_not_left_waiting(tmp_path, monkeypatch):
-    from kvstore import pool_door
+    from kvstore.store import door as pool_door
 
     monkeypatch.setattr(pool_door, "CONNECTIONS_MAX", 1)
 

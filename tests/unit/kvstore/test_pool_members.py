@@ -7,12 +7,12 @@ import os
 import msgspec
 import pytest
 
-from kvstore.directory import Mode
-from kvstore.directory_messages import DIRECTORIES_PREFIX, DirectoryRecord
-from kvstore.directory_service import DirectoryService
-from kvstore.placement import Room
-from kvstore.pool import Pool
-from kvstore.pool_model import Outcome
+from kvstore.client.model import Outcome
+from kvstore.client.pool import Pool
+from kvstore.directory.directory import Mode
+from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
+from kvstore.directory.service import DirectoryService
+from kvstore.leader.placement import Room
 from mooncake.core.errors import PeerTimeout
 from mooncake.core.messages import STORES_PREFIX, StoreRecord
 from mooncake.core.metadata_client import MetadataServer
@@ -182,7 +182,7 @@ async def test_a_directory_s_word_is_a_hint_the_store_decides(world):
 
 
 async def test_where_there_is_a_choice_stores_are_asked_how_full_they_are(world, monkeypatch):
-    from kvstore import pool_members
+    from kvstore.client import members as pool_members
 
     monkeypatch.setattr(pool_members, "ROOM_EVERY_S", 0.05)
     for node in ("n1", "n2"):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.pool_names import key_of, object_key
+from kvstore.client.object_names import key_of, object_key
 from mooncake.core.errors import RequestError
 from mooncake.core.keys import KEY_BYTES, chain, context_root, request_root
 

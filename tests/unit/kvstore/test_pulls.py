@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvstore import pulls as pulls_module
 from kvstore.limits import NodeLimits
-from kvstore.service import StoreService
-from kvstore.store_config import StoreConfig
+from kvstore.store import pulls as pulls_module
+from kvstore.store.config import StoreConfig
+from kvstore.store.service import StoreService
 from mooncake.core.errors import NotLeader, RequestError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (

@@ -24,10 +24,10 @@ from structlog.testing import capture_logs
 from xxhash import xxh3_128_digest
 
 from kvstore.header import HEADER_BYTES, ObjectHeader, Record, encode_record
-from kvstore.ssd import Put, SsdConfig, SsdTier
-from kvstore.ssd_disk import FULL_PAUSE_S, WRITE_ERRORS_MAX
-from kvstore.ssd_file import CHUNK_SLOTS, FILE_NAME
-from kvstore.ssd_layout import Geometry
+from kvstore.ssd.disk import FULL_PAUSE_S, WRITE_ERRORS_MAX
+from kvstore.ssd.file import CHUNK_SLOTS, FILE_NAME
+from kvstore.ssd.layout import Geometry
+from kvstore.ssd.tier import Put, SsdConfig, SsdTier
 from mooncake.core.errors import CapacityError, ConfigError, IntegrityError, PeerTimeout, RequestError
 from mooncake.core.keys import block_checksum
 from transfer.file import FileIO
@@ -348,7 +348,7 @@ def test_more_headers_than_one_read_takes_are_all_found(io, tmp_path):
 def test_a_process_killed_while_it_writes_loses_nothing_that_put_returned(io, tmp_path):
     script = """
 import mmap, sys
-from kvstore.ssd import SsdConfig, SsdTier
+from kvstore.ssd.tier import SsdConfig, SsdTier
 from mooncake.core.keys import block_checksum
 from transfer.file import FileIO
 config = SsdConfig(node="n1", path=sys.argv[1], capacity_bytes=64 << 20, segment_bytes=8 << 20)
@@ -588,7 +588,7 @@ def test_two_processes_never_open_the_same_tier(open_tier, tmp_path):
     open_tier()
     script = """
 import sys
-from kvstore.ssd import SsdConfig, SsdTier
+from kvstore.ssd.tier import SsdConfig, SsdTier
 from mooncake.core.errors import ConfigError
 from transfer.file import FileIO
 try:

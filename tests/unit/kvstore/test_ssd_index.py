@@ -7,10 +7,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.allocator import aligned
 from kvstore.header import HEADER_BYTES, ObjectHeader, Record
-from kvstore.ssd_index import Refusal, SsdIndex
-from kvstore.ssd_layout import Geometry
+from kvstore.node.allocator import aligned
+from kvstore.ssd.index import Refusal, SsdIndex
+from kvstore.ssd.layout import Geometry
 from mooncake.core.errors import ConfigError
 
 PAGE = HEADER_BYTES

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from kvstore.store_clients import StatsPoll, StoreClients
+from kvstore.leader.store_clients import StatsPoll, StoreClients
 from mooncake.core.errors import PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.messages import Snapshot, SnapshotPage, Stats, StoreStats
 from tests.unit.kvstore.fake_stores import SIZE, FakeStore

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from kvstore import task_book
-from kvstore.task_book import BOOK_KEYS_MAX, TASKS_PREFIX, Booked, TaskBook, TaskEntry
-from kvstore.task_types import Kind
+from kvstore.leader import task_book
+from kvstore.leader.task_book import BOOK_KEYS_MAX, TASKS_PREFIX, Booked, TaskBook, TaskEntry
+from kvstore.leader.task_types import Kind
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.metadata_memory import MemoryMetadata
 

@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from kvstore import tasks as tasks_module
-from kvstore.placement import Placer, Room
-from kvstore.task_types import Copy, Drop, State
-from kvstore.tasks import COMMAND_S, HOT_REST_S, PER_NODE_MAX, RETRIES_MAX, RUNNING_MAX, Tasks
+from kvstore.leader import tasks as tasks_module
+from kvstore.leader.placement import Placer, Room
+from kvstore.leader.task_types import Copy, Drop, State
+from kvstore.leader.tasks import COMMAND_S, HOT_REST_S, PER_NODE_MAX, RETRIES_MAX, RUNNING_MAX, Tasks
 from mooncake.core.errors import CapacityError, RequestError
 
 SIZE = 4096

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from kvstore.node import Node
+from kvstore.node.node import Node
 
 KIB = 1024
 MIB = 1024 * KIB

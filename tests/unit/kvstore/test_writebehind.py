@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvstore.writebehind import WriteBehind, WriteBehindLimits
+from kvstore.ssd.writebehind import WriteBehind, WriteBehindLimits
 from mooncake.core.errors import ConfigError
 
 LIMITS = WriteBehindLimits(age_s=2.0, high=0.8, low=0.7, batch_bytes=100, attempts_max=3)

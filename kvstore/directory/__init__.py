@@ -1,0 +1,1 @@
+"""Which stores hold which blocks: soft state that follows the stores' events."""

@@ -1,0 +1,463 @@
+"""A store node as a pure state machine: (now_s, request) -> reply, plus events (DESIGN 2.2, 5, 6).
+
+A block is *writing* (reserved, has a ticket) -> *complete* (visible, immutable) -> *gone*.
+Where its memory is:
+
+    reserve --> writing --commit--> complete --evict or drop--> free
+                   |                   '--drop while leased--> hidden --last lease ends--> free
+                   '--abandon or write deadline--> quarantine --QUARANTINE_S--> free
+
+What is hit, pinned, grouped or over its quota is the policy's to know (kvstore.node.pins); the node tells it
+of every use and evicts what it names. A lease on one block of a group holds the whole group.
+
+A lost writer may be stopped, not dead, and write late; a range it may still hit rests in quarantine
+before it is used again. Only complete, unleased blocks are evicted. Ids (leases, tickets) carry the
+node's epoch, so those of an earlier start are recognised by both sides (`id_base`).
+
+No clock here: `now_s` is any monotonic time; every call first does what has become due.
+"""
+
+import itertools
+import math
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from hashlib import sha256
+
+import msgspec
+
+from kvstore.limits import EVICTIONS_PER_KEY_MAX, WRITER_CHARS_MAX, NodeLimits, check_count, check_keys
+from kvstore.node.ages import AgeHistogram
+from kvstore.node.allocator import OffsetAllocator, aligned
+from kvstore.node.blocks import Entry, Write
+from kvstore.node.leases import Leases
+from kvstore.node.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
+from mooncake.core.errors import CapacityError, RequestError
+from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
+
+CHECKSUM_BYTES = 16
+PRESENT = -1
+"""In Reserved.offsets (wire contract): already complete, or being written by somebody."""
+FULL = -2
+"""In Reserved.offsets (wire contract): no room."""
+ID_BITS = 40
+"""Ids of one epoch: 2**40, a million a second for twelve days."""
+SIZES_MAX = 64
+"""Block sizes whose number is stored once for all blocks, not 32 bytes each: those of so many models."""
+HARD_PIN_RATIO = 0.5
+"""Of the segment: the other half stays a cache, whatever is pinned."""
+
+
+def id_base(epoch: str) -> int:
+    """Return the first id of `epoch`; its ids are those with the same value above ID_BITS."""
+    return (int.from_bytes(sha256(epoch.encode()).digest()[:4], "little") >> 10) + 1 << ID_BITS
+
+
+class NodeEvents(msgspec.Struct, frozen=True):
+    """Net changes of the complete set since the last drain; no key is in both."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+
+
+class Node:
+    """Owns the truth about one segment of `capacity_bytes`. Not thread-safe: one loop drives it."""
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        limits: NodeLimits | None = None,
+        policy: Guarded | None = None,
+        first_id: int = 1,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            capacity_bytes: multiple of 4096.
+            limits: see kvstore.limits.
+            policy: eviction order; by default LRU, and hard pins up to HARD_PIN_RATIO.
+            first_id: `id_base(epoch)` in production.
+        """
+        self.limits = limits or NodeLimits()
+        self._allocator = OffsetAllocator(capacity_bytes)
+        self.policy = policy if policy is not None else Guarded(int(capacity_bytes * HARD_PIN_RATIO))
+        self._ids = itertools.count(first_id)
+        self._now_s = -math.inf
+        self._complete: dict[bytes, Entry] = {}
+        self._leases = Leases(self.limits, self.policy, self._complete)
+        self._writes: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first
+        self._writing: dict[bytes, int] = {}  # key -> ticket
+        self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
+        self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
+        self.quarantined_bytes = 0
+        self._second = 0
+        self._sizes: dict[int, int] = {}
+        self.hits = self.misses = self.commits = self.pins_refused = 0
+        self.evictions = self.drops = self.checksum_failures = 0  # why blocks went
+        self.ages = AgeHistogram()  # of evicted ones
+
+    # ------------------------------------------------------------ readers
+
+    def acquire(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> Acquired:
+        """Lease the longest complete prefix of `keys` for `lease_s` (at most limits.lease_s_max).
+
+        Raises:
+            RequestError: malformed keys or lease_s.
+            CapacityError: too many leases.
+        """
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        entries = self._prefix(keys)
+        reply = self._lease(keys, entries, lease_s, len(keys) - 1)
+        self.hits += len(entries)
+        self.misses += len(keys) - len(entries)
+        return reply
+
+    def first_writing(self, now_s: float, keys: Sequence[bytes]) -> bytes | None:
+        """Return the key that ends the complete prefix, if it is being written; else None."""
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        for key in keys:
+            if key not in self._complete:
+                return key if key in self._writing else None
+        return None
+
+    def key_in_writing(self, ticket: int) -> bytes | None:
+        """Return the key that `ticket` was given for, if it can still be committed."""
+        write = self._writes.get(ticket)
+        return write.key if write else None
+
+    def is_writing(self, key: bytes) -> bool:
+        """Return whether `key` is reserved and neither committed nor given up."""
+        return key in self._writing
+
+    def release(self, now_s: float, lease_id: int) -> None:
+        """End a lease; unknown and expired ones are fine."""
+        self.tick(now_s)
+        self._free(self._leases.end(lease_id))
+
+    # ------------------------------------------------------------ writers
+
+    def reserve(
+        self, now_s: float, writer: str, keys: Sequence[bytes], size_bytes: int, tags: Tags = PLAIN
+    ) -> Reserved:
+        """Allocate `size_bytes` for each key, evicting as needed.
+
+        `tags` hold for the blocks once they are committed; pins also for those that are there already.
+
+        Raises:
+            RequestError: malformed keys, writer or tags; a size that could never fit.
+        """
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        _check_writer(writer)
+        tags.check()
+        if not 0 < size_bytes <= self._allocator.capacity_bytes:
+            raise RequestError(f"size_bytes={size_bytes}: must be 1 to {self._allocator.capacity_bytes}")
+        size_bytes = self._shared_size(size_bytes)
+        expires_s = self._now_s + self.limits.write_s
+        offsets, tickets, full = [], [], False
+        depth, below = (None, None) if tags.depth < 0 else (tags.depth, len(keys) - 1)
+        policy = self.policy.bulk if tags is PLAIN else self.policy  # a pin may be given on the way
+        for at, key in enumerate(keys):
+            ticket, offset = 0, PRESENT
+            if depth is not None:
+                depth, below = tags.depth + at, len(keys) - 1 - at
+            if (entry := self._complete.get(key)) is not None:
+                if key not in self._leases.held:
+                    policy.touch(key, below)
+                if tags is not PLAIN:
+                    self._pin(key, entry.size_bytes, tags)
+            elif key not in self._writing:
+                found = None if full else self._place(size_bytes)
+                # once one did not fit, the others of this request will not either
+                full = found is None
+                offset = FULL if found is None else found
+                if found is not None:
+                    ticket = next(self._ids)
+                    self._writes[ticket] = Write(
+                        ticket, writer, key, found, size_bytes, expires_s, tags, depth, below
+                    )
+                    self._writing[key] = ticket
+            offsets.append(offset)
+            tickets.append(ticket)
+        return Reserved(offsets, tickets)
+
+    def commit(self, now_s: float, tickets: Sequence[int], checksums: Sequence[bytes]) -> Committed:
+        """Make written blocks visible. A ticket that is unknown, expired or used gives False.
+
+        Raises:
+            RequestError: not one 16-byte checksum per ticket; nothing is committed then.
+        """
+        self.tick(now_s)
+        check_count(tickets, self.limits.keys_max)
+        if len(tickets) != len(checksums) or any(len(c) != CHECKSUM_BYTES for c in checksums):
+            raise RequestError(f"commit needs one checksum of {CHECKSUM_BYTES} bytes per ticket")
+        if self._now_s >= self._second + 1:
+            self._second = math.floor(self._now_s)
+        done, written = [], []
+        for ticket, checksum in zip(tickets, checksums, strict=True):
+            write = self._writes.pop(ticket, None)
+            done.append(write is not None)
+            if write is None:
+                continue
+            del self._writing[write.key]
+            self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
+            self._note(write.key, stored=True)
+            written.append(write)
+        # the end of a prefix first: it is useless without its beginning
+        for write in reversed(written):
+            if write.tags is not PLAIN:
+                self._admit(write.key, write.size_bytes, write.tags)
+            self.policy.bulk.insert(write.key, aligned(write.size_bytes), write.depth, write.below)
+        self.commits += len(written)
+        return Committed(done)
+
+    def abandon(self, now_s: float, writer: str, tickets: Sequence[int]) -> None:
+        """Give up `tickets` of `writer`, or all of them if none are named; others' are left alone.
+
+        Raises:
+            RequestError: malformed writer, too many tickets.
+        """
+        self.tick(now_s)
+        _check_writer(writer)
+        check_count(tickets, self.limits.keys_max)
+        for ticket in list(tickets) or list(self._writes):
+            write = self._writes.get(ticket)
+            if write is not None and write.writer == writer:
+                self._give_up(write)
+
+    # ------------------------------------------------------------ pins and quotas
+
+    def pin(self, now_s: float, keys: Sequence[bytes], ttl_s: float) -> int:
+        """Pin those of `keys` that are complete; return how many are as it was asked for.
+
+        Args:
+            now_s: see the module.
+            keys: any.
+            ttl_s: until they have not been hit for that long; infinity: until they are unpinned; 0: unpin.
+
+        Raises:
+            RequestError: malformed keys or ttl_s.
+        """
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        check_pin_s(ttl_s)
+        done = 0
+        for key in keys:
+            entry = self._complete.get(key)
+            if entry is None:
+                continue
+            if ttl_s:
+                hard = math.isinf(ttl_s)
+                done += self._pin(key, entry.size_bytes, Tags(soft_pin_s=0 if hard else ttl_s, hard_pin=hard))
+            else:
+                self.policy.unpin(key)
+                done += 1
+        return done
+
+    def set_quota(self, now_s: float, tenant: str, quota_bytes: int | None) -> TenantUse:
+        """Give a tenant a share under pressure, None ends it; see kvstore.node.pins. Returns what it has.
+
+        Raises:
+            RequestError: no name, or a negative quota.
+            CapacityError: too many quotas.
+        """
+        self.tick(now_s)
+        Tags(tenant).check()
+        if not tenant:
+            raise RequestError("a quota needs the name of a tenant")
+        self.policy.set_quota(tenant, quota_bytes)
+        return self.policy.use(tenant)
+
+    # ------------------------------------------------------------ bad and unwanted blocks
+
+    def lease_for_check(self, now_s: float, key: bytes, lease_s: float) -> Acquired:
+        """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
+        self.tick(now_s)
+        check_keys([key])
+        return self._lease([key], self._prefix([key]), lease_s)
+
+    def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
+        """Keep those of `keys` that are complete in place for `lease_s`; counts neither hit nor miss.
+
+        Returns:
+            (lease, 0 if none is complete; the keys it holds, in order)
+
+        Raises:
+            RequestError, CapacityError: as acquire.
+        """
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        found = [key for key in keys if key in self._complete]
+        return self._lease(found, self._prefix(found), lease_s).lease_id, found
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Count a use of complete blocks that needs no lease: it is over already."""
+        for key in keys:
+            if key in self._complete and key not in self._leases.held:
+                self.policy.touch(key)
+
+    def drop_bad(self, now_s: float, key: bytes, block: Block) -> None:
+        """Drop `key` if it still is that `block` of lease_for_check, whose bytes were found to be wrong."""
+        self.tick(now_s)
+        entry = self._complete.get(key)
+        if entry is not None and entry == block:
+            self.checksum_failures += 1
+            self._drop(key)
+
+    def drop(self, now_s: float, keys: Sequence[bytes]) -> int:
+        """Remove complete blocks at once; leased ones are hidden now and freed later. Returns how many.
+
+        Raises:
+            RequestError: malformed keys.
+        """
+        self.tick(now_s)
+        check_keys(keys, self.limits.keys_max)
+        found = [key for key in dict.fromkeys(keys) if key in self._complete]
+        for key in found:
+            self._drop(key)
+        self.drops += len(found)
+        return len(found)
+
+    # ------------------------------------------------------------ time, events, numbers
+
+    def tick(self, now_s: float) -> None:
+        """Do what is due: leases end, writes without commit enter quarantine, quarantine ends."""
+        self._now_s = now_s = max(now_s, self._now_s)
+        self.policy.tick(now_s)
+        if self._leases.due_s <= now_s:
+            self._free(self._leases.expire(now_s))
+        while self._writes and (write := next(iter(self._writes.values()))).expires_s <= now_s:
+            self._give_up(write)
+        while self._quarantine and self._quarantine[0][0] <= now_s:
+            _, offset, size_bytes = self._quarantine.popleft()
+            self.quarantined_bytes -= aligned(size_bytes)
+            self._allocator.free(offset, size_bytes)
+
+    def drain_events(self) -> NodeEvents:
+        """Return the net changes since the last drain and forget them."""
+        pending, self._pending = self._pending, {}
+        stored = [key for key, now_stored in pending.items() if now_stored]
+        return NodeEvents(stored, [key for key, now_stored in pending.items() if not now_stored])
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `drain_events` would return anything."""
+        return bool(self._pending)
+
+    def block_of(self, key: bytes) -> Block | None:
+        """Return the visible block under `key`; counts neither hit nor miss."""
+        return self._complete.get(key)
+
+    def complete_keys(self) -> list[bytes]:
+        """Return every visible key, in commit order."""
+        return list(self._complete)
+
+    def stats(self) -> StoreStats:
+        """Return counters since start and gauges now."""
+        return StoreStats(
+            capacity_bytes=self._allocator.capacity_bytes,
+            used_bytes=self._allocator.used_bytes,
+            blocks=len(self._complete),
+            writing=len(self._writes),
+            leases=len(self._leases),
+            hits=self.hits,
+            misses=self.misses,
+            evictions=self.evictions,
+            checksum_failures=self.checksum_failures,
+            commits=self.commits,
+            hard_pinned_bytes=self.policy.hard_bytes,
+            soft_pinned_bytes=self.policy.soft_bytes,
+        )
+
+    # ------------------------------------------------------------ inside
+
+    def _prefix(self, keys: Sequence[bytes]) -> list[Entry]:
+        entries = []
+        for key in keys:
+            entry = self._complete.get(key)
+            if entry is None:
+                break
+            entries.append(entry)
+        return entries
+
+    def _lease(
+        self, keys: Sequence[bytes], entries: list[Entry], lease_s: float, below: int = -1
+    ) -> Acquired:
+        self._leases.check(lease_s, len(entries))
+        if not entries:
+            return Acquired(0, [])
+        lease_id = next(self._ids)
+        self._leases.begin(self._now_s, lease_id, keys, entries, lease_s, below)
+        return Acquired(lease_id, list[Block](entries))
+
+    def _free(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._allocator.free(entry.offset, entry.size_bytes)
+
+    def _admit(self, key: bytes, size_bytes: int, tags: Tags) -> None:
+        if tags.tenant or tags.group:
+            self.policy.admit(key, aligned(size_bytes), tags.tenant or None, tags.group or None)
+        self._pin(key, size_bytes, tags)
+
+    def _pin(self, key: bytes, size_bytes: int, tags: Tags) -> bool:
+        """Pin as the tags say, if there is room for it; a block is cached all the same."""
+        try:
+            if tags.hard_pin:
+                self.policy.pin_hard(key, aligned(size_bytes))
+            elif tags.soft_pin_s:
+                self.policy.pin_soft(key, aligned(size_bytes), tags.soft_pin_s)
+        except CapacityError:
+            self.pins_refused += 1
+            return False
+        return True
+
+    def _shared_size(self, size_bytes: int) -> int:
+        if len(self._sizes) < SIZES_MAX:
+            return self._sizes.setdefault(size_bytes, size_bytes)
+        return self._sizes.get(size_bytes, size_bytes)
+
+    def _place(self, size_bytes: int) -> int | None:
+        """Return an offset, after evicting what is needed; None = no room."""
+        if len(self._writes) >= self.limits.writes_max:
+            return None
+        policy = self.policy.bulk
+        budget = EVICTIONS_PER_KEY_MAX
+        while (offset := self._allocator.allocate(size_bytes)) is None:
+            if self._allocator.free_bytes + policy.held_bytes < size_bytes:
+                return None  # hopeless: evicting would only cost hits
+            victims = policy.victims(size_bytes)[:budget]
+            if not victims:
+                return None
+            budget -= len(victims)
+            for key in victims:
+                self.ages.add(max(0.0, self._now_s - self._complete[key].since_s))
+                self._drop(key)
+            self.evictions += len(victims)
+        return offset
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._complete.pop(key)
+        self._note(key, stored=False)
+        if not self._leases.hide(key):
+            self.policy.bulk.remove(key)
+            self._allocator.free(entry.offset, entry.size_bytes)
+        self.policy.bulk.forget(key)
+
+    def _give_up(self, write: Write) -> None:
+        del self._writes[write.ticket]
+        del self._writing[write.key]
+        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
+        self.quarantined_bytes += aligned(write.size_bytes)
+
+    def _note(self, key: bytes, *, stored: bool) -> None:
+        # a key that came and went (or went and came) since the last drain has no net change
+        if key in self._pending:
+            del self._pending[key]
+        else:
+            self._pending[key] = stored
+
+
+def _check_writer(writer: str) -> None:
+    if not 0 < len(writer) <= WRITER_CHARS_MAX:
+        raise RequestError(f"writer has {len(writer)} characters: must be 1 to {WRITER_CHARS_MAX}")

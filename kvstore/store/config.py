@@ -1,0 +1,62 @@
+"""Settings of one store node, checked before anything is opened."""
+
+import re
+
+import msgspec
+
+from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.keeping import make_policy
+from kvstore.node.node import HARD_PIN_RATIO
+from kvstore.ssd.model import SsdConfig
+from kvstore.ssd.writebehind import AGE_S
+from mooncake.core.errors import ConfigError
+from transfer.config import EngineConfig
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a host name; becomes a file name
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one store node.
+
+    Args:
+        node: name of the host in the cluster, one store each.
+        capacity_bytes: memory given to KV blocks; rounded down to whole pages.
+        run_dir: private directory (0700) for the socket that hands out the memory.
+        endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
+        events: where events are published; as `endpoint`.
+        metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+        eviction: lru, lfu, length or tail: kvstore.node.eviction says what they mean.
+        hard_pin_ratio: of the memory that blocks may hold that are never evicted.
+        ssd: the SSD tier below the memory; None = none.
+        ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
+        transfer: settings of the transfer engine through which engines of other hosts read and write;
+            None = this host only.
+        hugepages: auto, off or require: transfer.hugepages says what they mean.
+    """
+
+    node: str
+    capacity_bytes: int
+    run_dir: str
+    endpoint: str = "tcp://127.0.0.1:0"
+    events: str = "tcp://127.0.0.1:0"
+    metrics_port: int | None = None
+    transfer: EngineConfig | None = None
+    eviction: str = "lru"
+    hard_pin_ratio: float = HARD_PIN_RATIO
+    ssd: SsdConfig | None = None
+    ssd_age_s: float = AGE_S
+    hugepages: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            ConfigError: names the setting and its value.
+        """
+        if not _NODE_NAME.fullmatch(self.node):
+            raise ConfigError(f"node={self.node!r}: 1 to 63 letters, digits, '.', '_' or '-'")
+        if self.capacity_bytes < ALIGN_BYTES:
+            raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
+            raise ConfigError(f"metrics_port={self.metrics_port}: 0 to 65535, or none")
+        make_policy(self.capacity_bytes, self.eviction, self.hard_pin_ratio)

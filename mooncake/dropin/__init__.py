@@ -1,0 +1,1 @@
+"""Upstream's interfaces on our parts: behind `mooncake.engine`, `mooncake.store` and their commands."""

@@ -1,0 +1,1 @@
+"""`mooncake_master`, its flags and its HTTP."""
