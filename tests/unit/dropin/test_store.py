@@ -455,24 +455,6 @@ def test_what_live_segments_hold_is_used_while_the_master_is_dead_where_upstream
         master.stop()
 
 
-def test_a_master_that_comes_back_empty_knows_all_again() -> None:
-    master = MasterThread()
-    port = int(master.address.split(":")[1])
-    store = client(master)
-    try:
-        assert store.put("a", b"1") == 0
-        master.stop()
-        master = MasterThread(rpc_port=port)
-        late = client(master, 0)
-        while late.get("a") != b"1":  # until the segment has registered anew
-            pass
-        assert (late.put("b", b"2"), store.get("b"), store.health_check()) == (0, b"2", 0)
-        late.close()
-    finally:
-        store.close()
-        master.stop()
-
-
 CODES = {
     "put": ("k", b"v"), "put_batch": (["k"], [b"v"]), "put_parts": ("k", b"v"), "upsert": ("k", b"v"),
     "upsert_batch": (["k"], [b"v"]), "upsert_parts": ("k", b"v"), "put_from": ("k", 1, 1),
