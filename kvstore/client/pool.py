@@ -65,6 +65,7 @@ class Pool:
         writer: str = "",
         touch: bool = True,
         start_s: float = START_S,
+        members: Members | None = None,
     ) -> None:
         """Find the stores, attach to those of this host.
 
@@ -77,16 +78,17 @@ class Pool:
             writer: name of this process, the same after a restart or unique; "" = unique.
             touch: fill this process's page tables for local stores now (0.1 s per GiB).
             start_s: longest wait for the metadata store.
+            members: who is in the pool, where somebody else has found out; closed here. It takes an `engine`.
 
         Raises:
             PeerTimeout: the metadata store did not answer; ConfigError: settings that cannot work.
         """
-        self._own_engine = not isinstance(engine, TransferEngine)
-        if isinstance(engine, TransferEngine):
-            self._engine = engine
-        else:
+        self._own_engine = engine is None or isinstance(engine, EngineConfig)
+        if engine is None or isinstance(engine, EngineConfig):
             self._engine = TransferEngine(engine or EngineConfig(secret=cluster_secret())).start()
-        self._members = Members(self._engine, writer or f"pool-{secrets.token_hex(6)}", touch)
+        else:
+            self._engine = engine
+        self._members = members or Members(self._engine, writer or f"pool-{secrets.token_hex(6)}", touch)
         self._locator = Locator(self._members)
         try:
             for record in stores:
