@@ -25,6 +25,7 @@ from mooncake.dropin.store.calls import Calls, Parts
 from mooncake.dropin.store.left_out import LeftOut
 from mooncake.dropin.store.sessions import SessionForms, Sessions
 from mooncake.dropin.store.start import BUFFER_BYTES, Settings, Started
+from mooncake.dropin.store.tasks import TaskForms
 from mooncake.dropin.store.tensor_forms import TensorForms
 from mooncake.dropin.store.tensors import metadata_size as _tensor_metadata_size
 from mooncake.dropin.store.tensors import serialize as _serialize_tensor
@@ -59,6 +60,7 @@ from mooncake.dropin.store.types import (
     DiskDescriptor,
     MemoryDescriptor,
     ObjectDataType,
+    QueryTaskResponse,
     ReplicaDescriptor,
     ReplicaStatus,
     ReplicateConfig,
@@ -96,6 +98,7 @@ __all__ = [
     "MemoryDescriptor",
     "MooncakeDistributedStore",
     "ObjectDataType",
+    "QueryTaskResponse",
     "ReplicaDescriptor",
     "ReplicaStatus",
     "ReplicateConfig",
@@ -116,7 +119,7 @@ UNREGISTER_S = 10.0
 log = structlog.get_logger(__name__)
 
 
-class MooncakeDistributedStore(TensorForms, SessionForms, LeftOut):
+class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
     """A client of the pool. Every method may be called from any thread."""
 
     def __init__(self) -> None:

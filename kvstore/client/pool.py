@@ -124,6 +124,11 @@ class Pool:
         """Records of these stores."""
         return [access.record for access in self._members.stores.values()]
 
+    @property
+    def directories(self) -> dict[str, str]:
+        """Endpoints of the directories that are in the pool now, by name."""
+        return self._members.directories
+
     def stats(self, node: str, deadline_s: float = DEADLINE_S) -> StoreStats:
         """Return the counters of one of them.
 

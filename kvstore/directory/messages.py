@@ -66,7 +66,10 @@ class DirectoryStatusIs(msgspec.Struct, frozen=True, array_like=True, tag="dstd"
 
 
 class CopyKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ck"):
-    """Have `keys` on the node `target`. Answer: TaskStarted; asked again, the same task."""
+    """Have `keys` on the node `target`, or on several, with "," between.
+
+    Answer: TaskStarted; asked again, the same task.
+    """
 
     keys: list[bytes]
     target: str
@@ -126,15 +129,17 @@ class CancelTask(msgspec.Struct, frozen=True, array_like=True, tag="ctl"):
 
 
 class TaskStarted(msgspec.Struct, frozen=True, array_like=True, tag="tst"):
-    """What a task is called, by this leader and the next ones."""
+    """What a task is called, by this leader and the next ones, within one `life` of the metadata store."""
 
     task_id: int
+    life: str = ""
 
 
 class TasksAre(msgspec.Struct, frozen=True, array_like=True, tag="tsk"):
-    """Hot keys, ended tasks, open ones."""
+    """Hot keys, ended tasks, open ones. `life`: of the metadata store, which their ids belong to."""
 
     tasks: list[Progress]
+    life: str = ""
 
 
 class DirectoryRecord(msgspec.Struct, frozen=True):

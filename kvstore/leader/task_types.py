@@ -46,7 +46,10 @@ Command = Copy | Drop
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
-    """`total` keys so far: `done` reached their goal, `failed` did not; the rest is on its way."""
+    """`total` keys so far: `done` reached their goal, `failed` did not; the rest is on its way.
+
+    `created_s`, `updated_s`: seconds of the leader's own clock, as answers to requests since the epoch.
+    """
 
     task_id: int
     kind: Kind
@@ -57,6 +60,8 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     source: str = ""
     target: str = ""
+    created_s: float = 0.0
+    updated_s: float = 0.0
 
 
 class Locations(Protocol):

@@ -67,7 +67,7 @@ class _Task(msgspec.Struct):
     kind: Kind
     what: object  # equal for equal requests
     source: str
-    target: str
+    target: str  # of a copy: nodes with "," between
     size_bytes: int
     queue: deque["_Step"]  # to be looked at now
     fresh: deque[bytes]  # keys that are no steps yet: 1 M of them at once would stop the loop for 2 s
@@ -79,6 +79,8 @@ class _Task(msgspec.Struct):
     rounds: int = 0
     relist_s: float = math.inf  # when a drained node is listed again
     reason: str = ""
+    created_s: float = 0.0
+    updated_s: float = 0.0  # when its state or one of its counters changed
 
 
 class _Step(msgspec.Struct):
@@ -133,6 +135,7 @@ class Tasks:
         self._hot: dict[bytes, tuple[int, int]] = {}  # key -> (copies, size_bytes)
         self._hot_busy: dict[bytes, None] = {}  # being copied, or resting after a failure
         self._hot_round: deque[bytes] = deque()
+        self._now_s = 0.0
         self._hot_task = _Task(0, Kind.HOT, Kind.HOT, "", "", 0, deque(), deque())
 
     # ------------------------------------------------------------ wishes
@@ -140,8 +143,9 @@ class Tasks:
     def copy(self, keys: Sequence[bytes], target: str, *, task_id: int = 0) -> int:
         """Have every key on `target`, from wherever it is; returns the task's id.
 
-        Asking again for what an open task does returns that task. Raises as `drain`; RequestError
-        also for too many keys. `task_id` names a new task (another leader knew it by it); 0 = the next one.
+        `target` is a node, or several with "," between: then every key goes to each of them. Asking again
+        for what an open task does returns that task. Raises as `drain`; RequestError also for too many keys.
+        `task_id` names a new task (another leader knew it by it); 0 = the next one.
         """
         return self._add(Kind.COPY, keys, "", target, 1, task_id)
 
@@ -230,6 +234,7 @@ class Tasks:
 
     def on_result(self, now_s: float, command_id: int, error: str = "") -> list[Command]:
         """Take the result of a command (`error` says why it failed); return what follows."""
+        self._now_s = now_s
         running = self._end_command(command_id)
         if running is not None:
             step = running.step
@@ -244,6 +249,7 @@ class Tasks:
 
     def on_leave(self, now_s: float, node: str) -> list[Command]:
         """A node is gone: its commands fail now, and hot keys are looked at again."""
+        self._now_s = now_s
         for command_id, running in list(self._running.items()):
             if node in _nodes(running.command):
                 self._end_command(command_id)
@@ -254,6 +260,7 @@ class Tasks:
 
     def tick(self, now_s: float) -> list[Command]:
         """Do what is due: late commands fail, pauses end, hot keys are looked at."""
+        self._now_s = now_s
         while self._deadlines and self._deadlines[0][0] <= now_s:
             late = self._end_command(self._deadlines.popleft()[1])
             if late is not None:
@@ -292,12 +299,13 @@ class Tasks:
                 return _Drop(task.source)
             target = self._placer.choose(step.key, task.size_bytes, exclude=[task.source]).nodes
             return _Copy(task.source, target[0]) if target else _Stuck("no node to drain to")
-        if task.target in exact:
+        lacking = [node for node in task.target.split(",") if node not in exact]
+        if not lacking:
             return _Drop(task.source) if task.kind is Kind.MOVE and task.source in held else _Reached()
-        sources = [node for node in held if node != task.target]
+        sources = [node for node in held if node not in lacking]
         if not sources:
             return _Stuck("no node holds it")
-        return _Copy(task.source if task.source in sources else sources[0], task.target)
+        return _Copy(task.source if task.source in sources else sources[0], lacking[0])
 
     def _decide_hot(self, step: _Step, held: list[str]) -> _Decision:
         copies, size_bytes = self._hot.get(step.key, (0, 1))
@@ -355,9 +363,9 @@ class Tasks:
         return command
 
     def _proceed(self, step: _Step, *, dropped: bool) -> None:
-        """One thing of a step is done: a drop is the last thing of every step, so is COPY's copy."""
+        """One thing of a step is done: a drop is the last thing of every step, so is a copy to one node."""
         task = step.task
-        if not dropped and task.kind is not Kind.COPY:
+        if not dropped and (task.kind is not Kind.COPY or "," in task.target):
             task.queue.append(step)
             return
         task.done += 1
@@ -379,6 +387,7 @@ class Tasks:
     def _close(self, step: _Step, *, rest: bool = False) -> None:
         task = step.task
         task.open -= 1
+        task.updated_s = self._now_s
         if task.kind is Kind.HOT and not rest:
             self._hot_busy.pop(step.key, None)
         self._end_if_empty(task)
@@ -398,6 +407,7 @@ class Tasks:
         if len(self._open) >= TASKS_MAX:
             raise CapacityError(f"{len(self._open)} tasks are open: at most {TASKS_MAX}")
         task = _Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque(), deque())
+        task.created_s = task.updated_s = self._now_s
         self._open[task.task_id] = task
         self._queue(task, keys)
         return task.task_id
@@ -431,6 +441,7 @@ class Tasks:
 
     def _finish(self, task: _Task, state: State) -> None:
         task.state = state
+        task.updated_s = self._now_s
         task.queue.clear()
         task.fresh.clear()
         del self._open[task.task_id]
@@ -476,5 +487,5 @@ def _nodes(command: Command) -> tuple[str, ...]:
 def _progress(task: _Task) -> Progress:
     return Progress(
         *(task.task_id, task.kind, task.state, task.total, task.done, task.failed, task.reason),
-        *(task.source, task.target),
+        *(task.source, task.target, task.created_s, task.updated_s),
     )

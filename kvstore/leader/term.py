@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 
 from kvstore.directory.directory import Directory, Mode
@@ -61,6 +62,7 @@ class LeaderTerm:
         metadata: MetadataStore,
         observe: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Nothing happens before `run`.
 
@@ -74,6 +76,7 @@ class LeaderTerm:
             metadata: keeps the book; not closed here.
             observe: for metrics.
             clock: monotonic seconds.
+            wall_clock: for the times that answers give.
         """
         self.term = term
         self.placer = Placer()
@@ -83,6 +86,7 @@ class LeaderTerm:
         self._look = look
         self._polls = polls
         self._clock = clock
+        self._epoch_s = wall_clock() - clock()
         self._book = TaskBook(metadata)
         self._booked: dict[int, str] = {}  # task -> where it is kept
         self._book_turn = asyncio.Lock()  # the book and `_booked` change together
@@ -118,7 +122,7 @@ class LeaderTerm:
         """
         match request:
             case CopyKeys(keys, target):
-                self._check(keys, target)
+                self._check(keys, *target.split(","))
                 return await self._begin(TaskEntry(Kind.COPY, keys, "", target, 0))
             case MoveKeys(keys, source, target):
                 self._check(keys, source, target)
@@ -139,7 +143,7 @@ class LeaderTerm:
                 self._check(keys)
                 self.tasks.forget_hot(keys)
             case TaskProgress(task_id):
-                return TasksAre(self._progress(task_id))
+                return TasksAre(self._progress(task_id), self.term.life)
             case CancelTask(task_id):
                 async with self._book_turn:
                     await self._cancel(task_id)
@@ -153,10 +157,14 @@ class LeaderTerm:
                 raise RequestError(f"no node {node!r} in the pool: one of {', '.join(known) or '(none)'}")
 
     def _progress(self, task_id: int | None) -> list[Progress]:
-        if task_id is None:
-            return self.tasks.all_progress()
-        found = self.tasks.progress(task_id)
-        return [found] if found else []
+        one = None if task_id is None else self.tasks.progress(task_id)
+        found = self.tasks.all_progress() if task_id is None else [one] if one else []
+        return [
+            msgspec.structs.replace(
+                task, created_s=task.created_s + self._epoch_s, updated_s=task.updated_s + self._epoch_s
+            )
+            for task in found
+        ]
 
     async def _begin(self, entry: TaskEntry) -> TaskStarted:
         async with self._book_turn:
@@ -169,7 +177,7 @@ class LeaderTerm:
             except MooncakeError:
                 await self._book.remove(entry.key)
                 raise
-        return TaskStarted(task_id)
+        return TaskStarted(task_id, self.term.life)
 
     def _start(self, booked: Booked) -> None:
         entry, tasks = booked.entry, self.tasks

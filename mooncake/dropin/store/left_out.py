@@ -6,7 +6,6 @@ from mooncake.core.errors import RequestError
 
 _NO_CUDA = "tensors in GPU memory: use get_tensor_into with host memory, then copy"
 _PARALLELISM = "tensors by parallelism axes are not stored yet: use the _with_tp forms"
-_TASKS = "copies and moves are the directory's tasks: `mooncake pool copy`, `mooncake pool move`"
 REASONS = {
     "alloc_from_mem_pool": "there is no dummy client, and so no shared memory pool",
     "batch_get_tensor_into_cuda": _NO_CUDA,
@@ -17,8 +16,6 @@ REASONS = {
     "batch_upsert_tensor_with_parallelism": _PARALLELISM,
     "batch_upsert_tensor_with_parallelism_from": _PARALLELISM,
     "batch_put_tensor_with_tp_from": "a buffer of one rank is not cut into shards: use batch_put_tensor_from",
-    "create_copy_task": _TASKS,
-    "create_move_task": _TASKS,
     "get_tensor_into_cuda": _NO_CUDA,
     "get_tensor_with_parallelism": _PARALLELISM,
     "get_tensor_with_parallelism_into": _PARALLELISM,
@@ -28,7 +25,6 @@ REASONS = {
     "put_tensor_with_parallelism": _PARALLELISM,
     "put_tensor_with_parallelism_from": _PARALLELISM,
     "put_tensor_with_tp_from": "a buffer of one rank is not cut into shards: use put_tensor_from",
-    "query_task": _TASKS,
     "save_tensor_to_safetensor": "get_tensor it and write the file with safetensors",
     "setup_dummy": "there is no dummy client yet: every client on a host shares the stores' memory anyway",
     "upsert_tensor_with_parallelism": _PARALLELISM,

@@ -83,6 +83,31 @@ REPLICA_COPY, REPLICA_MOVE = TaskType.REPLICA_COPY, TaskType.REPLICA_MOVE
 """As pybind exports them into upstream's module; of two enums with one name, the later one."""
 
 
+TaskId = tuple[int, int]
+"""Two numbers of 64 bits."""
+
+
+class QueryTaskResponse:
+    """How far a task is."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self.id: TaskId = (0, 0)
+        self.type = TaskType.REPLICA_COPY
+        self.status = TaskStatus.PENDING
+        self.created_at_ms_epoch = 0
+        self.last_updated_at_ms_epoch = 0
+        self.assigned_client: TaskId = (0, 0)
+        self.message = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"QueryTaskResponse(id={self.id[0]}-{self.id[1]}, type={self.type:d}, status={self.status:d}, "
+            f"created_at={self.created_at_ms_epoch}, last_updated_at={self.last_updated_at_ms_epoch}, "
+            f'assigned_client={self.assigned_client[0]}-{self.assigned_client[1]}, message="{self.message}")'
+        )
+
+
 class ReplicateConfig:
     """How an object is kept; the fields are plain attributes, as upstream's."""
 

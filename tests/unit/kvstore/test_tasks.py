@@ -92,6 +92,39 @@ class Cluster:
         return {node for node, held in self.held.items() if key(n) in held}
 
 
+def test_a_copy_to_several_nodes_ends_when_each_has_every_key():
+    cluster = Cluster(a=(1, 2), b=(2,), c=())
+    task = cluster.tasks.copy(keys(1, 2), "b,c")
+    cluster.run()
+    assert cluster.state(task) is State.DONE
+    assert (cluster.where(1), cluster.where(2)) == ({"a", "b", "c"}, {"a", "b", "c"})
+    assert (cluster.tasks.progress(task).done, cluster.tasks.progress(task).total) == (2, 2)
+
+
+def test_a_copy_to_several_nodes_fails_if_one_of_them_leaves():
+    cluster = Cluster(a=(1,), b=(), c=())
+    task = cluster.tasks.copy(keys(1), "b,c")
+    cluster.leave("c")
+    cluster.run()
+    assert cluster.state(task) is State.FAILED
+    assert cluster.where(1) == {"a", "b"}
+
+
+def test_a_task_says_when_it_began_and_when_it_last_came_on():
+    cluster = Cluster(a=(1,), b=())
+    cluster.tasks.tick(5.0)
+    task = cluster.tasks.copy(keys(1), "b")
+    assert times(cluster, task) == (5.0, 5.0)
+    cluster.now_s = 7.0
+    cluster.run()
+    assert times(cluster, task) == (5.0, 7.0)
+
+
+def times(cluster, task_id) -> tuple[float, float]:
+    progress = cluster.tasks.progress(task_id)
+    return progress.created_s, progress.updated_s
+
+
 def test_a_copy_leaves_the_source_and_skips_what_is_there():
     cluster = Cluster(a=(1, 2), b=(2,))
     task = cluster.tasks.copy(keys(1, 2), "b")
