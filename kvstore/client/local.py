@@ -17,7 +17,7 @@ from kvstore.engine.client import PoolClient
 from kvstore.engine.link import StoreLink
 from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX
 from kvstore.node.finding import INLINE
-from kvstore.node.node import FULL
+from kvstore.node.node import FULL, OVER_QUOTA, QUOTA_USED_UP
 from mooncake.core.errors import MooncakeError, PeerTimeout, ProtocolError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import (
@@ -376,4 +376,6 @@ def put_result(node: str, offset: int, committed: bool | None, size_bytes: int) 
         return Result(Outcome.FAILED, reason=f"{node}: written too late")
     if offset == FULL:
         return Result(Outcome.FULL, reason=f"{node}: full")
+    if offset == OVER_QUOTA:
+        return Result(Outcome.FULL, reason=f"{node}: {QUOTA_USED_UP}")
     return Result(Outcome.EXISTS, nodes=(node,))

@@ -10,13 +10,22 @@ NO_QUOTA = -1
 """In SetQuota and TenantUsage (wire contract)."""
 
 
-def make_policy(capacity_bytes: int, eviction: str, hard_pin_ratio: float = HARD_PIN_RATIO) -> Guarded:
+def make_policy(
+    capacity_bytes: int,
+    eviction: str,
+    hard_pin_ratio: float = HARD_PIN_RATIO,
+    *,
+    evict_soft: bool = True,
+    quota_needed: bool = False,
+) -> Guarded:
     """Return the policy of a node.
 
     Args:
         capacity_bytes: of its segment.
         eviction: a name of kvstore.node.eviction.POLICIES.
         hard_pin_ratio: of the segment that hard pins may hold.
+        evict_soft: see Guarded.
+        quota_needed: see Guarded.
 
     Raises:
         ConfigError: no such policy, or not a ratio.
@@ -25,7 +34,8 @@ def make_policy(capacity_bytes: int, eviction: str, hard_pin_ratio: float = HARD
         raise ConfigError(f"eviction={eviction!r}: one of {', '.join(POLICIES)}")
     if not 0 <= hard_pin_ratio <= 1:
         raise ConfigError(f"hard_pin_ratio={hard_pin_ratio}: 0 to 1")
-    return Guarded(int(capacity_bytes * hard_pin_ratio), POLICIES[eviction])
+    hard_bytes = int(capacity_bytes * hard_pin_ratio)
+    return Guarded(hard_bytes, POLICIES[eviction], evict_soft=evict_soft, quota_needed=quota_needed)
 
 
 def tags_of(request: Reserve) -> Tags:
@@ -42,6 +52,6 @@ def pin(node: Node, now_s: float, request: Pin) -> Pinned:
 def set_quota(node: Node, now_s: float, request: SetQuota) -> TenantUsage:
     """Answer `request`; raises as Node.set_quota."""
     quota_bytes = None if request.quota_bytes == NO_QUOTA else request.quota_bytes
-    use = node.set_quota(now_s, request.tenant, quota_bytes)
+    use = node.set_quota(now_s, request.tenant, quota_bytes, strict=request.strict)
     left = NO_QUOTA if use.quota_bytes is None else use.quota_bytes
     return TenantUsage(use.used_bytes, use.pinned_bytes, left)

@@ -20,7 +20,7 @@ No clock here: `now_s` is any monotonic time; every call first does what has bec
 import itertools
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 import msgspec
@@ -40,6 +40,12 @@ PRESENT = -1
 FULL = -2
 """In Reserved.offsets (wire contract): no room."""
 ID_BITS = 40
+OVER_QUOTA = -3
+"""In Reserved.offsets (wire contract): beyond the tenant's strict quota."""
+QUOTA_USED_UP = "the tenant's quota is used up"
+"""In the reason of such a refusal, by which callers tell it from others."""
+AHEAD_MAX = 1_024
+"""Blocks evicted ahead at a time, a millisecond or two: the store has callers. The rest goes next."""
 """Ids of one epoch: 2**40, a million a second for twelve days."""
 SIZES_MAX = 64
 """Block sizes whose number is stored once for all blocks, not 32 bytes each: those of so many models."""
@@ -97,6 +103,9 @@ class Node:
 
     # ------------------------------------------------------------ readers
 
+        self.evicted_bytes = self.eviction_attempts = self.eviction_successes = 0
+        self.puts_begun = self.puts_refused = self.puts_discarded = 0
+        self._writing_of: dict[str, int] = {}  # bytes in writing for tenants
     def acquire(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> Acquired:
         """Lease the longest complete prefix of `keys` for `lease_s` (at most limits.lease_s_max).
 
@@ -171,12 +180,15 @@ class Node:
                 found = None if full else self._place(size_bytes)
                 # once one did not fit, the others of this request will not either
                 full = found is None
+            elif key not in self._writing and not self._makes_way(tags.tenant, size_bytes):
+                offset = OVER_QUOTA
                 offset = FULL if found is None else found
                 if found is not None:
                     ticket = next(self._ids)
                     self._writes[ticket] = Write(
                         ticket, writer, key, found, size_bytes, expires_s, tags, depth, below
                     )
+                    self._note_writing(tags.tenant, 1, size_bytes)
                     self._writing[key] = ticket
             offsets.append(offset)
             tickets.append(ticket)
@@ -184,6 +196,8 @@ class Node:
 
     def commit(self, now_s: float, tickets: Sequence[int], checksums: Sequence[bytes]) -> Committed:
         """Make written blocks visible. A ticket that is unknown, expired or used gives False.
+        self.puts_begun += len(keys)
+        self.puts_refused += tickets.count(0)
 
         Raises:
             RequestError: not one 16-byte checksum per ticket; nothing is committed then.
@@ -205,6 +219,7 @@ class Node:
             self._note(write.key, stored=True)
             written.append(write)
         # the end of a prefix first: it is useless without its beginning
+            self._note_writing(write.tags.tenant, -1, write.size_bytes)
         for write in reversed(written):
             if write.tags is not PLAIN:
                 self._admit(write.key, write.size_bytes, write.tags)
@@ -255,8 +270,10 @@ class Node:
                 done += 1
         return done
 
-    def set_quota(self, now_s: float, tenant: str, quota_bytes: int | None) -> TenantUse:
-        """Give a tenant a share under pressure, None ends it; see kvstore.node.pins. Returns what it has.
+    def set_quota(
+        self, now_s: float, tenant: str, quota_bytes: int | None, *, strict: bool = False
+    ) -> TenantUse:
+        """Give a tenant a share, None ends it; `strict`: a wall; see kvstore.node.pins. Returns what it has.
 
         Raises:
             RequestError: no name, or a negative quota.
@@ -266,7 +283,7 @@ class Node:
         Tags(tenant).check()
         if not tenant:
             raise RequestError("a quota needs the name of a tenant")
-        self.policy.set_quota(tenant, quota_bytes)
+        self.policy.set_quota(tenant, quota_bytes, strict=strict)
         return self.policy.use(tenant)
 
     # ------------------------------------------------------------ bad and unwanted blocks
@@ -275,6 +292,32 @@ class Node:
         """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
         self.tick(now_s)
         check_keys([key])
+    # ------------------------------------------------------------ room kept free
+
+    def evict_ahead(
+        self, now_s: float, above_bytes: int, down_to_bytes: int, may_go: Callable[[bytes], bool] | None
+    ) -> int:
+        """If more than `above_bytes` are in use, evict until `down_to_bytes` are, AHEAD_MAX blocks at most.
+
+        Args:
+            now_s: see the module.
+            above_bytes: in use, from where on something is done.
+            down_to_bytes: less than that.
+            may_go: asked for each block: one that has no copy on the SSD yet had better wait. None: all may.
+
+        Returns:
+            How many were evicted.
+        """
+        self.tick(now_s)
+        used_bytes = self._allocator.used_bytes
+        if used_bytes <= above_bytes:
+            return 0
+        victims = self.policy.bulk.victims(used_bytes - down_to_bytes)[:AHEAD_MAX]
+        chosen = [key for key in victims if may_go is None or may_go(key)]
+        self._evict(chosen)
+        self.eviction_successes += bool(chosen)
+        return len(chosen)
+
         return self._lease([key], self._prefix([key]), lease_s)
 
     def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
@@ -375,6 +418,14 @@ class Node:
     def _prefix(self, keys: Sequence[bytes]) -> list[Entry]:
         entries = []
         for key in keys:
+            evicted_bytes=self.evicted_bytes,
+            eviction_attempts=self.eviction_attempts,
+            eviction_successes=self.eviction_successes,
+            puts_begun=self.puts_begun,
+            puts_refused=self.puts_refused,
+            puts_discarded=self.puts_discarded,
+            drops=self.drops,
+            soft_pins=self.policy.soft_pins,
             entry = self._complete.get(key)
             if entry is None:
                 break
@@ -430,13 +481,14 @@ class Node:
             if not victims:
                 return None
             budget -= len(victims)
-            for key in victims:
-                self.ages.add(max(0.0, self._now_s - self._complete[key].since_s))
-                self._drop(key)
-            self.evictions += len(victims)
+            self._evict(victims)
+        self.eviction_successes += 1
         return offset
+        if (offset := self._allocator.allocate(size_bytes)) is not None:
+            return offset
 
     def _drop(self, key: bytes) -> None:
+        self.eviction_attempts += 1
         entry = self._complete.pop(key)
         self._note(key, stored=False)
         if not self._leases.hide(key):
@@ -450,6 +502,37 @@ class Node:
         self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
         self.quarantined_bytes += aligned(write.size_bytes)
 
+    def _makes_way(self, tenant: str, size_bytes: int) -> bool:
+        """Return whether `tenant` may write a block, after it gave what its strict quota asks for."""
+        if not tenant:
+            return True
+        more_bytes = aligned(size_bytes) + self._writing_of.get(tenant, 0)
+        need_bytes = self.policy.excess_bytes(tenant, more_bytes)
+        if not need_bytes:
+            return True
+        victims = self.policy.victims_of(tenant, need_bytes)[:EVICTIONS_PER_KEY_MAX]
+        self.eviction_attempts += 1
+        if sum(aligned(self._complete[key].size_bytes) for key in victims) < need_bytes:
+            return False
+        self._evict(victims)
+        self.eviction_successes += 1
+        return not self.policy.excess_bytes(tenant, more_bytes)  # companions may be another tenant's
+
+    def _note_writing(self, tenant: str, count: int, size_bytes: int) -> None:
+        """Count blocks in writing: a quota is charged when they are complete, and must hold until then."""
+        if tenant:
+            self._writing_of[tenant] = self._writing_of.get(tenant, 0) + count * aligned(size_bytes)
+            if not self._writing_of[tenant]:
+                del self._writing_of[tenant]
+
+    def _evict(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            entry = self._complete[key]
+            self.ages.add(max(0.0, self._now_s - entry.since_s))
+            self.evicted_bytes += aligned(entry.size_bytes)
+            self._drop(key)
+        self.evictions += len(keys)
+
     def _note(self, key: bytes, *, stored: bool) -> None:
         # a key that came and went (or went and came) since the last drain has no net change
         if key in self._pending:
@@ -461,3 +544,5 @@ class Node:
 def _check_writer(writer: str) -> None:
     if not 0 < len(writer) <= WRITER_CHARS_MAX:
         raise RequestError(f"writer has {len(writer)} characters: must be 1 to {WRITER_CHARS_MAX}")
+        self._note_writing(write.tags.tenant, -1, write.size_bytes)
+        self.puts_discarded += 1

@@ -9,7 +9,9 @@
 
 A quota is a share under pressure, not a wall: room that nobody needs is everybody's. Of tenants over
 quota the one furthest over gives first, its blocks in the policy's order, until it is within. What a
-tenant pins must fit into its quota, so it can always be brought back to it.
+tenant pins must fit into its quota, so it can always be brought back to it. A quota may also be set as a
+wall (`strict`): the owner asks for `excess_bytes` before each write, and takes it from `victims_of` the
+tenant or refuses.
 A group's blocks are of use only together: one victim takes along those that are as free to go.
 
 The owner tells of a block of a tenant or group when it is complete (`admit`), of each block that is
@@ -42,6 +44,8 @@ DEPTH_MAX = 1 << 24
 """Blocks of one prompt: more than any model's context."""
 QUOTAS_MAX = 1_024
 """Tenants with a quota of their own on one node; each eviction looks at those that are over."""
+NOT_REGISTERED = "has no quota in this pool: give it one"
+"""In the text of an error, by which callers tell it from others."""
 STALE_MIN = 64
 """Superseded timers that are always tolerated: a sweep costs as much as there are timers."""
 
@@ -97,6 +101,7 @@ class _Tenant(msgspec.Struct):
     used_bytes: int = 0
     pinned_bytes: int = 0
     quota_bytes: int | None = None
+    strict: bool = False
     plain: EvictionPolicy | None = None  # the plain blocks once more, if there is a quota
 
     @property
@@ -118,14 +123,25 @@ class _Block(msgspec.Struct, gc=False):
 class Guarded:
     """See the module's text. An EvictionPolicy; not thread-safe."""
 
-    def __init__(self, hard_bytes_max: int, make: Callable[[], EvictionPolicy] = Lru) -> None:
+    def __init__(
+        self,
+        hard_bytes_max: int,
+        make: Callable[[], EvictionPolicy] = Lru,
+        *,
+        evict_soft: bool = True,
+        quota_needed: bool = False,
+    ) -> None:
         """Start empty.
 
         Args:
             hard_bytes_max: sum of hard pins; what is left of the segment stays usable as a cache.
             make: the inner policy.
+            evict_soft: whether soft pins are given up at all before their time is over.
+            quota_needed: whether a tenant without a quota is nobody.
         """
         self.hard_bytes_max = hard_bytes_max
+        self.quota_needed = quota_needed
+        self._evict_soft = evict_soft
         self._make = make
         self._now_s = -math.inf
         self._blocks: dict[bytes, _Block] = {}
@@ -239,8 +255,9 @@ class Guarded:
 
     @property
     def held_bytes(self) -> int:
-        """See EvictionPolicy: without hard pins."""
-        return self._lapsed.held_bytes + self._plain.held_bytes + self._soft.held_bytes
+        """See EvictionPolicy: without pins that are not given up."""
+        soft_bytes = self._soft.held_bytes if self._evict_soft else 0
+        return self._lapsed.held_bytes + self._plain.held_bytes + soft_bytes
 
     def victims(self, need_bytes: int) -> list[bytes]:
         """See EvictionPolicy and the module's text. Groups may make it more than needed."""
@@ -249,8 +266,16 @@ class Guarded:
         for tenant in sorted(self._over.values(), key=lambda t: (-t.over_bytes, t.name)):
             assert tenant.plain is not None
             need_bytes -= self._choose(tenant.plain, min(need_bytes, tenant.over_bytes), chosen)
-        for policy in (self._plain, self._soft):
+        for policy in (self._plain, self._soft) if self._evict_soft else (self._plain,):
             need_bytes -= self._choose(policy, need_bytes, chosen)
+        return list(chosen)
+
+    def victims_of(self, tenant: str, need_bytes: int) -> list[bytes]:
+        """As `victims`, of the plain blocks of a tenant with a quota, and of companions of theirs."""
+        chosen: dict[bytes, int] = {}
+        known = self._tenants.get(tenant)
+        if known is not None and known.plain is not None:
+            self._choose(known.plain, need_bytes, chosen)
         return list(chosen)
 
     def companions(self, key: bytes) -> list[bytes]:
@@ -343,8 +368,10 @@ class Guarded:
 
     # ------------------------------------------------------------ tenants
 
-    def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
-        """Give a tenant a share under pressure; None ends it. O(n): every plain block is looked at.
+    def set_quota(self, tenant: str, quota_bytes: int | None, *, strict: bool = False) -> None:
+        """Give a tenant a share under pressure, or a wall if `strict`; None ends it.
+
+        O(n): every plain block is looked at, when the tenant had none.
 
         Raises:
             RequestError: a negative quota.
@@ -358,6 +385,7 @@ class Guarded:
             raise CapacityError(f"{quotas} tenants have quotas: no more here")
         self._tenants[tenant] = known
         known.quota_bytes = quota_bytes
+        known.strict = strict
         if quota_bytes is None:
             known.plain = None
         elif known.plain is None:
@@ -372,6 +400,19 @@ class Guarded:
         """Return what `tenant` has."""
         known = self._tenants.get(tenant, _Tenant(tenant))
         return TenantUse(known.used_bytes, known.pinned_bytes, known.quota_bytes)
+
+    def excess_bytes(self, tenant: str, more_bytes: int) -> int:
+        """Return by how much `more_bytes` would take a tenant beyond its strict quota; 0: it has none.
+
+        Raises:
+            RequestError: every tenant needs a quota here, and this one has none.
+        """
+        known = self._tenants.get(tenant)
+        if known is None or known.quota_bytes is None:
+            if self.quota_needed and tenant:
+                raise RequestError(f"tenant {tenant!r} {NOT_REGISTERED}")
+            return 0
+        return max(0, known.used_bytes + more_bytes - known.quota_bytes) if known.strict else 0
 
     def tenants(self) -> dict[str, int]:
         """Return the bytes of each tenant that has a block or a quota. Safe from another thread."""

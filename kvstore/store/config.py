@@ -7,11 +7,14 @@ import msgspec
 from kvstore.node.allocator import ALIGN_BYTES
 from kvstore.node.keeping import make_policy
 from kvstore.node.node import HARD_PIN_RATIO
+from kvstore.node.pins import Guarded
 from kvstore.ssd.model import SsdConfig
 from kvstore.ssd.writebehind import AGE_S
 from mooncake.core.errors import ConfigError
 from transfer.config import EngineConfig
 
+EVICT_RATIO = 0.05
+"""Upstream's default."""
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a host name; becomes a file name
 
 
@@ -27,6 +30,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         metrics_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
         eviction: lru, lfu, length or tail: kvstore.node.eviction says what they mean.
         hard_pin_ratio: of the memory that blocks may hold that are never evicted.
+        evict_soft_pins: whether soft pins give way, after everything else, before their time is over.
+        quota_needed: whether a tenant without a quota is refused.
+        evict_above_ratio: of the memory in use, from where on blocks are evicted ahead of need; 1 = never.
+        evict_ratio: of the memory, evicted below that in one go.
         ssd: the SSD tier below the memory; None = none.
         ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
         transfer: settings of the transfer engine through which engines of other hosts read and write;
@@ -43,6 +50,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     transfer: EngineConfig | None = None
     eviction: str = "lru"
     hard_pin_ratio: float = HARD_PIN_RATIO
+    evict_soft_pins: bool = True
+    quota_needed: bool = False
+    evict_above_ratio: float = 1.0
+    evict_ratio: float = EVICT_RATIO
     ssd: SsdConfig | None = None
     ssd_age_s: float = AGE_S
     hugepages: str = "auto"
@@ -59,4 +70,17 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
             raise ConfigError(f"metrics_port={self.metrics_port}: 0 to 65535, or none")
-        make_policy(self.capacity_bytes, self.eviction, self.hard_pin_ratio)
+        for name in ("evict_above_ratio", "evict_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: 0 to 1")
+        self.policy(self.capacity_bytes)
+
+    def policy(self, capacity_bytes: int) -> Guarded:
+        """Return what decides which blocks of so much memory go first."""
+        return make_policy(
+            capacity_bytes,
+            self.eviction,
+            self.hard_pin_ratio,
+            evict_soft=self.evict_soft_pins,
+            quota_needed=self.quota_needed,
+        )

@@ -27,7 +27,7 @@ from kvstore.limits import (
 from kvstore.node.allocator import ALIGN_BYTES
 from kvstore.node.events import EventPublisher, Snapshots
 from kvstore.node.finding import find, split_keys
-from kvstore.node.keeping import make_policy, pin, set_quota, tags_of
+from kvstore.node.keeping import pin, set_quota, tags_of
 from kvstore.node.names import Names
 from kvstore.node.node import Node, id_base
 from kvstore.ssd.model import SsdConfig
@@ -107,7 +107,7 @@ class StoreService:
         self._metadata = metadata
         self.epoch = secrets.token_hex(8)
         capacity_bytes = config.capacity_bytes // ALIGN_BYTES * ALIGN_BYTES
-        policy = make_policy(capacity_bytes, config.eviction, config.hard_pin_ratio)
+        policy = config.policy(capacity_bytes)
         self.node = Node(capacity_bytes, limits, policy, first_id=id_base(self.epoch))
         self._capacity_bytes = capacity_bytes
         self._clock = clock
@@ -302,6 +302,7 @@ class StoreService:
             return None
         try:
             return handler(request)
+            self._evict_ahead()
         finally:
             self._after_change()
 
@@ -310,6 +311,15 @@ class StoreService:
             if (waiting := self._waiting_handlers.get(type(request))) is not None:
                 return await waiting(request)
             return self._handlers[type(request)](request)
+    def _evict_ahead(self) -> None:
+        """Keep a part of the memory free, if that is asked for, so that puts need not wait for evictions."""
+        config = self.config
+        if config.evict_above_ratio < 1:
+            down_to = max(0.0, config.evict_above_ratio - config.evict_ratio)
+            above_bytes = int(self._capacity_bytes * config.evict_above_ratio)
+            may_go = self.tiering.tier.__contains__ if self.tiering else None
+            self.node.evict_ahead(self._clock(), above_bytes, int(self._capacity_bytes * down_to), may_go)
+
         finally:
             self._after_change()
 
@@ -436,8 +446,14 @@ class StoreService:
         if self.tiering is None:
             return stats
         ssd = self.tiering.tier.stats()
-        used = {"ssd_used_bytes": ssd.live_bytes, "ssd_blocks": ssd.objects}
-        return msgspec.structs.replace(stats, ssd_capacity_bytes=ssd.capacity_bytes, **used)
+        return msgspec.structs.replace(
+            stats,
+            ssd_capacity_bytes=ssd.capacity_bytes,
+            ssd_used_bytes=ssd.live_bytes,
+            ssd_blocks=ssd.objects,
+            ssd_hits=ssd.hits,
+            ssd_read_bytes=ssd.read_bytes,
+        )
 
     def _snapshot(self, request: Snapshot) -> SnapshotPage:
         self._flush()  # so that seq and the complete set are the same moment

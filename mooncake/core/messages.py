@@ -112,6 +112,7 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd
     tickets: list[int]
 
 
+    -3 = beyond the tenant's quota: too little of its own can go.
 class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmt"):
     """Make written blocks visible: checksum[i] is xxh3-128 over the bytes. Answer: Committed.
 
@@ -205,7 +206,7 @@ class Pinned(msgspec.Struct, frozen=True, array_like=True, tag="pind"):
 
 
 class SetQuota(msgspec.Struct, frozen=True, array_like=True, tag="quota"):
-    """Give a tenant a share under pressure; -1 ends it. Answer: TenantUsage."""
+    """Give a tenant a share under pressure, a wall if `strict`; -1 ends it. Answer: TenantUsage."""
 
     tenant: str
     quota_bytes: int
@@ -216,6 +217,7 @@ class TenantUsage(msgspec.Struct, frozen=True, array_like=True, tag="quotad"):
 
     used_bytes: int
     pinned_bytes: int
+    strict: bool = False
     quota_bytes: int
 
 
@@ -277,6 +279,16 @@ StoreRequest = (
     | Find
     | Release
     | Reserve
+    ssd_hits: int = 0
+    ssd_read_bytes: int = 0
+    evicted_bytes: int = 0
+    eviction_attempts: int = 0  # rounds of eviction; a put that finds room needs none
+    eviction_successes: int = 0  # those that gave as much as was needed
+    puts_begun: int = 0
+    puts_refused: int = 0  # no room, beyond the quota, or there already
+    puts_discarded: int = 0  # given up by the writer, or never committed
+    drops: int = 0
+    soft_pins: int = 0
     | Commit
     | Abandon
     | ReportBad
