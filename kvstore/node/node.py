@@ -39,13 +39,13 @@ PRESENT = -1
 """In Reserved.offsets (wire contract): already complete, or being written by somebody."""
 FULL = -2
 """In Reserved.offsets (wire contract): no room."""
-ID_BITS = 40
 OVER_QUOTA = -3
 """In Reserved.offsets (wire contract): beyond the tenant's strict quota."""
 QUOTA_USED_UP = "the tenant's quota is used up"
 """In the reason of such a refusal, by which callers tell it from others."""
 AHEAD_MAX = 1_024
 """Blocks evicted ahead at a time, a millisecond or two: the store has callers. The rest goes next."""
+ID_BITS = 40
 """Ids of one epoch: 2**40, a million a second for twelve days."""
 SIZES_MAX = 64
 """Block sizes whose number is stored once for all blocks, not 32 bytes each: those of so many models."""
@@ -99,13 +99,13 @@ class Node:
         self._sizes: dict[int, int] = {}
         self.hits = self.misses = self.commits = self.pins_refused = 0
         self.evictions = self.drops = self.checksum_failures = 0  # why blocks went
+        self.evicted_bytes = self.eviction_attempts = self.eviction_successes = 0
+        self.puts_begun = self.puts_refused = self.puts_discarded = 0
+        self._writing_of: dict[str, int] = {}  # bytes in writing for tenants
         self.ages = AgeHistogram()  # of evicted ones
 
     # ------------------------------------------------------------ readers
 
-        self.evicted_bytes = self.eviction_attempts = self.eviction_successes = 0
-        self.puts_begun = self.puts_refused = self.puts_discarded = 0
-        self._writing_of: dict[str, int] = {}  # bytes in writing for tenants
     def acquire(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> Acquired:
         """Lease the longest complete prefix of `keys` for `lease_s` (at most limits.lease_s_max).
 
@@ -176,28 +176,28 @@ class Node:
                     policy.touch(key, below)
                 if tags is not PLAIN:
                     self._pin(key, entry.size_bytes, tags)
+            elif key not in self._writing and not self._makes_way(tags.tenant, size_bytes):
+                offset = OVER_QUOTA
             elif key not in self._writing:
                 found = None if full else self._place(size_bytes)
                 # once one did not fit, the others of this request will not either
                 full = found is None
-            elif key not in self._writing and not self._makes_way(tags.tenant, size_bytes):
-                offset = OVER_QUOTA
                 offset = FULL if found is None else found
                 if found is not None:
+                    self._note_writing(tags.tenant, 1, size_bytes)
                     ticket = next(self._ids)
                     self._writes[ticket] = Write(
                         ticket, writer, key, found, size_bytes, expires_s, tags, depth, below
                     )
-                    self._note_writing(tags.tenant, 1, size_bytes)
                     self._writing[key] = ticket
             offsets.append(offset)
             tickets.append(ticket)
+        self.puts_begun += len(keys)
+        self.puts_refused += tickets.count(0)
         return Reserved(offsets, tickets)
 
     def commit(self, now_s: float, tickets: Sequence[int], checksums: Sequence[bytes]) -> Committed:
         """Make written blocks visible. A ticket that is unknown, expired or used gives False.
-        self.puts_begun += len(keys)
-        self.puts_refused += tickets.count(0)
 
         Raises:
             RequestError: not one 16-byte checksum per ticket; nothing is committed then.
@@ -215,11 +215,11 @@ class Node:
             if write is None:
                 continue
             del self._writing[write.key]
+            self._note_writing(write.tags.tenant, -1, write.size_bytes)
             self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
             self._note(write.key, stored=True)
             written.append(write)
         # the end of a prefix first: it is useless without its beginning
-            self._note_writing(write.tags.tenant, -1, write.size_bytes)
         for write in reversed(written):
             if write.tags is not PLAIN:
                 self._admit(write.key, write.size_bytes, write.tags)
@@ -286,12 +286,6 @@ class Node:
         self.policy.set_quota(tenant, quota_bytes, strict=strict)
         return self.policy.use(tenant)
 
-    # ------------------------------------------------------------ bad and unwanted blocks
-
-    def lease_for_check(self, now_s: float, key: bytes, lease_s: float) -> Acquired:
-        """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
-        self.tick(now_s)
-        check_keys([key])
     # ------------------------------------------------------------ room kept free
 
     def evict_ahead(
@@ -318,6 +312,12 @@ class Node:
         self.eviction_successes += bool(chosen)
         return len(chosen)
 
+    # ------------------------------------------------------------ bad and unwanted blocks
+
+    def lease_for_check(self, now_s: float, key: bytes, lease_s: float) -> Acquired:
+        """Hold one block in place while it is re-hashed; counts neither hit nor miss. Raises as acquire."""
+        self.tick(now_s)
+        check_keys([key])
         return self._lease([key], self._prefix([key]), lease_s)
 
     def hold(self, now_s: float, keys: Sequence[bytes], lease_s: float) -> tuple[int, list[bytes]]:
@@ -404,6 +404,14 @@ class Node:
             blocks=len(self._complete),
             writing=len(self._writes),
             leases=len(self._leases),
+            evicted_bytes=self.evicted_bytes,
+            eviction_attempts=self.eviction_attempts,
+            eviction_successes=self.eviction_successes,
+            puts_begun=self.puts_begun,
+            puts_refused=self.puts_refused,
+            puts_discarded=self.puts_discarded,
+            drops=self.drops,
+            soft_pins=self.policy.soft_pins,
             hits=self.hits,
             misses=self.misses,
             evictions=self.evictions,
@@ -418,14 +426,6 @@ class Node:
     def _prefix(self, keys: Sequence[bytes]) -> list[Entry]:
         entries = []
         for key in keys:
-            evicted_bytes=self.evicted_bytes,
-            eviction_attempts=self.eviction_attempts,
-            eviction_successes=self.eviction_successes,
-            puts_begun=self.puts_begun,
-            puts_refused=self.puts_refused,
-            puts_discarded=self.puts_discarded,
-            drops=self.drops,
-            soft_pins=self.policy.soft_pins,
             entry = self._complete.get(key)
             if entry is None:
                 break
@@ -472,8 +472,11 @@ class Node:
         """Return an offset, after evicting what is needed; None = no room."""
         if len(self._writes) >= self.limits.writes_max:
             return None
+        if (offset := self._allocator.allocate(size_bytes)) is not None:
+            return offset
         policy = self.policy.bulk
         budget = EVICTIONS_PER_KEY_MAX
+        self.eviction_attempts += 1
         while (offset := self._allocator.allocate(size_bytes)) is None:
             if self._allocator.free_bytes + policy.held_bytes < size_bytes:
                 return None  # hopeless: evicting would only cost hits
@@ -484,23 +487,6 @@ class Node:
             self._evict(victims)
         self.eviction_successes += 1
         return offset
-        if (offset := self._allocator.allocate(size_bytes)) is not None:
-            return offset
-
-    def _drop(self, key: bytes) -> None:
-        self.eviction_attempts += 1
-        entry = self._complete.pop(key)
-        self._note(key, stored=False)
-        if not self._leases.hide(key):
-            self.policy.bulk.remove(key)
-            self._allocator.free(entry.offset, entry.size_bytes)
-        self.policy.bulk.forget(key)
-
-    def _give_up(self, write: Write) -> None:
-        del self._writes[write.ticket]
-        del self._writing[write.key]
-        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
-        self.quarantined_bytes += aligned(write.size_bytes)
 
     def _makes_way(self, tenant: str, size_bytes: int) -> bool:
         """Return whether `tenant` may write a block, after it gave what its strict quota asks for."""
@@ -533,6 +519,22 @@ class Node:
             self._drop(key)
         self.evictions += len(keys)
 
+    def _drop(self, key: bytes) -> None:
+        entry = self._complete.pop(key)
+        self._note(key, stored=False)
+        if not self._leases.hide(key):
+            self.policy.bulk.remove(key)
+            self._allocator.free(entry.offset, entry.size_bytes)
+        self.policy.bulk.forget(key)
+
+    def _give_up(self, write: Write) -> None:
+        del self._writes[write.ticket]
+        del self._writing[write.key]
+        self._note_writing(write.tags.tenant, -1, write.size_bytes)
+        self.puts_discarded += 1
+        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
+        self.quarantined_bytes += aligned(write.size_bytes)
+
     def _note(self, key: bytes, *, stored: bool) -> None:
         # a key that came and went (or went and came) since the last drain has no net change
         if key in self._pending:
@@ -544,5 +546,3 @@ class Node:
 def _check_writer(writer: str) -> None:
     if not 0 < len(writer) <= WRITER_CHARS_MAX:
         raise RequestError(f"writer has {len(writer)} characters: must be 1 to {WRITER_CHARS_MAX}")
-        self._note_writing(write.tags.tenant, -1, write.size_bytes)
-        self.puts_discarded += 1

@@ -283,6 +283,7 @@ class StoreService:
             self.node.tick(self._clock())
             if self.tiering:
                 self.tiering.tick()
+            self._evict_ahead()
             self._after_change()
             if self._clock() >= beat_s:
                 beat_s = self._clock() + HEARTBEAT_S
@@ -290,6 +291,15 @@ class StoreService:
                 assert self._events
                 self._events.heartbeat()
             await asyncio.sleep(TICK_S)
+
+    def _evict_ahead(self) -> None:
+        """Keep a part of the memory free, if that is asked for, so that puts need not wait for evictions."""
+        config = self.config
+        if config.evict_above_ratio < 1:
+            down_to = max(0.0, config.evict_above_ratio - config.evict_ratio)
+            above_bytes = int(self._capacity_bytes * config.evict_above_ratio)
+            may_go = self.tiering.tier.__contains__ if self.tiering else None
+            self.node.evict_ahead(self._clock(), above_bytes, int(self._capacity_bytes * down_to), may_go)
 
     # ------------------------------------------------------------ requests
 
@@ -302,7 +312,6 @@ class StoreService:
             return None
         try:
             return handler(request)
-            self._evict_ahead()
         finally:
             self._after_change()
 
@@ -311,15 +320,6 @@ class StoreService:
             if (waiting := self._waiting_handlers.get(type(request))) is not None:
                 return await waiting(request)
             return self._handlers[type(request)](request)
-    def _evict_ahead(self) -> None:
-        """Keep a part of the memory free, if that is asked for, so that puts need not wait for evictions."""
-        config = self.config
-        if config.evict_above_ratio < 1:
-            down_to = max(0.0, config.evict_above_ratio - config.evict_ratio)
-            above_bytes = int(self._capacity_bytes * config.evict_above_ratio)
-            may_go = self.tiering.tier.__contains__ if self.tiering else None
-            self.node.evict_ahead(self._clock(), above_bytes, int(self._capacity_bytes * down_to), may_go)
-
         finally:
             self._after_change()
 

@@ -105,6 +105,7 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
 class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd"):
     """`offsets[i]` for `keys[i]`: where to write; -1 = already there or being written; -2 = full.
 
+    -3 = beyond the tenant's quota: too little of its own can go.
     `tickets[i]` must be shown at commit (0 where there is nothing to write).
     """
 
@@ -112,7 +113,6 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd
     tickets: list[int]
 
 
-    -3 = beyond the tenant's quota: too little of its own can go.
 class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmt"):
     """Make written blocks visible: checksum[i] is xxh3-128 over the bytes. Answer: Committed.
 
@@ -210,6 +210,7 @@ class SetQuota(msgspec.Struct, frozen=True, array_like=True, tag="quota"):
 
     tenant: str
     quota_bytes: int
+    strict: bool = False
 
 
 class TenantUsage(msgspec.Struct, frozen=True, array_like=True, tag="quotad"):
@@ -217,7 +218,6 @@ class TenantUsage(msgspec.Struct, frozen=True, array_like=True, tag="quotad"):
 
     used_bytes: int
     pinned_bytes: int
-    strict: bool = False
     quota_bytes: int
 
 
@@ -272,13 +272,6 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     ssd_capacity_bytes: int = 0
     ssd_used_bytes: int = 0
     ssd_blocks: int = 0
-
-
-StoreRequest = (
-    Acquire
-    | Find
-    | Release
-    | Reserve
     ssd_hits: int = 0
     ssd_read_bytes: int = 0
     evicted_bytes: int = 0
@@ -289,6 +282,13 @@ StoreRequest = (
     puts_discarded: int = 0  # given up by the writer, or never committed
     drops: int = 0
     soft_pins: int = 0
+
+
+StoreRequest = (
+    Acquire
+    | Find
+    | Release
+    | Reserve
     | Commit
     | Abandon
     | ReportBad
