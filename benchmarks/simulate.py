@@ -22,6 +22,7 @@ from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale
 from benchmarks.sim.world import World, WorldConfig
 from conductor.admission import AdmissionMode
 from conductor.index import PrefixIndex
+from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy
 from mooncake.core.keys import KEY_BYTES
 
@@ -29,7 +30,7 @@ QUICK_S = 420.0
 """Of each trace, with --quick."""
 ATTAINED = 0.9
 """Capacity: the fastest replay at which so many requests keep both objectives."""
-SPEEDS = (1.0, 2.6)
+SPEEDS = (1.0, 3.2)
 SPEED_STEP = 0.05
 HBM_TOKENS = 1_000_000
 """Of a coupled engine's own prefix cache."""
@@ -177,7 +178,7 @@ def spread_stamps(bench: Bench, requests: Sequence[TraceRequest]) -> None:
 
 def capacities(bench: Bench, requests: Sequence[TraceRequest]) -> None:
     """The fastest replay that 8P8D serves, by policy."""
-    found = {p: capacity(bench, requests, p) for p in ORDER[1:]}
+    found = {p: capacity(bench, requests, str(p), WorldConfig(policy=p)) for p in ORDER[1:]}
     ours = " ".join(f"{speed:.2f}" for speed in found.values())
     bench.add("conversation, 8P8D: speed with 90 % within 30 s, 0.1 s: load, cache-aware, kvcache", "-", ours)
     load = found[Policy.KVCACHE] / found[Policy.LEAST_LOAD]
@@ -186,16 +187,39 @@ def capacities(bench: Bench, requests: Sequence[TraceRequest]) -> None:
     bench.add("  kvcache / cache-aware", "-", f"{aware:.2f}", ">= 1.08", aware >= 1.08)
 
 
-def capacity(bench: Bench, requests: Sequence[TraceRequest], policy: Policy) -> float:
+def capacity(bench: Bench, requests: Sequence[TraceRequest], name: str, config: WorldConfig) -> float:
     """Bisect on a grid; attainment falls with speed."""
     low, high = 0, round((SPEEDS[1] - SPEEDS[0]) / SPEED_STEP)
     while low < high:
         middle = (low + high + 1) // 2
         speed = SPEEDS[0] + middle * SPEED_STEP
         part = bench.part(requests, speed)
-        got = bench.summary(f"{policy}, {speed:.2f}x", part, WorldConfig(policy=policy))
+        got = bench.summary(f"{name}, {speed:.2f}x", part, config)
         low, high = (middle, high) if got.attainment >= ATTAINED else (low, middle - 1)
     return SPEEDS[0] + low * SPEED_STEP
+
+
+def role_switching(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """The planner against the split it starts from; every host has a store in both worlds."""
+    blocks = bench.profile.host_kv_tokens // BLOCK_TOKENS
+    fixed = WorldConfig(decode_host_blocks=blocks)
+    planned = msgspec.structs.replace(fixed, planner=PlannerConfig())
+    speeds = {
+        name: capacity(bench, requests, name, config)
+        for name, config in (("8P8D", fixed), ("roles planned", planned))
+    }
+    gain = speeds["roles planned"] / speeds["8P8D"]
+    ours = f"{speeds['8P8D']:.2f}, {speeds['roles planned']:.2f}: {gain:.2f}"
+    bench.add("conversation: speed with 90 %, fixed 8P8D and planned roles", "-", ours, ">= 1.3", gain >= 1.3)
+    part = bench.part(requests, speeds["roles planned"])
+    world = bench.world("roles planned, at its capacity", part, planned)
+    got = summarize(world)
+    prefills = sum(one.record.role == "prefill" for one in world.instances.values())
+    back = sum(role == "decode" for _, _, role in world.switches)
+    split = f"{prefills}P{16 - prefills}D"
+    ours = f"{len(world.switches)} switches, {back} back; {split}; {got.tbt_tail_s.p90:.4f} s"
+    met = got.tbt_tail_s.p90 <= got.tbt_slo_s and back <= 2
+    bench.add("  switches, and TBT of the slowest tenth (p90)", "-", ours, "<= 0.1 s, at most 2 back", met)
 
 
 def coupled(bench: Bench, trace: str, requests: Sequence[TraceRequest], speed: float) -> None:
@@ -327,6 +351,7 @@ def main() -> int:
         if requests and not args.quick:
             overload(bench, requests)
             ratio(bench, requests)
+            role_switching(bench, requests)
             slow_network(bench, requests)
             capacities(bench, requests)
     if not bench.rows:

@@ -60,6 +60,9 @@ def simulate(
         str, typer.Option(help="none, or whom to refuse: objectives, late, early or predicted.")
     ] = "none",
     decode_s: Annotated[float, typer.Option(help="How long predicted takes an answer for; 0 = learned.")] = 0,
+    plan_roles: Annotated[
+        bool, typer.Option(help="Let instances change their roles as the load asks for.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
@@ -75,7 +78,7 @@ def simulate(
             decode=0 if both else decode, both=both, chunk_tokens=chunk_tokens, profile=profile, speed=speed,
             start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, pool_tokens=pool_tokens,
             decode_pool_tokens=decode_pool_tokens, eviction=eviction, ttft_slo_s=ttft_slo_s,
-            tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, seed=seed,
+            tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, plan_roles=plan_roles, seed=seed,
         )  # fmt: skip
         _run(options, json, plot, _console(), _console(stderr=True))
 

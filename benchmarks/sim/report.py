@@ -27,6 +27,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tbt_mean_s, tbt_tail_s: per request the mean, and the mean of its longest tenth of intervals.
     goodput: requests per second, over the time of arrivals, that kept both objectives; attainment: share.
     prefill_imbalance, decode_imbalance: busiest instance's busy time by the mean one's.
+    switches: of an instance's role.
     load_correlation: of the two pools' load over time; the see-saw of early rejection is negative.
     """
 
@@ -51,6 +52,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     load_correlation: float
     fetches: int
     fetched_bytes: int
+    switches: int
     digest: str
 
 
@@ -107,6 +109,7 @@ def summarize(world: World, ttft_slo_s: float = TTFT_SLO_S, tbt_slo_s: float = T
         load_correlation=_correlation(world),
         fetches=world.fetches,
         fetched_bytes=world.fetched_bytes,
+        switches=len(world.switches),
         digest=digest(entries),
     )
 

@@ -10,6 +10,7 @@ from benchmarks.sim.report import Summary, summarize
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
 from benchmarks.sim.world import Sample, World, WorldConfig
 from conductor.admission import AdmissionMode
+from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy
 from kvstore.node.eviction import POLICIES
 from mooncake.core.errors import ConfigError
@@ -44,6 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float
     admission: str = "none"
     decode_s: float = 0.0
+    plan_roles: bool = False
     seed: int = 0
 
 
@@ -111,6 +113,8 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         raise ConfigError(f"decode_s={options.decode_s}: must not be negative; 0 = learned")
     if options.chunk_tokens < 0 or options.decode_pool_tokens < 0:
         raise ConfigError("chunk_tokens and decode_pool_tokens must not be negative")
+    if options.plan_roles and options.both:
+        raise ConfigError("plan_roles: instances that do both have no role to change")
     if not (options.ttft_slo_s > 0 and options.tbt_slo_s > 0):
         raise ConfigError(f"objectives {options.ttft_slo_s} s, {options.tbt_slo_s} s: must be positive")
     return WorldConfig(
@@ -126,6 +130,7 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         mixed=bool(options.both and options.chunk_tokens),
         admission=AdmissionMode.OBJECTIVES if options.admission == NONE else AdmissionMode(options.admission),
         decode_s=options.decode_s or None,
+        planner=PlannerConfig(tbt_slo_s=options.tbt_slo_s) if options.plan_roles else None,
         reject_ttft_s=None if options.admission == NONE else options.ttft_slo_s,
         reject_tbt_s=None if options.admission == NONE else options.tbt_slo_s,
     )

@@ -25,6 +25,7 @@ from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import Abort, Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
+from conductor.planner import Member, Planner, PlannerConfig, Switch
 from conductor.request import RequestMachine
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from mooncake.core.keys import KEY_BYTES
@@ -36,6 +37,9 @@ MAX_TOKENS = 4096
 """Every request's limit: what the Conductor knows of an answer's length before it ends."""
 WAITING_MAX = 1 << 20
 """Nothing is turned away for the length of a queue unless the caller asks for it."""
+DRAINING = "draining"
+"""Role of an instance on its way to another one: neither pool has it."""
+DRAIN_POLL_S = 0.5
 SAMPLE_S = 15.0
 """Distance of samples of load, as in the papers' figures."""
 
@@ -46,6 +50,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     both: instances that do both; excludes the two others. host_blocks: of the store beside each instance
     that prefills; None = as the profile says. decode_host_blocks: beside each that only decodes.
     admission, decode_s: see conductor.admission; objectives that are None are not enforced.
+    planner: who changes roles; None = nobody does.
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both).
     """
 
@@ -64,6 +69,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     reject_ttft_s: float | None = None
     reject_tbt_s: float | None = None
     waiting_max: int = WAITING_MAX
+    planner: PlannerConfig | None = None
 
 
 class Entry:
@@ -102,6 +108,7 @@ class _Instance:
         self.host = host
         self.engine = engine
         self.jobs = 0
+        self.next_role = ""  # while it finishes what it has
 
 
 class World:
@@ -130,6 +137,8 @@ class World:
             self.cost,
             self.cluster,
         )
+        self.planner = None if config.planner is None else Planner(config.planner, self.cost)
+        self.switches: list[tuple[float, str, str]] = []  # when, who, to which role
         self.block_bytes = BLOCK_TOKENS * profile.kv_token_bytes
         self.entries = [Entry(number, one) for number, one in enumerate(requests)]
         self.samples: list[Sample] = []
@@ -172,6 +181,7 @@ class World:
         """Let everything happen; `progress` hears how many requests have arrived, now and then."""
         self._arrive()
         self._sample()
+        self._replan_roles()
         told = 0
         while self.time.step():
             if progress is not None and self._next_arrival - told >= 100:
@@ -206,6 +216,49 @@ class World:
         if self.active or self._next_arrival < len(self.entries):
             self.time.at(now_s + SAMPLE_S, self._sample)
 
+    # ------------------------------------------------------------ roles
+
+    def _replan_roles(self) -> None:
+        if self.planner is None:
+            return
+        now_s = self.time.now_s
+        for switch in self.planner.step([self._member(one) for one in self.instances.values()]):
+            self._switch(switch)
+        if self.active or self._next_arrival < len(self.entries):
+            self.time.at(now_s + self.planner.interval_s, self._replan_roles)
+
+    def _member(self, instance: _Instance) -> Member:
+        record = instance.record
+        load = self.cluster.load(record.instance_id)
+        return Member(
+            instance_id=record.instance_id,
+            role=record.role,
+            queue_s=load.queue_s(self.time.now_s),
+            decode_requests=load.decode_requests,
+            kv_tokens_max=record.kv_blocks * record.block_size,
+            sequences_max=record.max_num_seqs,
+        )
+
+    def _switch(self, switch: Switch) -> None:
+        """Give it nothing new; when it has finished, it comes back in its other role."""
+        instance = self.instances[switch.instance_id]
+        instance.next_role = switch.role
+        self._set_role(instance, DRAINING)
+        self._drained(instance)
+
+    def _drained(self, instance: _Instance) -> None:
+        load = self.cluster.load(instance.record.instance_id)
+        if load.decode_requests or load.prefill_requests:
+            self.time.at(self.time.now_s + DRAIN_POLL_S, lambda: self._drained(instance))
+            return
+        self._set_role(instance, instance.next_role)
+        self.switches.append((self.time.now_s, instance.record.instance_id, instance.next_role))
+        instance.next_role = ""
+
+    def _set_role(self, instance: _Instance, role: str) -> None:
+        instance.record = msgspec.structs.replace(instance.record, role=role)
+        self.cluster.instance_up(self.time.now_s, instance.record)
+
     # ------------------------------------------------------------ the gateway's shell
 
     def _request(self, entry: Entry) -> None:
@@ -227,6 +280,8 @@ class World:
             return
         self.active += 1
         entry.plan = answer
+        if self.planner is not None:
+            self.planner.planned(answer, trace.input_tokens, self.cost.output_tokens(MAX_TOKENS))
         entry.machine = RequestMachine(facts)
         self._execute(entry, entry.machine.start(answer))
 
@@ -357,6 +412,8 @@ class World:
         assert entry.machine is not None
         entry.tbt = tbt
         self.cost.observe_output(entry.trace.output_tokens)
+        if self.planner is not None:
+            self.planner.answered(entry.trace.output_tokens)
         self._execute(entry, entry.machine.output(job.eid, [0] * job.answer_tokens, "stop"))
 
     def _entry(self, job: Job) -> Entry:

@@ -16,6 +16,7 @@ from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
 from benchmarks.sim.world import World, WorldConfig
 from conductor.admission import AdmissionMode
+from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy
 
 A800 = read_profile(DEFAULT)
@@ -258,3 +259,16 @@ def test_whoever_is_refused_whenever_all_load_comes_back(mode: AdmissionMode) ->
         assert len(wasted) == len(rejected)
     if mode is AdmissionMode.OBJECTIVES:
         assert not wasted
+
+
+def test_instances_change_roles_when_prompts_outgrow_their_pool_and_nothing_is_lost() -> None:
+    requests = synthesize(1500, 11.0, 1)
+    fixed = simulated(requests, prefill=3, decode=5)
+    planned = simulated(requests, prefill=3, decode=5, planner=PlannerConfig())
+    for world in (fixed, planned):
+        assert all(entry.done and not entry.rejected for entry in world.entries)
+        assert world.cluster.charged == 0
+    roles = [one.record.role for one in planned.instances.values()]
+    assert roles.count("prefill") > 3
+    assert planned.switches
+    assert summarize(planned).attainment > summarize(fixed).attainment

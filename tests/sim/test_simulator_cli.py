@@ -58,6 +58,7 @@ def test_admission_turns_requests_away_by_reason() -> None:
         (["--eviction", "best"], "lru"),
         (["--admission", "best"], "predicted"),
         (["--decode-s", "-1"], "decode_s"),
+        (["--both", "2", "--plan-roles"], "no role to change"),
         (["--json", "/nowhere/r.json"], "/nowhere/r.json"),
     ],
 )

@@ -1,0 +1,231 @@
+"""Who prefills and who decodes, and how many of each there should be (after Arrow, arXiv 2505.11916). Pure.
+
+Arrivals are counted as they are planned; from their rate, the work of a prompt and the length of an answer
+follows, by Little's law, what a pool of n instances would feel. Its *pressure* is 1 where it is just enough:
+
+    prefill   (work that arrives per second + what is queued beyond one interval, over QUEUE_S)
+              / (n * BUSY_MAX)
+    decode    the largest of step time / (objective * TBT_MAX), KV in contexts / (room * KV_MAX), and
+              batch / sequences allowed
+
+A pool of decode instances steps in a + (b + c * context) * batch seconds, and its batch is answers * step:
+so the step is a / (1 - answers * (b + c * context)), without end where the denominator is not positive.
+
+A switch needs a pool under pressure, a split that is better by GAIN_MIN, twice in a row, and few others
+on their way; so does nobody flap. Replica counts are what either pool needs alone, with the same margins.
+"""
+
+from collections.abc import Sequence
+from math import inf
+
+import msgspec
+
+from conductor.cost import OUTPUT_TOKENS_PRIOR, CostModel
+from conductor.plan import Plan
+
+BUSY_MAX = 0.85
+"""Of an engine's time: beyond it, queues of prompts of so different lengths grow without much warning."""
+TBT_MAX = 0.75
+"""Of the objective: it is asked of the slowest tenth of an answer's tokens, not of their mean."""
+KV_MAX = 0.9
+"""Of the KV room: answers whose length nobody knows come on top."""
+QUEUE_S = 30.0
+"""A backlog should be gone after so long: an interval of the objective of most services."""
+PRESSURE_MIN = 0.75
+"""A pool that feels less needs no help; below it, being better balanced changes nothing for a user."""
+GAIN_MIN = 0.1
+"""Part of the pressure that a switch must take away: it costs a drain and a cold start."""
+CONFIRMED = 2
+"""Intervals in a row in which the same direction was right."""
+MEMORY = 0.2
+"""Weight of the newest interval: half of the rate is the last 15 s at 5 s an interval."""
+TREND_MEMORY = 0.1
+ANSWER_MEMORY = 0.002
+"""Weight of one answer: the mean of the last 500 or so."""
+ANSWERS_PRIOR = 100
+"""So many answers of the prior's length count as seen."""
+AHEAD = 3
+"""Intervals that the forecast looks ahead: about what a drain takes."""
+TBT_SLO_S = 0.1
+"""Where no objective is set."""
+GROWTH_MAX = 4
+"""Replicas asked for are at most so many times those there are: a spike is no forecast."""
+OVERFULL = 4
+"""Power of a decode pressure above 1: a backlog of prompts is no reason to go there."""
+SHARE_MAX = 4
+"""At most one of so many instances is under way at a time (but always one may be)."""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One instance as the planner sees it. role: prefill | decode, or anything else: on its way."""
+
+    instance_id: str
+    role: str
+    queue_s: float
+    decode_requests: int
+    kv_tokens_max: int
+    sequences_max: int
+
+
+class Switch(msgspec.Struct, frozen=True):
+    """Let an instance finish what it has, then take the other role."""
+
+    instance_id: str
+    role: str
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """What the planner believes, for metrics and people. Pressures of the pools as they are."""
+
+    requests_s: float
+    prefill_work: float
+    prefill_pressure: float
+    decode_pressure: float
+    prefill_wanted: int
+    decode_wanted: int
+
+
+class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """interval_s: between two calls of `step`; prefill_min, decode_min: floors of the roles."""
+
+    interval_s: float = 5.0
+    prefill_min: int = 1
+    decode_min: int = 1
+    tbt_slo_s: float | None = None
+
+
+def _cost(prefill: float, decode: float) -> float:
+    """What a split is worth: a late prompt is late, but decode beyond its room stops everybody's answers."""
+    return max(prefill, decode if decode <= 1 else decode**OVERFULL)
+
+
+class _Room(msgspec.Struct, frozen=True):
+    """Of the mean decode instance."""
+
+    kv_tokens: float
+    sequences: float
+
+
+class _Rate:
+    """Level and trend of a quantity per second (Holt), from what was counted in each interval."""
+
+    def __init__(self) -> None:
+        self._counted = 0.0
+        self._level = 0.0
+        self._trend = 0.0
+        self._seen = 0
+
+    def add(self, amount: float) -> None:
+        self._counted += amount
+
+    def close(self, interval_s: float) -> None:
+        found, self._counted = self._counted / interval_s, 0.0
+        self._seen += 1
+        before = self._level
+        # a true mean until the memory is full: the first interval is no forecast
+        weight = max(MEMORY, 1 / self._seen)
+        self._level += (found - before) * weight
+        if self._seen > 1:
+            self._trend += (self._level - before - self._trend) * TREND_MEMORY
+
+    @property
+    def ahead(self) -> float:
+        """The larger of now and soon: a fall has to come true before anybody counts on it."""
+        return max(self._level, self._level + AHEAD * self._trend)
+
+
+class Planner:
+    """Fed by every plan; `step` once per interval. The same calls give the same answers."""
+
+    def __init__(self, config: PlannerConfig, cost: CostModel) -> None:
+        """`cost` is the Conductor's."""
+        self._config = config
+        self._cost = cost
+        self._requests, self._work_s, self._context = _Rate(), _Rate(), _Rate()
+        self._tokens = OUTPUT_TOKENS_PRIOR
+        self._answers = 0
+        self._direction = ""
+        self._times = 0
+        self.forecast = Forecast(0.0, 0.0, 0.0, 0.0, config.prefill_min, config.decode_min)
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two calls of `step`."""
+        return self._config.interval_s
+
+    def answered(self, tokens: int) -> None:
+        """An answer of so many tokens ended."""
+        self._answers += 1
+        # a true mean first: the moving mean of few answers is noise, and short ones end first
+        self._tokens += (tokens - self._tokens) * max(ANSWER_MEMORY, 1 / (self._answers + ANSWERS_PRIOR))
+
+    def planned(self, plan: Plan, prompt_tokens: int, answer_tokens: int) -> None:
+        """A request was taken, with so many tokens expected of its answer."""
+        self._requests.add(1)
+        self._work_s.add(plan.predicted_prefill_s)
+        self._context.add(prompt_tokens + answer_tokens / 2)  # on average, over its answer's time
+
+    def step(self, members: Sequence[Member]) -> list[Switch]:
+        """Close an interval; return who is to change its role now."""
+        for rate in (self._requests, self._work_s, self._context):
+            rate.close(self._config.interval_s)
+        prefills = [one for one in members if one.role == "prefill"]
+        decodes = [one for one in members if one.role == "decode"]
+        total = len(prefills) + len(decodes)
+        if not prefills or not decodes:
+            return []
+        backlog_s = sum(max(0.0, one.queue_s - self._config.interval_s) for one in prefills)
+        room = _Room(
+            sum(one.kv_tokens_max for one in decodes) / len(decodes) * KV_MAX,
+            sum(one.sequences_max for one in decodes) / len(decodes),
+        )
+        pressures = {n: self._pressures(n, total - n, backlog_s, room) for n in range(1, total)}
+        now = pressures[len(prefills)]
+        self.forecast = Forecast(
+            self._requests.ahead, self._work_s.ahead, *now, *self._wanted(total, backlog_s, room)
+        )
+        low, high = self._config.prefill_min, total - self._config.decode_min
+        allowed = {n: _cost(*both) for n, both in pressures.items() if low <= n <= high}
+        best = min(allowed, key=lambda n: (allowed[n], abs(n - len(prefills))), default=len(prefills))
+        under_way = len(members) - total
+        if max(now) < PRESSURE_MIN or allowed.get(best, inf) > _cost(*now) * (1 - GAIN_MIN):
+            best = len(prefills)
+        return self._confirmed(prefills, decodes, best, under_way)
+
+    def _confirmed(
+        self, prefills: list[Member], decodes: list[Member], best: int, under_way: int
+    ) -> list[Switch]:
+        moves = best - len(prefills)
+        direction = "prefill" if moves > 0 else "decode" if moves < 0 else ""
+        self._times = self._times + 1 if direction == self._direction else 1
+        self._direction = direction
+        if not direction or self._times < CONFIRMED:
+            return []
+        free = max(1, (len(prefills) + len(decodes)) // SHARE_MAX) - under_way
+        givers = decodes if moves > 0 else prefills
+        # the least busy one is free first, and loses least
+        order = sorted(givers, key=lambda one: (one.decode_requests, one.queue_s, one.instance_id))
+        return [Switch(one.instance_id, direction) for one in order[: max(0, min(abs(moves), free))]]
+
+    def _wanted(self, total: int, backlog_s: float, room: _Room) -> tuple[int, int]:
+        """Return the fewest instances of each role that feel a pressure of at most 1."""
+        limit = total * GROWTH_MAX
+        prefill = next((n for n in range(1, limit) if self._pressures(n, 1, backlog_s, room)[0] <= 1), limit)
+        decode = next((n for n in range(1, limit) if self._pressures(1, n, backlog_s, room)[1] <= 1), limit)
+        return max(prefill, self._config.prefill_min), max(decode, self._config.decode_min)
+
+    def _pressures(self, prefills: int, decodes: int, backlog_s: float, room: _Room) -> tuple[float, float]:
+        prefill = (self._work_s.ahead + backlog_s / QUEUE_S) / (prefills * BUSY_MAX)
+        requests_s = self._requests.ahead
+        if requests_s <= 0:
+            return prefill, 0.0
+        context = self._context.ahead / requests_s
+        step_s, request_s, kv_s = self._cost.tbt_coefficients()
+        tokens_s = requests_s * self._tokens / decodes
+        left = 1 - tokens_s * (request_s + kv_s * context)
+        if left <= 0:
+            return prefill, inf
+        tbt_s = step_s / left
+        kv_tokens = tokens_s * tbt_s * context
+        slow = tbt_s / (TBT_MAX * (self._config.tbt_slo_s or TBT_SLO_S))
+        return prefill, max(slow, kv_tokens / room.kv_tokens, tokens_s * tbt_s / room.sequences)

@@ -1,0 +1,185 @@
+"""The planner: roles follow the load, nobody flaps, floors hold."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conductor.cost import CostModel
+from conductor.plan import Decision, Plan
+from conductor.planner import CONFIRMED, SHARE_MAX, Member, Planner, PlannerConfig, Switch
+
+INTERVAL_S = 5.0
+STEP = (0.0266, 1.5e-4, 3.1e-8)
+"""Of a 70B model on eight GPUs: 27 ms a step and more with batch and context."""
+
+
+def member(name: str, role: str, queue_s: float = 0.0, requests: int = 0) -> Member:
+    return Member(name, role, queue_s, requests, 1_300_000, 256)
+
+
+def members(prefill: int, decode: int, **kwargs) -> list[Member]:
+    return [member(f"p{n:02}", "prefill", **kwargs) for n in range(prefill)] + [
+        member(f"d{n:02}", "decode") for n in range(decode)
+    ]
+
+
+def make(**kwargs) -> Planner:
+    return Planner(PlannerConfig(interval_s=INTERVAL_S, **kwargs), CostModel(tbt_prior=STEP))
+
+
+def feed(planner: Planner, requests_s: float, work_s: float, prompt: int = 12_000, answer: int = 340) -> None:
+    """One interval of arrivals."""
+    for _ in range(round(requests_s * INTERVAL_S)):
+        plan = Plan(
+            request_id="r", prefill="p", decode="d", decision=Decision.LEAST_LOAD, predicted_prefill_s=work_s
+        )
+        planner.planned(plan, prompt, answer)
+        planner.answered(answer)
+
+
+class Pool:
+    """Members whose switches take effect after `drain` intervals."""
+
+    def __init__(self, planner: Planner, prefill: int, decode: int, drain: int = 2) -> None:
+        self.planner = planner
+        self.members = members(prefill, decode)
+        self.drain = drain
+        self.leaving: dict[str, tuple[int, str]] = {}
+        self.switches: list[Switch] = []
+
+    @property
+    def split(self) -> tuple[int, int]:
+        roles = [one.role for one in self.members]
+        return roles.count("prefill"), roles.count("decode")
+
+    def interval(self) -> None:
+        for name, (left, role) in list(self.leaving.items()):
+            self.leaving[name] = left - 1, role
+            if left <= 0:
+                del self.leaving[name]
+                self._set(name, role)
+        for switch in self.planner.step(self.members):
+            self.switches.append(switch)
+            self.leaving[switch.instance_id] = self.drain, switch.role
+            self._set(switch.instance_id, "draining")
+
+    def _set(self, name: str, role: str) -> None:
+        self.members = [
+            msgspec.structs.replace(one, role=role) if one.instance_id == name else one
+            for one in self.members
+        ]
+
+    def run(self, intervals: int, requests_s: float, work_s: float, **kwargs) -> None:
+        for _ in range(intervals):
+            feed(self.planner, requests_s, work_s, **kwargs)
+            self.interval()
+
+
+def test_without_load_nobody_changes_role():
+    pool = Pool(make(), 8, 8)
+    pool.run(20, 0.0, 1.0)
+    assert pool.switches == []
+
+
+def test_a_pool_that_is_not_under_pressure_is_left_alone_however_unbalanced():
+    pool = Pool(make(), 8, 8)
+    pool.run(40, 2.0, 1.0)  # a third of the prefill pool, decode nearly idle
+    assert pool.switches == []
+
+
+def test_prompts_beyond_the_prefill_pool_turn_decode_instances_to_prefill():
+    pool = Pool(make(), 8, 8)
+    pool.run(60, 9.0, 1.1)  # ten instances' worth of prompts
+    assert pool.split[0] in (12, 13)
+    assert {switch.role for switch in pool.switches} == {"prefill"}
+
+
+def test_answers_beyond_the_decode_pool_turn_prefill_instances_to_decode():
+    pool = Pool(make(), 12, 4)
+    pool.run(60, 8.0, 0.1, prompt=30_000, answer=900)
+    assert pool.split[1] > 6
+    assert {switch.role for switch in pool.switches} == {"decode"}
+
+
+def test_one_interval_alone_moves_nobody():
+    pool = Pool(make(), 8, 8)
+    for _ in range(CONFIRMED - 1):
+        feed(pool.planner, 9.0, 1.1)
+        pool.interval()
+    assert pool.switches == []
+
+
+def test_few_are_on_their_way_at_a_time():
+    pool = Pool(make(), 8, 8, drain=1000)
+    pool.run(50, 9.0, 1.4)
+    assert len(pool.switches) == len(pool.members) // SHARE_MAX
+
+
+def test_a_backlog_of_prompts_never_takes_decode_beyond_its_room():
+    planner = make()
+    pool = Pool(planner, 8, 8)
+    pool.members = members(8, 8, queue_s=300.0)
+    for _ in range(60):
+        feed(planner, 9.0, 1.1)
+        pool.interval()
+    assert planner.forecast.decode_pressure <= 1
+    assert pool.split[1] >= 3
+
+
+def test_the_least_busy_instance_goes_first():
+    planner = make()
+    busy = [member(f"d{n}", "decode", requests=9 - n) for n in range(8)]
+    crowd = [member(f"p{n}", "prefill") for n in range(8)]
+    for _ in range(CONFIRMED + 3):
+        feed(planner, 9.0, 1.1)
+        switches = planner.step([*crowd, *busy])
+        if switches:
+            break
+    assert [switch.instance_id for switch in switches] == ["d7", "d6", "d5", "d4"][: len(switches)]
+
+
+def test_replica_counts_are_what_each_pool_needs_alone():
+    pool = Pool(make(), 2, 2)
+    pool.run(30, 9.0, 1.0)
+    forecast = pool.planner.forecast
+    assert forecast.prefill_wanted == 11  # 9 seconds of work per second, at 0.85
+    assert 3 <= forecast.decode_wanted <= 5
+    assert forecast.requests_s == pytest.approx(9.0, rel=0.05)
+
+
+def test_a_pool_that_cannot_be_helped_by_switching_asks_for_replicas_only():
+    pool = Pool(make(), 1, 1)
+    pool.run(30, 9.0, 1.0)
+    assert pool.switches == []
+    assert pool.planner.forecast.prefill_wanted > 1
+
+
+def test_steady_load_ends_in_steady_roles():
+    pool = Pool(make(), 8, 8)
+    pool.run(80, 9.0, 1.1)
+    settled = len(pool.switches)
+    pool.run(100, 9.0, 1.1)
+    assert len(pool.switches) == settled
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.floats(0, 12), st.floats(0.001, 3.0)), min_size=1, max_size=25),
+)
+def test_floors_hold_and_the_same_calls_give_the_same_answers(prefill, decode, low, high, load):
+    runs = []
+    for _ in range(2):
+        pool = Pool(make(prefill_min=low, decode_min=high), prefill, decode, drain=1)
+        for requests_s, work_s in load:
+            before = pool.split
+            feed(pool.planner, requests_s, work_s)
+            pool.interval()
+            after = pool.split
+            assert after[0] >= min(before[0], low)
+            assert after[1] >= min(before[1], high)
+        runs.append(pool.switches)
+    assert runs[0] == runs[1]
