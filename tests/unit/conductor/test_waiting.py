@@ -1,0 +1,215 @@
+"""The Conductor's waiting room: classes first, tenants by weight, bounds and deadlines hold."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from conductor.waiting import PROMOTED, Left, Waiting, WaitingRoom, Why
+
+FOREVER = 1e9
+ROOM, TENANT_ROOM = 12, 6
+
+
+def one(request_id: str, **kwargs) -> Waiting:
+    return Waiting(request_id=request_id, **{"deadline_s": FOREVER, **kwargs})
+
+
+def room(waiting_max: int = 100, tenant_max: int = 100, **weights: float) -> WaitingRoom:
+    return WaitingRoom(waiting_max, tenant_max, weights)
+
+
+def taken(waiting_room: WaitingRoom, count: int, now_s: float = 0.0) -> list[str]:
+    found = []
+    for _ in range(count):
+        next_one = waiting_room.take(now_s)
+        found.append("" if next_one is None else next_one.request_id)
+    return found
+
+
+def test_an_empty_room_has_nobody_to_take():
+    assert room().take(0.0) is None
+
+
+def test_one_tenant_s_requests_go_in_the_order_they_came():
+    waiting_room = room()
+    for name in "abc":
+        assert waiting_room.add(one(name)) == []
+    assert taken(waiting_room, 4) == ["a", "b", "c", ""]
+
+
+def test_a_higher_class_goes_first_whenever_it_comes():
+    waiting_room = room()
+    for name, rank in (("batch", 3), ("default", 2), ("premium", 0), ("interactive", 1)):
+        waiting_room.add(one(name, rank=rank))
+    assert taken(waiting_room, 4) == ["premium", "interactive", "default", "batch"]
+
+
+def test_batch_work_is_promoted_when_its_job_would_be_late():
+    waiting_room = room()
+    waiting_room.add(one("job", rank=3, promote_s=10.0))
+    waiting_room.add(one("default", rank=2))
+    assert taken(waiting_room, 1, now_s=9.0) == ["default"]
+    waiting_room.add(one("later", rank=2))
+    assert taken(waiting_room, 2, now_s=10.0) == ["job", "later"]
+
+
+def test_tenants_share_by_weight_whoever_sends_more():
+    waiting_room = room(1000, 1000, big=3.0, small=1.0)
+    for n in range(200):
+        waiting_room.add(one(f"big{n}", tenant="big"))
+        waiting_room.add(one(f"small{n}", tenant="small"))
+    shares = Counter(name.rstrip("0123456789") for name in taken(waiting_room, 80))
+    assert shares["big"] == pytest.approx(60, abs=1)
+
+
+def test_shares_are_of_work_not_of_requests():
+    waiting_room = room()
+    for n in range(40):
+        waiting_room.add(one(f"long{n}", tenant="long", work=10.0))
+        waiting_room.add(one(f"short{n}", tenant="short", work=1.0))
+    shares = Counter(name.rstrip("0123456789") for name in taken(waiting_room, 22))
+    assert shares == {"short": 20, "long": 2}
+
+
+def test_nobody_saves_up_by_being_idle():
+    waiting_room = room()
+    for n in range(50):
+        waiting_room.add(one(f"a{n}", tenant="a"))
+    taken(waiting_room, 30)
+    for n in range(30):
+        waiting_room.add(one(f"b{n}", tenant="b"))
+    shares = Counter(name[0] for name in taken(waiting_room, 20))
+    assert shares == {"a": 10, "b": 10}
+
+
+def test_a_full_room_sheds_the_latest_of_the_lowest_class_for_a_higher_one():
+    waiting_room = room(3)
+    waiting_room.add(one("kept", rank=3))
+    for name in ("early", "late"):
+        waiting_room.add(one(name, rank=3, sheddable=True))
+    assert waiting_room.add(one("premium", rank=0)) == [Left(one("late", rank=3, sheddable=True), Why.SHED)]
+    assert len(waiting_room) == 3
+
+
+def test_a_full_room_refuses_whom_it_sheds_nobody_for():
+    waiting_room = room(1)
+    waiting_room.add(one("there", rank=2, sheddable=True))
+    newcomer = one("peer", rank=2)
+    assert waiting_room.add(newcomer) == [Left(newcomer, Why.FULL)]
+
+
+def test_one_tenant_cannot_fill_the_room():
+    waiting_room = room(10, 2)
+    for n in range(2):
+        waiting_room.add(one(f"a{n}", tenant="a"))
+    newcomer = one("a2", tenant="a")
+    assert waiting_room.add(newcomer) == [Left(newcomer, Why.TENANT_FULL)]
+    assert waiting_room.add(one("b", tenant="b")) == []
+
+
+def test_who_waited_until_the_deadline_is_told_so():
+    waiting_room = room()
+    late = one("late", deadline_s=5.0)
+    waiting_room.add(late)
+    waiting_room.add(one("early", deadline_s=6.0))
+    assert waiting_room.expire(5.0) == [Left(late, Why.EXPIRED)]
+    assert taken(waiting_room, 2) == ["early", ""]
+
+
+def test_what_could_not_be_served_is_first_again_and_not_paid_for():
+    waiting_room = room()
+    for n in range(3):
+        waiting_room.add(one(f"a{n}", tenant="a"))
+        waiting_room.add(one(f"b{n}", tenant="b"))
+    first = waiting_room.take(0.0)
+    waiting_room.back(first)
+    assert taken(waiting_room, 2) == [first.request_id, "b0"]
+
+
+class Model(RuleBasedStateMachine):
+    """Beside a list of who waits: nobody is lost, nobody comes twice, bounds and classes hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = room(ROOM, TENANT_ROOM, a=2.0)
+        self.there: dict[str, Waiting] = {}
+        self.count = 0
+        self.now_s = 0.0
+
+    @rule(
+        tenant=st.sampled_from("abc"),
+        rank=st.integers(0, 3),
+        work=st.floats(0.1, 10),
+        wait_s=st.floats(0, 20),
+        sheddable=st.booleans(),
+        promote_s=st.none() | st.floats(0, 10),
+    )
+    def add(self, tenant, rank, work, wait_s, sheddable, promote_s) -> None:
+        self.count += 1
+        new = Waiting(
+            request_id=str(self.count),
+            tenant=tenant,
+            rank=rank,
+            work=work,
+            deadline_s=self.now_s + wait_s,
+            sheddable=sheddable,
+            promote_s=None if promote_s is None else self.now_s + promote_s,
+        )
+        full = len(self.there) == ROOM
+        gone = self.room.add(new)
+        assert len(gone) <= 1
+        self.there[new.request_id] = new
+        for left in gone:
+            del self.there[left.waiting.request_id]
+            if left.why is Why.SHED:
+                assert full
+                assert left.waiting.sheddable
+                assert left.waiting.rank > new.rank
+            else:
+                assert left.waiting is new
+                assert full or self.of(tenant) == TENANT_ROOM
+
+    def of(self, tenant: str) -> int:
+        return sum(found.tenant == tenant for found in self.there.values())
+
+    def rank(self, waiting: Waiting) -> int:
+        due = waiting.promote_s is not None and waiting.promote_s <= self.now_s
+        return min(waiting.rank, PROMOTED) if due else waiting.rank
+
+    @rule()
+    def take(self) -> None:
+        got = self.room.take(self.now_s)
+        if not self.there:
+            assert got is None
+            return
+        assert got is not None
+        known = self.there.pop(got.request_id)
+        assert all(self.rank(known) <= self.rank(other) for other in self.there.values())
+
+    @rule(share=st.floats(0, 1))
+    def client_leaves(self, share) -> None:
+        if self.there:
+            name = list(self.there)[int(share * (len(self.there) - 1))]
+            assert self.room.remove(name)
+            assert not self.room.remove(name)
+            del self.there[name]
+
+    @rule(seconds=st.floats(0, 8))
+    def time_passes(self, seconds) -> None:
+        self.now_s += seconds
+        late = {left.waiting.request_id for left in self.room.expire(self.now_s)}
+        assert late == {name for name, found in self.there.items() if found.deadline_s <= self.now_s}
+        for name in late:
+            del self.there[name]
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        assert len(self.room) == len(self.there) <= ROOM
+        for tenant in "abc":
+            assert self.room.waiting(tenant) == self.of(tenant) <= TENANT_ROOM
+        assert self.room.work() == pytest.approx(sum(found.work for found in self.there.values()))
+
+
+TestModel = Model.TestCase
