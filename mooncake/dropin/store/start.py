@@ -55,6 +55,8 @@ AWAY_S = 1.0
 """How long nobody asks a master again that did not answer: not every call pays ASK_S."""
 CLOSE_S = 10.0
 PROTOCOLS = ("tcp", "rdma", "")
+OTHER_NAMES = {"master_server_address": "master_server_addr", "device_name": "rdma_devices"}
+"""What LMCache calls settings of the dict form; not to know them would mean the default master."""
 
 _UNITS = "bkmgt"
 _SIZE = re.compile(r"(-?[0-9]+(?:[.][0-9]+)?) *([bkmgt]?)i?b?")
@@ -104,7 +106,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             ConfigError: one is missing or wrong. Names that mean nothing here are logged.
         """
         known: dict[str, Any] = {}
-        for name, value in values.items():
+        named = {OTHER_NAMES[name]: value for name, value in values.items() if name in OTHER_NAMES}
+        named.update((name, value) for name, value in values.items() if name not in OTHER_NAMES)
+        for name, value in named.items():
             if name in ("global_segment_size", "local_buffer_size"):
                 known[name] = size_bytes(name, value)
             elif name in cls.__struct_fields__:
