@@ -21,7 +21,22 @@ import structlog
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.dropin.engine.start import log_to_stderr
 from mooncake.dropin.store.answers import answers_code, answers_codes
+from mooncake.dropin.store.buffers import (
+    BufferLease,
+    BufferLeaseView,
+    BufferPool,
+    RegisteredBufferLease,
+    RegisteredBufferLeaseView,
+    RegisteredBufferPool,
+)
 from mooncake.dropin.store.calls import Calls, Parts
+from mooncake.dropin.store.engram import EngramStore, EngramStoreConfig
+from mooncake.dropin.store.hostmem import (
+    MooncakeHostMemAllocator,
+    bind_to_numa_node,
+    get_alloc_func_addr,
+    get_free_func_addr,
+)
 from mooncake.dropin.store.left_out import LeftOut
 from mooncake.dropin.store.sessions import SessionForms, Sessions
 from mooncake.dropin.store.start import BUFFER_BYTES, Settings, Started
@@ -69,6 +84,7 @@ from mooncake.dropin.store.types import (
     TaskType,
     descriptors,
 )
+from mooncake.dropin.store.vendor import MooncakeDistributedNoFRegister, _get_pyclient_from_wrapper
 from transfer.model import Buffer
 
 __all__ = [
@@ -93,12 +109,22 @@ __all__ = [
     "UNKNOWN",
     "WEIGHT",
     "BufferHandle",
+    "BufferLease",
+    "BufferLeaseView",
+    "BufferPool",
     "Descriptor",
     "DiskDescriptor",
+    "EngramStore",
+    "EngramStoreConfig",
     "MemoryDescriptor",
+    "MooncakeDistributedNoFRegister",
     "MooncakeDistributedStore",
+    "MooncakeHostMemAllocator",
     "ObjectDataType",
     "QueryTaskResponse",
+    "RegisteredBufferLease",
+    "RegisteredBufferLeaseView",
+    "RegisteredBufferPool",
     "ReplicaDescriptor",
     "ReplicaStatus",
     "ReplicateConfig",
@@ -106,8 +132,12 @@ __all__ = [
     "TaskStatus",
     "TaskType",
     "_deserialize_tensor",
+    "_get_pyclient_from_wrapper",
     "_serialize_tensor",
     "_tensor_metadata_size",
+    "bind_to_numa_node",
+    "get_alloc_func_addr",
+    "get_free_func_addr",
 ]
 
 HEALTHY = 0

@@ -404,3 +404,8 @@ def _end(store: Registrar, regions: list[Region]) -> None:
 
 _IN_USE: list[Region] = []
 """Memory that a peer would not let go of when its pool was forgotten: it stays mapped."""
+
+RegisteredBufferPool = BufferPool
+RegisteredBufferLease = BufferLease
+RegisteredBufferLeaseView = BufferLeaseView
+"""Upstream's older names."""
