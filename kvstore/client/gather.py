@@ -1,6 +1,7 @@
 """Reading from the pool: this host's stores first, then whoever has the rest, then the next one."""
 
 import time
+from collections.abc import Sequence
 
 from kvstore.client.local import SLACK_S, LocalStore
 from kvstore.client.locate import Holders, Locator
@@ -33,7 +34,11 @@ class Gather:
         near = [access for access in stores.values() if access.near]
         pending = list(range(len(keys)))
         for access in near:
-            self._read_from(access, keys, pending, sink, results, reasons)
+            ask = pending
+            if self._verify and isinstance(access, LocalStore):
+                ask = access.read_shown(keys, pending, sink, results, self._end_s)
+            if ask:
+                self._read_from(access, keys, ask, sink, results, reasons)
             pending = [row for row in pending if results[row] is None]
             if not pending:
                 break
@@ -128,13 +133,13 @@ class Gather:
         reasons.update(dict.fromkeys(late, f"{access.node}: still on its way from the SSD"))
         return late
 
-    def here(self, keys: list[bytes]) -> list[bool] | None:
-        """Return which keys the pool has, if a store of this host can tell alone, as usual."""
+    def here(self, keys: list[bytes]) -> list[int] | None:
+        """Return the size of each object, 0 = missing, if a store of this host can tell alone, as usual."""
         access = self._nearest()
         if access is None:
             return None
         try:
-            found = access.has(b"".join(keys), self._end_s)
+            found = access.sizes(keys, self._end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
@@ -167,7 +172,7 @@ class Gather:
         asked = []
         for access in [one for one in stores.values() if one.near]:
             try:
-                sizes = access.find([keys[row] for row in pending], self._end_s).sizes
+                sizes = _sizes_at(access, [keys[row] for row in pending], self._end_s)
             except MooncakeError as error:
                 unsure = f"{access.node}: {error}"
                 continue
@@ -204,6 +209,10 @@ class Gather:
             assert access
             self._members.lost(access, error)
             return 0
+
+
+def _sizes_at(access: Access, keys: list[bytes], end_s: float) -> Sequence[int]:
+    return access.sizes(keys, end_s) if isinstance(access, LocalStore) else access.find(keys, end_s).sizes
 
 
 def _not_read(reason: str) -> Result:

@@ -95,13 +95,17 @@ class Look(msgspec.Struct):
 
     def is_sound(self, row: int, parts: Sequence[memoryview | bytes]) -> bool:
         """Return whether `parts`, in order, are what was committed under the key of `row`."""
-        key, expected = self.keys[row], self.checksums[16 * row : 16 * row + 16]
-        if len(parts) == 1:
-            return xxh3_128_digest(parts[0], checksum_seed(key)) == expected
-        digest = xxh3_128(seed=checksum_seed(key))
-        for part in parts:
-            digest.update(part)
-        return digest.digest() == expected
+        return checksum_of(self.keys[row], parts) == self.checksums[16 * row : 16 * row + 16]
+
+
+def checksum_of(key: bytes, parts: Sequence[memoryview | bytes]) -> bytes:
+    """Return the checksum of a block that lies in `parts`, in order; see core.keys.block_checksum."""
+    if len(parts) == 1:
+        return xxh3_128_digest(parts[0], checksum_seed(key))
+    digest = xxh3_128(seed=checksum_seed(key))
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 class Sink(Protocol):

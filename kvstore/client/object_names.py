@@ -5,6 +5,7 @@ Anything else has a name of any length; its key is a hash that commits to the te
 that no KV key is made with, so that a name can never answer for a block or for another tenant's name.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -39,6 +40,23 @@ def _begun(tenant: str) -> "_Hash":
     raw = tenant.encode()
     # the length comes first: no tenant and name spell another tenant's
     return sha256(LABEL + len(raw).to_bytes(4, "little") + raw)
+
+
+def keys_of(names: Sequence[str | bytes], tenant: str = "") -> list[bytes]:
+    """Return `key_of` each, quicker. Raises as it."""
+    begun = _begun(tenant)
+    keys = []
+    for name in names:
+        if isinstance(name, str):
+            digest = begun.copy()
+            try:
+                digest.update(name.encode())
+            except UnicodeEncodeError as error:
+                raise RequestError(f"name {name!r}: {error}") from error
+            keys.append(digest.digest())
+        else:
+            keys.append(key_of(name, tenant))
+    return keys
 
 
 def key_of(name: str | bytes, tenant: str = "") -> bytes:

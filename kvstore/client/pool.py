@@ -28,7 +28,7 @@ from kvstore.client.local import LocalStore
 from kvstore.client.locate import Locator
 from kvstore.client.members import Members, OpenMetadata
 from kvstore.client.model import Bytes, Hints, Into, Outcome, Place, Result, parts_of
-from kvstore.client.object_names import key_of, object_key
+from kvstore.client.object_names import key_of, keys_of, object_key
 from kvstore.client.scatter import Scatter
 from kvstore.client.view import Views
 from kvstore.leader.placement import COPIES_MAX
@@ -364,16 +364,23 @@ class Pool:
 
     def exists(self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[bool]:
         """Return whether the pool has each key; a store that cannot be asked counts as without it."""
-        if len(keys) <= BATCH_KEYS_MAX:
-            found = self._gather(deadline_s).here(_keys(keys, tenant))
-            if found is not None:
-                return found
+        found = self.sizes_here(keys, tenant=tenant, deadline_s=deadline_s)
+        if found is not None:
+            return [size > 0 for size in found]
         return [one.ok for one in self.look(keys, tenant=tenant, deadline_s=deadline_s)]
+
+    def sizes_here(
+        self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
+    ) -> list[int] | None:
+        """Return the bytes of each object, 0 = missing; None: that takes a `look` at more than one store."""
+        return self._gather(deadline_s).here(_keys(keys, tenant)) if len(keys) <= BATCH_KEYS_MAX else None
 
     def sizes(
         self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
     ) -> list[int | None]:
         """Return the bytes of each object, None = not found."""
+        if (found := self.sizes_here(keys, tenant=tenant, deadline_s=deadline_s)) is not None:
+            return [size or None for size in found]
         looked = self.look(keys, tenant=tenant, deadline_s=deadline_s)
         return [one.size_bytes if one.ok else None for one in looked]
 
@@ -433,7 +440,7 @@ def _texts(names: Sequence[Name], keys: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def _keys(names: Sequence[Name], tenant: str) -> list[bytes]:
-    return [key_of(name, tenant) for name in names]
+    return keys_of(names, tenant)
 
 
 def _in_rounds(keys: list[bytes], call: Callable[[list[bytes], int], list[Result]]) -> list[Result]:

@@ -115,6 +115,11 @@ class PoolClient:
         return self._up
 
     @property
+    def link(self) -> StoreLink | None:
+        """The store that was attached last."""
+        return self._link
+
+    @property
     def record(self) -> StoreRecord | None:
         """The record of the store that was attached last."""
         return self._link.record if self._link else None

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -139,6 +140,11 @@ class StoreLink:
             self.send(request)
         else:
             self._door.tell(request)
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Tell of reads by the table, b"" for a miss, with the next `ask` or soon."""
+        if self._door is not None:
+            self._door.used(keys)
 
     def forget(self, call_id: bytes) -> None:
         """Drop interest in an answer."""

@@ -31,6 +31,7 @@ from kvstore.node.allocator import OffsetAllocator, aligned
 from kvstore.node.blocks import Entry, Write
 from kvstore.node.leases import Leases
 from kvstore.node.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
+from kvstore.table import Table
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
 
@@ -74,6 +75,7 @@ class Node:
         limits: NodeLimits | None = None,
         policy: Guarded | None = None,
         first_id: int = 1,
+        table: Table | None = None,
     ) -> None:
         """Start empty.
 
@@ -82,6 +84,7 @@ class Node:
             limits: see kvstore.limits.
             policy: eviction order; by default LRU, and hard pins up to HARD_PIN_RATIO.
             first_id: `id_base(epoch)` in production.
+            table: where readers of the host look for complete blocks.
         """
         self.limits = limits or NodeLimits()
         self._allocator = OffsetAllocator(capacity_bytes)
@@ -95,6 +98,7 @@ class Node:
         self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
         self.quarantined_bytes = 0
+        self.table = table
         self._second = 0
         self._sizes: dict[int, int] = {}
         self.hits = self.misses = self.commits = self.pins_refused = 0
@@ -217,6 +221,8 @@ class Node:
             del self._writing[write.key]
             self._note_writing(write.tags.tenant, -1, write.size_bytes)
             self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
+            if self.table is not None:
+                self.table.add(write.key, write.offset, write.size_bytes, checksum)
             self._note(write.key, stored=True)
             written.append(write)
         # the end of a prefix first: it is useless without its beginning
@@ -333,6 +339,14 @@ class Node:
         check_keys(keys, self.limits.keys_max)
         found = [key for key in keys if key in self._complete]
         return self._lease(found, self._prefix(found), lease_s).lease_id, found
+
+    def used(self, now_s: float, keys: Sequence[bytes], misses: int) -> None:
+        """Count hits, which need no lease any more, and misses, of readers that looked by themselves."""
+        self.tick(now_s)
+        check_count(keys, self.limits.keys_max)
+        self.hits += len(keys)
+        self.misses += max(0, misses)
+        self.touch(keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of complete blocks that needs no lease: it is over already."""
@@ -521,6 +535,8 @@ class Node:
 
     def _drop(self, key: bytes) -> None:
         entry = self._complete.pop(key)
+        if self.table is not None:
+            self.table.remove(key)
         self._note(key, stored=False)
         if not self._leases.hide(key):
             self.policy.bulk.remove(key)

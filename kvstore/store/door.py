@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import structlog
 
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, PeerTimeout, ProtocolError
-from mooncake.core.messages import Failure, StoreReply, StoreRequest
+from mooncake.core.keys import KEY_BYTES
+from mooncake.core.messages import Failure, StoreReply, StoreRequest, Used
 from mooncake.core.rpc import failure_of, raise_failure
 from transfer.fdpass import peer_uid
 
@@ -45,6 +46,8 @@ WAIT_STEP_S = 0.1
 TELL_S = 0.05
 """How late what was told is sent when no call follows: a lease that lies idle so long harms nobody."""
 TOLD_MAX = 64
+USED_MAX = 1024
+"""Reads by the table that are told of together: 32 KiB."""
 IDLE_TELLS = 40
 """Looks for something to tell before its thread ends: two seconds."""
 
@@ -248,6 +251,14 @@ class _Connection:
             self._loop.remove_writer(self._socket)
 
 
+def _drained(items: deque[bytes]) -> list[bytes]:
+    taken = []
+    with contextlib.suppress(IndexError):
+        while True:
+            taken.append(items.popleft())
+    return taken
+
+
 def _frame(request: Any, wanted: int) -> bytes:
     body = wire.encode(request)
     return _HEADER.pack(len(body), wanted) + body
@@ -261,6 +272,7 @@ class DoorClient:
         self.path = path
         self._idle: deque[_Wire] = deque()
         self._told: deque[bytes] = deque()
+        self._used: deque[bytes] = deque()
         self._teller: threading.Thread | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -295,18 +307,30 @@ class DoorClient:
         if len(self._told) >= TOLD_MAX:
             self._tell_now()
         elif self._teller is None:
-            with self._lock:
-                if self._teller is None and not self._closing.is_set():
-                    self._teller = threading.Thread(target=self._tell_late, name="pool-tell", daemon=True)
-                    self._teller.start()
+            self._tell_soon()
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Tell of keys that were read without a call, b"" for a miss; as `tell`."""
+        self._used.extend(keys)
+        if len(self._used) >= USED_MAX:
+            self._tell_now()
+        elif self._teller is None:
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        with self._lock:
+            if self._teller is None and not self._closing.is_set():
+                self._teller = threading.Thread(target=self._tell_late, name="pool-tell", daemon=True)
+                self._teller.start()
 
     def _take_told(self) -> bytes:
-        if not self._told:
+        if not self._told and not self._used:
             return b""
-        frames = []
-        with contextlib.suppress(IndexError):
-            while True:
-                frames.append(self._told.popleft())
+        frames = _drained(self._told)
+        used = _drained(self._used)
+        for at in range(0, len(used), USED_MAX):
+            keys = b"".join(some := used[at : at + USED_MAX])
+            frames.append(_frame(Used(keys, len(some) - len(keys) // KEY_BYTES), 0))
         return b"".join(frames)
 
     def _tell_now(self) -> None:
@@ -324,17 +348,17 @@ class DoorClient:
         """Send what no call has taken along; end after a while without any."""
         idle = 0
         while idle < IDLE_TELLS and not self._closing.wait(TELL_S):
-            idle = 0 if self._told else idle + 1
-            if self._told:
+            idle = 0 if self._told or self._used else idle + 1
+            if not idle:
                 self._tell_now()
         with self._lock:
             self._teller = None
-        if self._told:
+        if self._told or self._used:
             self._tell_now()
 
     def close(self) -> None:
         """Send what was told, close idle connections; others are closed when their call ends (idempotent)."""
-        if self._told and not self._closing.is_set():
+        if (self._told or self._used) and not self._closing.is_set():
             self._tell_now()
         self._closing.set()
         while self._idle:

@@ -41,6 +41,7 @@ from kvstore.store.outside import Outside
 from kvstore.store.pull_metrics import PullCollector
 from kvstore.store.pulls import Pulls
 from kvstore.store.recheck import Recheck
+from kvstore.table import Table, table_bytes
 from mooncake.core import wire
 from mooncake.core.election import Fence
 from mooncake.core.errors import ConfigError, NotLeader, RequestError
@@ -72,6 +73,7 @@ from mooncake.core.messages import (
     StoreRequest,
     StoreStats,
     Term,
+    Used,
 )
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcServer
@@ -112,7 +114,9 @@ class StoreService:
         self._capacity_bytes = capacity_bytes
         self._clock = clock
         self._segment: Segment | None = None
+        self._table: Segment | None = None
         self._fd_server: FdServer | None = None
+        self._table_server: FdServer | None = None
         self._door: Door | None = None
         self._events: EventPublisher | None = None
         self._rpc: RpcServer | None = None
@@ -136,6 +140,7 @@ class StoreService:
         self._handlers: dict[type, Callable[[Any], Any]] = {
             HandOver: self._hand_over,
             Release: self._release,
+            Used: self._used,
             Reserve: self._reserve,
             Pin: lambda request: pin(self.node, self._clock(), request),
             SetQuota: lambda request: set_quota(self.node, self._clock(), request),
@@ -180,6 +185,9 @@ class StoreService:
             create_segment, self.epoch, self._capacity_bytes, config.hugepages, progress
         )
         self._recheck.open(self._segment)
+        self._table = await asyncio.to_thread(Segment.create, self.epoch, table_bytes(self._capacity_bytes))
+        rows = self._table.view(0, self._table.size_bytes)
+        self.node.table = Table(rows, whole=config.ssd is None)
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
         self._events = EventPublisher(config.events, config.node, self.epoch)
@@ -201,12 +209,15 @@ class StoreService:
             transfer=self._outside.engine.name if self._outside else "",
             segment_address=self._outside.address if self._outside else 0,
             door=str(Path(run_dir) / f"store-{config.node}.door"),
+            table=str(Path(run_dir) / f"store-{config.node}.rows"),
         )
         # the record travels with the memory: an engine finds a restarted store without metadata
         self._fd_server = FdServer(record.fd_path, self._segment, wire.encode(record))
+        self._table_server = FdServer(record.table, self._table)
         self._door = Door(record.door, self._now, self._handle)
         self._rpc.start()
         self._door.start()
+        self._table_server.start()
         self._fd_server.start()
         self._beat = asyncio.create_task(self._keep_time(), name="store beat")
         log.info("store.started", **msgspec.structs.asdict(record))
@@ -240,11 +251,12 @@ class StoreService:
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises if one of the service's own tasks dies."""
-        if self._beat is None or self._fd_server is None or self._fd_server.task is None:
+        servers = [one.task for one in (self._fd_server, self._table_server) if one and one.task]
+        if self._beat is None or len(servers) < 2:
             raise ConfigError("start the store before run_until")
         stopped = asyncio.create_task(stop.wait(), name="store stop")
         try:
-            tasks = {stopped, self._beat, self._fd_server.task}
+            tasks = {stopped, self._beat, *servers}
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -253,34 +265,38 @@ class StoreService:
 
     async def close(self) -> None:
         """Stop serving and give the memory back (idempotent)."""
+        if self.node.table:
+            self.node.table.close()
+            self.node.table = None
         if self._beat:
             self._beat.cancel()
             await asyncio.gather(self._beat, return_exceptions=True)
-        if self._rpc:
-            await self._rpc.close()
-        if self._door:
-            await self._door.close()
+        await self._close_servers()
         if self._outside:
             await self._outside.close()
         if self.tiering:
             await self.tiering.close()
-        if self._fd_server:
-            await self._fd_server.close()
         if self._events:
             self._events.close()
-        if self._metrics:
-            await self._metrics.close()
         self._recheck.close()
         if self._segment:
             self._segment.close()
         self._beat = self._rpc = self._fd_server = self._events = self._metrics = self._segment = None
+        self._table = self._table_server = None
         self._outside = self.tiering = self._door = None
+
+    async def _close_servers(self) -> None:
+        for server in (self._rpc, self._door, self._table_server, self._fd_server, self._metrics):
+            if server:
+                await server.close()
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""
         beat_s = self._clock()
         while True:
             self.node.tick(self._clock())
+            if self.node.table:
+                self.node.table.live(time.monotonic())
             if self.tiering:
                 self.tiering.tick()
             self._evict_ahead()
@@ -417,6 +433,10 @@ class StoreService:
 
     def _release(self, request: Release) -> Ok:
         self.node.release(self._clock(), request.lease_id)
+        return Ok()
+
+    def _used(self, request: Used) -> Ok:
+        self.node.used(self._clock(), split_keys(request.keys), request.misses)
         return Ok()
 
     def _reserve(self, request: Reserve) -> Reserved:

@@ -66,6 +66,13 @@ class Find(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="find"):
     inline_bytes: int = 0
 
 
+class Used(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="used"):
+    """Reads by the table in shared memory: what was hit, one blob of 32-byte keys, and misses. Answer: Ok."""
+
+    keys: bytes
+    misses: int = 0
+
+
 class Findings(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="findd"):
     """Columns, one row per key: offsets and sizes as little-endian i64, checksums of 16 bytes.
 
@@ -287,6 +294,7 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
 StoreRequest = (
     Acquire
     | Find
+    | Used
     | Release
     | Reserve
     | Commit
@@ -558,3 +566,4 @@ class StoreRecord(msgspec.Struct, frozen=True):
     transfer: str = ""  # "host:port" of its transfer engine, for engines of other hosts; "" = none
     segment_address: int = 0  # of the segment's first byte, as that transfer engine names it
     door: str = ""  # unix socket for calls of plain threads (same host only), see kvstore.store.door
+    table: str = ""  # unix socket that hands out the memfd of its table (same host only), see kvstore.table

@@ -215,10 +215,11 @@ class Calls:
 
     def sizes(self, names: Sequence[str]) -> list[int]:
         """Return the size of each object, or a code."""
-        codes = []
-        for result in self._look(names):
-            missing = OBJECT_NOT_FOUND if result.outcome is Outcome.MISSING else RPC_FAIL
-            codes.append(result.size_bytes if result.ok else missing)
+        here = self.pool.sizes_here(names, tenant=self.tenant, deadline_s=LOOK_S)
+        if here is not None:
+            codes = [size or OBJECT_NOT_FOUND for size in here]
+        else:
+            codes = [_size_code(result) for result in self._look(names)]
         self.reads.note([name for name, code in zip(names, codes, strict=True) if code > 0])
         return codes
 
@@ -304,6 +305,12 @@ class Calls:
         check_mapped(address, size)
         array: Any = (ctypes.c_ubyte * size).from_address(address)
         return memoryview(array).cast("B")
+
+
+def _size_code(result: Result) -> int:
+    if result.ok:
+        return result.size_bytes
+    return OBJECT_NOT_FOUND if result.outcome is Outcome.MISSING else RPC_FAIL
 
 
 def _is_bad(name: str) -> bool:

@@ -1,0 +1,78 @@
+"""The table of a store of this host, mapped: who reads by it asks nobody.
+
+Besides the store's sign of life there is a connection that nothing is ever sent on: the kernel closes it at
+once when the store's process ends, so nobody reads on from the memory of a dead store beside its successor.
+"""
+
+import os
+import select
+import socket
+import time
+
+import structlog
+
+from kvstore.table import TableReader
+from mooncake.core.errors import MooncakeError
+from mooncake.core.messages import StoreRecord
+from transfer.fdpass import fetch_segment, peer_uid
+from transfer.segment import Segment
+
+log = structlog.get_logger(__name__)
+
+FETCH_S = 2.0
+"""To get the table: without one the store is asked, as ever."""
+
+
+class Lookup:
+    """Of one start of a store. Thread-safe."""
+
+    def __init__(self, table: Segment, memory: memoryview, watch: socket.socket) -> None:
+        """Use `open`."""
+        self.memory = memory
+        self._reader = TableReader(table.view(0, table.size_bytes))
+        self._table = table
+        self._watch = watch
+        self._ended = select.epoll()
+        self._ended.register(watch, select.EPOLLIN | select.EPOLLRDHUP)
+
+    @classmethod
+    def open(cls, record: StoreRecord, segment: Segment) -> "Lookup | None":
+        """Map the table of `record`'s store; None: it has none, or is another start by now.
+
+        Args:
+            record: a store on this host.
+            segment: its memory.
+        """
+        if not record.table or not record.door:
+            return None
+        try:
+            table = fetch_segment(record.table, FETCH_S)
+        except MooncakeError as error:
+            log.info("pool.no_table", node=record.node, error=str(error))
+            return None
+        watch = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            watch.settimeout(FETCH_S)
+            watch.connect(record.door)
+            if table.name == record.epoch and peer_uid(watch) == os.getuid():
+                return cls(table, segment.view(0, segment.size_bytes), watch)
+        except OSError as error:
+            log.info("pool.no_table", node=record.node, error=str(error))
+        watch.close()
+        table.close()
+        return None
+
+    @property
+    def rows(self) -> TableReader | None:
+        """The table; None: the store does not live, or is stuck."""
+        reader = self._reader
+        try:
+            return None if self._ended.poll(0, 1) or not reader.is_fresh(time.monotonic()) else reader
+        except ValueError:  # closed
+            return None
+
+    def close(self) -> None:
+        """Let go (idempotent)."""
+        self._ended.close()
+        self._watch.close()
+        self._table.close()
