@@ -196,8 +196,8 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
             rdma_devices: "mlx5_0,mlx5_1"; "" = all.
             master_server_addr: HOST:PORT of mooncake_master, or etcd://...
             engine: not used: the pool has an engine of its own.
-            enable_ssd_offload: not used: the SSD tier is `mooncake store`'s.
-            ssd_offload_path: see enable_ssd_offload.
+            enable_ssd_offload: the segment has a tier on the SSD, which the next start finds again.
+            ssd_offload_path: a directory for it; "" = of MOONCAKE_OFFLOAD_FILE_STORAGE_PATH.
             tenant_id: whose names these are.
             enable_client_http_server: not used.
             client_http_port: not used.
@@ -521,9 +521,11 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
         done = [calls.started.unmount(one) for one in segment_ids]
         return OK if all(done) else INTERNAL
 
+    @answers_code
     def unmount_local_disk_segment(self, grace_period_seconds: int = 0) -> int:  # noqa: ARG002
-        """Return 0: this process has no disk segment."""
-        return OK if self._calls else INVALID_PARAMS
+        """Do without the SSD tier from now on: what only it has leaves the pool until the next start."""
+        self._need().started.unmount_ssd()
+        return OK
 
     def get_offload_rpc_read_count(self) -> int:
         """Return 0: no read goes by another client's disk."""

@@ -29,7 +29,7 @@ from kvstore.node.events import EventPublisher, Snapshots
 from kvstore.node.finding import find, split_keys
 from kvstore.node.keeping import pin, set_quota, tags_of
 from kvstore.node.names import Names
-from kvstore.node.node import Node, id_base
+from kvstore.node.node import Node, NodeEvents, id_base
 from kvstore.ssd.model import SsdConfig
 from kvstore.ssd.tier import SsdTier
 from kvstore.ssd.tiering import Tiering
@@ -289,6 +289,18 @@ class StoreService:
         for server in (self._rpc, self._door, self._table_server, self._fd_server, self._metrics):
             if server:
                 await server.close()
+
+    async def close_tier(self) -> None:
+        """Do without the SSD (idempotent). What only it has leaves the pool until the next start."""
+        if self.tiering is None:
+            return
+        self._flush()
+        tiering, self.tiering = self.tiering, None
+        gone = [key for key in tiering.keys() if self.node.block_of(key) is None]  # noqa: SIM118 - no dict
+        self._names.forget(gone)
+        if self._events:
+            self._events.publish(NodeEvents([], gone))
+        await tiering.close()
 
     async def _keep_time(self) -> None:
         """Expire what is due; heartbeat."""

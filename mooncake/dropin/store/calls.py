@@ -18,6 +18,8 @@ from kvstore.client.model import Outcome, Place, Result
 from kvstore.client.scatter import WRITING
 from kvstore.leader.placement import COPIES_MAX
 from kvstore.node.names import NAME_BYTES_MAX
+from kvstore.node.node import QUOTA_USED_UP
+from kvstore.node.pins import NOT_REGISTERED
 from mooncake.core.errors import PeerGone, RequestError
 from mooncake.dropin.store.start import Started, node_of
 from mooncake.dropin.store.types import (
@@ -27,6 +29,8 @@ from mooncake.dropin.store.types import (
     OBJECT_NOT_FOUND,
     OK,
     RPC_FAIL,
+    TENANT_NOT_REGISTERED,
+    TENANT_QUOTA_EXCEEDED,
     TRANSFER_FAIL,
     ReplicateConfig,
     SoftPinAction,
@@ -91,7 +95,7 @@ class Calls:
         """`started` is not closed here."""
         self.started = started
         self.pool = started.pool
-        self.tenant = started.settings.tenant
+        self.tenant = started.tenant
         self.reads = ReadLeases(started.background.master_settings.kv_lease_ttl_s)
 
     # ------------------------------------------------------------ writing
@@ -139,6 +143,10 @@ class Calls:
         if WRITING in result.reason:
             return OK  # as upstream answers: the name is taken, whoever finishes it
         log.warning("mooncake.store: not put", key=name, reason=result.reason)
+        if QUOTA_USED_UP in result.reason:
+            return TENANT_QUOTA_EXCEEDED
+        if NOT_REGISTERED in result.reason:
+            return TENANT_NOT_REGISTERED
         if result.outcome is Outcome.FULL:
             return NO_AVAILABLE_HANDLE
         if not self.pool.nodes:

@@ -6,10 +6,12 @@ Upstream's names mean here:
     metadata_server      accepted and not used: stores say themselves where their memory is
     global_segment_size  memory that this process gives to the pool; 0 = none, it only uses the pool
     local_buffer_size    accepted and not used: nothing is staged
+    enable_ssd_offload   the segment has an SSD tier below it, see mooncake.dropin.store.offload
 """
 
 import asyncio
 import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -25,7 +27,7 @@ import msgspec
 import structlog
 
 from kvstore.client.pool import Pool
-from kvstore.store.config import StoreConfig
+from kvstore.store.config import EVICT_RATIO, StoreConfig
 from kvstore.store.service import StoreService
 from mooncake.core.config import fail
 from mooncake.core.errors import MooncakeError, PeerGone, PeerTimeout
@@ -33,8 +35,9 @@ from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import check_metadata, open_metadata
 from mooncake.core.metadata_registration import Registration
-from mooncake.dropin.engine.env import EngineEnv
+from mooncake.dropin.engine.env import FALSE, TRUE, EngineEnv
 from mooncake.dropin.engine.start import environment, open_engine
+from mooncake.dropin.store.offload import Offload
 from transfer.config import split_name
 
 SEGMENT_BYTES = 16 << 20
@@ -54,6 +57,8 @@ ASK_S = 2.0
 AWAY_S = 1.0
 """How long nobody asks a master again that did not answer: not every call pays ASK_S."""
 CLOSE_S = 10.0
+AGE_NEVER_S = 86_400.0
+"""Of blocks that go to the SSD only when memory runs short."""
 PROTOCOLS = ("tcp", "rdma", "")
 OTHER_NAMES = {"master_server_address": "master_server_addr", "device_name": "rdma_devices"}
 """What LMCache calls settings of the dict form; not to know them would mean the default master."""
@@ -69,6 +74,24 @@ class MasterSettings(msgspec.Struct, frozen=True):
 
     kv_lease_ttl_s: float = 10.0
     soft_pin_ttl_s: float = 1800.0
+    client_ttl_s: float = SEGMENT_TTL_S
+    evict_above_ratio: float = 1.0
+    evict_ratio: float = EVICT_RATIO
+    evict_soft_pins: bool = True
+    offload: bool = False
+    offload_on_evict: bool = False
+    multi_tenants: bool = False
+
+    def tuned(self, config: StoreConfig) -> StoreConfig:
+        """Return `config` with what a master has to say about it."""
+        return msgspec.structs.replace(
+            config,
+            evict_above_ratio=self.evict_above_ratio,
+            evict_ratio=self.evict_ratio,
+            evict_soft_pins=self.evict_soft_pins,
+            quota_needed=self.multi_tenants,
+            ssd_age_s=AGE_NEVER_S if self.offload_on_evict else config.ssd_age_s,
+        )
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +105,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rdma_devices: str = ""
     master_server_addr: str = MASTER
     tenant_id: str = TENANT
+    enable_ssd_offload: bool = False
+    ssd_offload_path: str = ""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -97,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise fail(name, getattr(self, name), "must not be negative")
         if self.protocol not in PROTOCOLS:
             raise fail("protocol", self.protocol, "tcp or rdma")
+        self.offload  # noqa: B018 - raises
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
@@ -111,6 +137,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in named.items():
             if name in ("global_segment_size", "local_buffer_size"):
                 known[name] = size_bytes(name, value)
+            elif name == "enable_ssd_offload":
+                known[name] = _truth(name, value)
             elif name in cls.__struct_fields__:
                 known[name] = str(value)
             elif value not in (None, "", False, "false", "False", "0", 0):
@@ -131,6 +159,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return check_metadata(text if "://" in text else f"tcp://{text}")
 
     @property
+    def offload(self) -> Offload | None:
+        """Where the segment's SSD tier may be; None: nobody named a place.
+
+        Raises:
+            ConfigError: a setting of it, or of the environment, makes no sense.
+        """
+        return Offload.of(self.enable_ssd_offload, self.ssd_offload_path, os.environ)
+
+    @property
     def tenant(self) -> str:
         """Whose names ours are; the default tenant's need no label."""
         return "" if self.tenant_id in ("", TENANT) else self.tenant_id
@@ -148,6 +185,13 @@ def size_bytes(name: str, value: Any) -> int:
     return int(float(match[1]) * 1024 ** _UNITS.index(match[2]))
 
 
+def _truth(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text not in TRUE + FALSE + ("none",):
+        raise fail(name, value, "true or false")
+    return text in TRUE
+
+
 def node_of(hostname: str) -> str:
     """Return the name of the store node of the client that calls itself `hostname`, "host:port"."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", hostname).lstrip("._-")[:63]
@@ -161,11 +205,13 @@ def segment_name(node: str) -> str:
 class Background:
     """One event loop in a thread: the metadata store's client and, with a segment, its store node."""
 
-    def __init__(self, master: str, config: StoreConfig | None) -> None:
+    def __init__(self, master: str, config: StoreConfig | None, offload: Offload | None = None) -> None:
         """Nothing is opened before `start`."""
         self.master_settings = MasterSettings()
         self._master = master
         self._config = config
+        self._offload = offload
+        self._service: StoreService | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._metadata: MetadataStore | None = None
@@ -200,20 +246,32 @@ class Background:
         if self._metadata is None or time.monotonic() < self._away_until_s:
             return False
         try:
-            self._ask(self._metadata.get(MASTER_KEY))
+            self._ask(self._metadata.get(MASTER_KEY), ASK_S)
         except MooncakeError:
             self._away_until_s = time.monotonic() + AWAY_S
             return False
         return True
 
-    def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+    def unmount_ssd(self) -> bool:
+        """Do without the SSD tier from now on; return whether there was one.
+
+        Raises:
+            PeerError: it is not done after CLOSE_S.
+        """
+        service = self._service
+        if service is None or service.tiering is None:
+            return False
+        self._ask(service.close_tier(), CLOSE_S)
+        return True
+
+    def _ask(self, question: Coroutine[Any, Any, T], deadline_s: float) -> T:
         loop = self._loop
         if loop is None or not self._thread.is_alive():
             question.close()
             raise PeerGone("the thread has ended")
         future = asyncio.run_coroutine_threadsafe(question, loop)
         try:
-            return future.result(ASK_S)
+            return future.result(deadline_s)
         except FutureTimeout:
             future.cancel()
             raise PeerTimeout("no answer") from None
@@ -245,12 +303,17 @@ class Background:
                 self._ready.set()
                 await self._stop.wait()
                 return
-            service = StoreService(self._config, metadata=metadata)
+            config = self.master_settings.tuned(self._config)
+            if self._offload and (self._offload.wanted or self.master_settings.offload):
+                ssd = stack.enter_context(self._offload.tier())
+                config = msgspec.structs.replace(config, ssd=ssd)
+            service = StoreService(config, metadata=metadata)
             record = await service.start()
             stack.push_async_callback(service.close)
+            self._service = service
             value = msgspec.json.encode(record)
             key = STORES_PREFIX + record.node
-            registration = Registration(metadata, key, lambda: value, SEGMENT_TTL_S)
+            registration = Registration(metadata, key, lambda: value, self.master_settings.client_ttl_s)
             registration.start()
             stack.push_async_callback(registration.close)
             try:
@@ -292,7 +355,7 @@ class Started:
             self.hostname = self.engine.name
             size = settings.global_segment_size
             config = self._segment(env, stack, node_of(self.hostname), size) if size else None
-            self.background = Background(master, config)
+            self.background = Background(master, config, settings.offload)
             stack.callback(self.background.close)
             self.background.start()
             self.pool = Pool(master, engine=self.engine)
@@ -324,6 +387,16 @@ class Started:
         if stack is not None:
             stack.close()
         return stack is not None
+
+    @property
+    def tenant(self) -> str:
+        """Whose names ours are, and who pays; where tenants need quotas the default one is like any other."""
+        strict = self.background.master_settings.multi_tenants
+        return self.settings.tenant or (TENANT if strict else "")
+
+    def unmount_ssd(self) -> bool:
+        """See Background."""
+        return self.background.unmount_ssd()
 
     def close(self) -> None:
         """End all of it (idempotent)."""
