@@ -1,0 +1,1 @@
+"""Structured objects and DataProto batches over the store, behind upstream's names."""
