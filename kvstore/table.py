@@ -93,7 +93,9 @@ class Table:
         for at in _buckets(key, self._mask):
             found = bytes(memory[at : at + BUCKET_BYTES]).find(key)
             if found >= 0:
-                _PLACE.pack_into(memory, at + found + KEY_BYTES, checksum, offset, size_bytes | _USED)
+                # not pack_into, which writes zeros first: a reader would take the row for a free one
+                place = _PLACE.pack(checksum, offset, size_bytes | _USED)
+                memory[at + found + KEY_BYTES : at + found + ROW_BYTES] = place
                 return  # else it is among those without a row, and stays there
 
     def remove(self, key: bytes) -> None:

@@ -457,7 +457,7 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
 
     @answers_code
     def remove(self, key: str, force: bool = False) -> int:
-        """Remove an object everywhere; -704: there is none, -706: this client has just read it."""
+        """Remove an object everywhere; -704: there is none, -706: somebody has just read it."""
         return self._need().remove(_texts([key]), force)[0]
 
     @answers_codes
@@ -485,7 +485,7 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
         return {key: descriptors(found) for key, found in zip(keys, places, strict=True) if found}
 
     def batch_replica_clear(self, keys: Sequence[str], segment_name: str = "") -> list[str]:
-        """Remove copies, of one segment or all, of what this client has not just read; return those names.
+        """Remove copies, of one segment or all, of what nobody has just read; return those names.
 
         Raises:
             RequestError: not set up.

@@ -408,10 +408,10 @@ class LocalStore:
             done += answer.done
         return done
 
-    def remove(self, keys: Sequence[bytes], end_s: float) -> int:
-        """Remove objects; return how many were there. Raises PeerError."""
-        answer: KeysDropped = self._client.call(DropKeys(list(keys)), KeysDropped, left_s(end_s))[1]
-        return answer.dropped
+    def remove(self, request: DropKeys, end_s: float) -> KeysDropped:
+        """Remove objects; raises PeerError."""
+        answer: KeysDropped = self._client.call(request, KeysDropped, left_s(end_s))[1]
+        return answer
 
     def names(self, cursor: int, end_s: float) -> NamesPage:
         """Return a page of what its objects are called; raises PeerError."""
@@ -461,6 +461,7 @@ def reserve_request(writer: str, keys: list[bytes], size_bytes: int, hints: Hint
         group=hints.group,
         soft_pin_s=hints.soft_pin_s,
         hard_pin=hints.hard_pin,
+        replace=hints.replace,
     )
 
 

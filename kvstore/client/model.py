@@ -23,6 +23,7 @@ class Outcome(StrEnum):
     EXISTS = "exists"  # put: the pool has it; what was there before stays
     MISSING = "missing"  # every store that may have it says that it has not
     FULL = "full"  # put: no store found room
+    HELD = "held"  # remove: somebody has just read it
     FAILED = "failed"  # see `reason`; another attempt may help
 
 
@@ -51,13 +52,17 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 
 class Hints(msgspec.Struct, frozen=True):
-    """What travels with a put, see messages.Reserve; `names` by key, of what shall be listed."""
+    """What travels with a put, see messages.Reserve; `names` by key, of what shall be listed.
+
+    `replace`: what the pool has under a key goes when the new bytes are there.
+    """
 
     tenant: str = ""
     group: str = ""
     soft_pin_s: float = 0.0
     hard_pin: bool = False
     names: Mapping[bytes, bytes] = {}
+    replace: bool = False
 
     def names_of(self, keys: Sequence[bytes]) -> list[bytes]:
         """Return the names that go with a commit of `keys`."""

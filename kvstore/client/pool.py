@@ -27,8 +27,9 @@ from kvstore.client.gather import Gather
 from kvstore.client.local import LocalStore
 from kvstore.client.locate import Locator
 from kvstore.client.members import Members, OpenMetadata
-from kvstore.client.model import Bytes, Hints, Into, Outcome, Place, Result, parts_of
+from kvstore.client.model import Bytes, Hints, Into, Place, Result, parts_of
 from kvstore.client.object_names import key_of, keys_of, object_key
+from kvstore.client.removal import Removal
 from kvstore.client.scatter import Scatter
 from kvstore.client.view import Views
 from kvstore.leader.placement import COPIES_MAX
@@ -162,6 +163,7 @@ class Pool:
         tenant: str = "",
         group: str = "",
         listed: bool = False,
+        replace: bool = False,
         deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
         """Store objects of any sizes.
@@ -176,6 +178,8 @@ class Pool:
             tenant: namespace of names, and who pays.
             group: objects that are useful only together.
             listed: `names` shall list those that are called by text; costs memory of the stores.
+            replace: what the pool has goes when the new bytes are there, and who has begun to read the old
+                ones finishes. No reader finds neither, unless `preferred` sends an object to another node.
             deadline_s: for all of it, at most WRITE_S_MAX.
 
         Returns:
@@ -194,6 +198,7 @@ class Pool:
             tenant=tenant,
             group=group,
             listed=listed,
+            replace=replace,
             deadline_s=deadline_s,
         )
 
@@ -209,6 +214,7 @@ class Pool:
         tenant: str = "",
         group: str = "",
         listed: bool = False,
+        replace: bool = False,
         deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
         """Store objects that lie in pieces: `sources[i]` are buffers that make `keys[i]`, in order.
@@ -221,7 +227,8 @@ class Pool:
             raise RequestError(f"replicas={replicas}: 1 to {COPIES_MAX}")
         parts = [parts_of(list(source)) for source in sources]
         hashed = _keys(keys, tenant)
-        hints = Hints(tenant, group, soft_pin_s, hard_pin, _texts(keys, hashed) if listed else {})
+        texts = _texts(keys, hashed) if listed else {}
+        hints = Hints(tenant, group, soft_pin_s, hard_pin, texts, replace)
         end_s = time.monotonic() + min(deadline_s, WRITE_S_MAX)
         scatter = Scatter(self._members, self._locator, replicas, preferred, hints, end_s)
         return _in_rounds(hashed, lambda some, at: scatter.put(some, parts[at : at + len(some)]))
@@ -232,41 +239,33 @@ class Pool:
         *,
         tenant: str = "",
         nodes: Sequence[str] = (),
+        unless_read_s: float = 0.0,
         deadline_s: float = DEADLINE_S,
     ) -> list[Result]:
         """Remove objects from every store, or from `nodes` only; readers that hold them finish undisturbed.
 
+        Args:
+            keys: names or keys.
+            tenant: namespace of names.
+            nodes: () = all.
+            unless_read_s: leave what any client has read in so many seconds, as far as stores know by now: a
+                read is told within 50 ms. A look is no read.
+            deadline_s: for all of it.
+
         Returns:
-            DONE (nobody has it any more, as far as stores answered), MISSING, or FAILED: a store that may
-            have it could not be asked.
+            DONE (nobody has it any more, as far as stores answered), MISSING, HELD (see `unless_read_s`), or
+            FAILED: a store that may have it could not be asked.
         """
         end_s = time.monotonic() + deadline_s
-        return _in_rounds(_keys(keys, tenant), lambda some, _: self._remove(some, nodes, end_s))
 
-    def _remove(self, keys: list[bytes], only: Sequence[str], end_s: float) -> list[Result]:
-        dropped: list[list[str]] = [[] for _ in keys]
-        reasons: list[str] = [""] * len(keys)
-        for access in list(self._members.stores.values()):
-            if only and access.node not in only:
-                continue
-            try:
-                sizes = access.find(keys, end_s).sizes
-                rows = [row for row, size in enumerate(sizes) if size]
-                if rows:
-                    access.remove([keys[row] for row in rows], end_s)
-                for row in rows:
-                    dropped[row].append(access.node)
-            except MooncakeError as error:
-                self._members.lost(access, error)
-                reasons = [f"{access.node}: {error}"] * len(keys)
-        return [
-            Result(
-                Outcome.FAILED if reason else Outcome.DONE if nodes else Outcome.MISSING,
-                nodes=tuple(nodes),
-                reason=reason,
-            )
-            for nodes, reason in zip(dropped, reasons, strict=True)
-        ]
+        def remove(some: list[bytes], _: int) -> list[Result]:
+            removal = Removal(self._members, some, unless_read_s, end_s)
+            for access in list(self._members.stores.values()):
+                if not nodes or access.node in nodes:
+                    removal.look(access)
+            return removal.run()
+
+        return _in_rounds(_keys(keys, tenant), remove)
 
     # ------------------------------------------------------------ reading
 

@@ -225,10 +225,10 @@ class DistantStore:
                     Opcode.WRITE, [offsets[row] for row in batch], [[one] for one in places], end_s
                 )
 
-    def remove(self, keys: Sequence[bytes], end_s: float) -> int:
+    def remove(self, request: DropKeys, end_s: float) -> KeysDropped:
         """See LocalStore."""
-        answer: KeysDropped = self._ask(DropKeys(list(keys)), KeysDropped, end_s)
-        return answer.dropped
+        answer: KeysDropped = self._ask(request, KeysDropped, end_s)
+        return answer
 
     def names(self, cursor: int, end_s: float) -> NamesPage:
         """See LocalStore."""

@@ -1,14 +1,19 @@
 """Writing to the pool: what it has already stays, the rest goes where the placer says, once per node."""
 
+import time
 from collections.abc import Sequence
 
 from kvstore.client.gather import Gather
 from kvstore.client.locate import Locator
 from kvstore.client.members import NEAR, Access, Members
 from kvstore.client.model import Hints, Outcome, Result
+from kvstore.client.removal import Removal
 from mooncake.core.errors import MooncakeError
 
 WRITING = "somebody else is writing it"
+BUSY_S = 0.005
+BUSY_S_MAX = 5.0
+"""What replaces an object waits so long, in such steps, for somebody else who is just writing it."""
 ROUNDS_MAX = 3
 """Nodes tried for one copy: the chosen one, and two others when it is full or gone."""
 
@@ -32,9 +37,48 @@ class Scatter:
         self._preferred = preferred
         self._hints = hints
         self._end_s = end_s
+        self._holders: dict[bytes, tuple[str, ...]] = {}
 
     def put(self, keys: list[bytes], sources: Sequence[Sequence[memoryview]]) -> list[Result]:
         """Write; one answer per key. Of a key that comes twice, the first one counts."""
+        return self._replace(keys, sources) if self._hints.replace else self._put_each(keys, sources)
+
+    def _replace(self, keys: list[bytes], sources: Sequence[Sequence[memoryview]]) -> list[Result]:
+        """Write where the old bytes are, if nobody prefers another node; then drop them elsewhere.
+
+        A reader that asks store after store could miss an object that goes from one to another.
+        """
+        if len(self._members.stores) > 1 and not self._preferred:
+            looked = Gather(self._members, self._locator, True, self._end_s).look(keys)
+            self._holders = {key: found.nodes for key, found in zip(keys, looked, strict=True) if found.ok}
+        results = self._put_each(keys, sources)
+        end_s = min(self._end_s, time.monotonic() + BUSY_S_MAX)
+        while rows := [row for row, one in enumerate(results) if not one.ok and WRITING in one.reason]:
+            if time.monotonic() >= end_s:
+                break
+            time.sleep(BUSY_S)
+            again = self._put_each([keys[row] for row in rows], [sources[row] for row in rows])
+            for row, result in zip(rows, again, strict=True):
+                results[row] = result
+        return self._drop_old(keys, results)
+
+    def _drop_old(self, keys: list[bytes], results: list[Result]) -> list[Result]:
+        rows = [row for row, one in enumerate(results) if one.ok]
+        stores = self._members.stores
+        if len(stores) < 2 or not rows:
+            return results
+        old = Removal(
+            self._members, [keys[row] for row in rows], 0.0, self._end_s, [results[row].nodes for row in rows]
+        )
+        for access in stores.values():
+            old.look(access)
+        for row, removed in zip(rows, old.run(), strict=True):
+            if removed.outcome is Outcome.FAILED:
+                reason = f"the old bytes may be there, too: {removed.reason}"
+                results[row] = Result(Outcome.FAILED, results[row].size_bytes, results[row].nodes, reason)
+        return results
+
+    def _put_each(self, keys: list[bytes], sources: Sequence[Sequence[memoryview]]) -> list[Result]:
         if len(first := dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))) < len(keys):
             rows = list(first.values())
             results = self._put([keys[row] for row in rows], [sources[row] for row in rows])
@@ -48,7 +92,7 @@ class Scatter:
         stores = self._members.stores
         if not stores:
             return [one or Result(Outcome.FAILED, reason="the pool has no store") for one in done]
-        if len(stores) > 1:  # one store sees for itself that it has a key
+        if len(stores) > 1 and not self._hints.replace:  # one store sees for itself that it has a key
             self._skip_known(keys, done)
         copies = [_Copies() for _ in keys]
         for _ in range(ROUNDS_MAX):
@@ -88,7 +132,7 @@ class Scatter:
                     keys[row],
                     sizes[row],
                     self._replicas - len(copies[row].nodes),
-                    preferred=self._preferred,
+                    preferred=self._preferred or self._holders.get(keys[row], ()),
                     near=NEAR,
                     exclude=[*copies[row].tried, *away],
                 )
@@ -124,7 +168,7 @@ class Scatter:
         if there:  # or somebody is just writing it, and may never finish
             sizes = access.find([keys[at] for at in there], self._end_s).sizes
             for at, size in zip(there, sizes, strict=True):
-                if size:
+                if size and not self._hints.replace:
                     results[at] = Result(Outcome.EXISTS, size, (node,))
                 else:
                     results[at] = Result(Outcome.FAILED, reason=f"{node}: {WRITING}")

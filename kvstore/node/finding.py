@@ -60,6 +60,7 @@ def find(
         known = sum(block is not None for block in blocks)
         node.hits += known
         node.misses += len(keys) - known
+        node.note_reads([key for key, block in zip(keys, blocks, strict=True) if block is not None])
         node.touch([keys[row] for row in carried])
         if len(carried) < known:
             inline = set(carried)

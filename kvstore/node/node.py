@@ -31,6 +31,7 @@ from kvstore.node.allocator import OffsetAllocator, aligned
 from kvstore.node.blocks import Entry, Write
 from kvstore.node.leases import Leases
 from kvstore.node.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
+from kvstore.node.reads import Reads
 from kvstore.table import Table
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
@@ -97,6 +98,7 @@ class Node:
         self._writing: dict[bytes, int] = {}  # key -> ticket
         self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
+        self._reads = Reads()
         self.quarantined_bytes = 0
         self.table = table
         self._second = 0
@@ -151,11 +153,19 @@ class Node:
     # ------------------------------------------------------------ writers
 
     def reserve(
-        self, now_s: float, writer: str, keys: Sequence[bytes], size_bytes: int, tags: Tags = PLAIN
+        self,
+        now_s: float,
+        writer: str,
+        keys: Sequence[bytes],
+        size_bytes: int,
+        tags: Tags = PLAIN,
+        *,
+        replace: bool = False,
     ) -> Reserved:
         """Allocate `size_bytes` for each key, evicting as needed.
 
-        `tags` hold for the blocks once they are committed; pins also for those that are there already.
+        `tags` hold for the blocks once they are committed; pins also for those that are there already. With
+        `replace` a block that is there is no reason to allocate nothing: the commit takes its place.
 
         Raises:
             RequestError: malformed keys, writer or tags; a size that could never fit.
@@ -175,7 +185,7 @@ class Node:
             ticket, offset = 0, PRESENT
             if depth is not None:
                 depth, below = tags.depth + at, len(keys) - 1 - at
-            if (entry := self._complete.get(key)) is not None:
+            if not replace and (entry := self._complete.get(key)) is not None:
                 if key not in self._leases.held:
                     policy.touch(key, below)
                 if tags is not PLAIN:
@@ -219,11 +229,16 @@ class Node:
             if write is None:
                 continue
             del self._writing[write.key]
+            replaces = write.key in self._complete
+            if replaces:
+                self._free_old(write.key)
             self._note_writing(write.tags.tenant, -1, write.size_bytes)
             self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
             if self.table is not None:
-                self.table.add(write.key, write.offset, write.size_bytes, checksum)
-            self._note(write.key, stored=True)
+                show = self.table.replace if replaces else self.table.add
+                show(write.key, write.offset, write.size_bytes, checksum)
+            if not replaces:
+                self._note(write.key, stored=True)
             written.append(write)
         # the end of a prefix first: it is useless without its beginning
         for write in reversed(written):
@@ -346,7 +361,23 @@ class Node:
         check_count(keys, self.limits.keys_max)
         self.hits += len(keys)
         self.misses += max(0, misses)
+        self.note_reads([key for key in keys if key in self._complete])
         self.touch(keys)
+
+    def note_reads(self, keys: Sequence[bytes]) -> None:
+        """Remember that somebody has just read these, which are complete: see `read_within`."""
+        self._reads.note(self._now_s, keys)
+
+    def read_within(self, now_s: float, keys: Sequence[bytes], read_s: float) -> list[bytes]:
+        """Return those of `keys` that were read in the last `read_s`; as many as are remembered.
+
+        Raises:
+            RequestError: read_s makes no sense.
+        """
+        self.tick(now_s)
+        if not read_s >= 0:
+            raise RequestError(f"unless_read_s={read_s}: must not be negative")
+        return self._reads.since(self._now_s - read_s, keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of complete blocks that needs no lease: it is over already."""
@@ -538,6 +569,16 @@ class Node:
         if self.table is not None:
             self.table.remove(key)
         self._note(key, stored=False)
+        self._reads.forget(key)
+        if not self._leases.hide(key):
+            self.policy.bulk.remove(key)
+            self._allocator.free(entry.offset, entry.size_bytes)
+        self.policy.bulk.forget(key)
+
+    def _free_old(self, key: bytes) -> None:
+        """Let go of a block in whose place another one comes; who holds it reads on."""
+        entry = self._complete.pop(key)
+        self._reads.forget(key)
         if not self._leases.hide(key):
             self.policy.bulk.remove(key)
             self._allocator.free(entry.offset, entry.size_bytes)

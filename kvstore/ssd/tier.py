@@ -321,8 +321,15 @@ class SsdTier:
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Forget objects, also for the next start; returns how many there were."""
+        return self.erase(self.forget(keys))
+
+    def forget(self, keys: Sequence[bytes]) -> list[Record]:
+        """Serve these objects no more; what is returned has to be given to `erase`. Does not block."""
         with self._lock:
-            records = [] if self._closed else self._index.remove(keys)
+            return [] if self._closed else self._index.remove(keys)
+
+    def erase(self, records: list[Record]) -> int:
+        """Make sure that the next start does not find what was forgotten; returns how many these are."""
         blank = self._zeros[:HEADER_BYTES]
         if records:
             offsets = [self._index.geometry.header_offset(r.segment, r.slot) for r in records]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from kvstore.header import ObjectHeader
+from kvstore.header import ObjectHeader, Record
 from kvstore.node.node import Node, NodeEvents
 from kvstore.ssd.model import Put
 from kvstore.ssd.tier import SYNC_S, SsdTier
@@ -62,6 +62,7 @@ class Tiering:
         self._threads = ThreadPoolExecutor(1 + FETCHES_MAX, thread_name_prefix="store-ssd")
         self._copying: asyncio.Task[None] | None = None
         self._fetching: set[asyncio.Task[None]] = set()
+        self._erasing: set[asyncio.Task[None]] = set()
         self._synced_s = clock()
         tier.drain_events()  # what was recovered is in the first snapshot
 
@@ -112,18 +113,25 @@ class Tiering:
             for key in keys:
                 self.behind.ended(self._clock(), key, copied=False)
             return
-        puts = []
+        puts, blocks = [], []
         for key in held:
             block = self._node.block_of(key)
             assert block is not None, "held"
+            blocks.append(block)
             puts.append(Put(key, self._segment.view(block.offset, block.size_bytes), block.checksum))
         try:
             errors = await loop.run_in_executor(self._threads, self._write, puts)
         finally:
             self._node.release(self._clock(), lease_id)
         self._synced_s = self._clock()
-        for put, error in zip(puts, errors, strict=True):
-            self.behind.ended(self._clock(), put.key, copied=error is None)
+        late = []
+        for put, block, error in zip(puts, blocks, errors, strict=True):
+            known = self._node.block_of(put.key) is block
+            self.behind.ended(self._clock(), put.key, copied=known and error is None)
+            if not known:  # dropped or replaced meanwhile: nobody may find the copy
+                late.append(put.key)
+        if late:
+            await self.drop(late)
         if failed := [error for error in errors if error is not None]:
             log.warning("ssd.not_copied", blocks=len(failed), reason=str(failed[0]))
 
@@ -185,8 +193,9 @@ class Tiering:
             return
         read = self.tier.get_many
         results = await loop.run_in_executor(self._threads, read, [(key, view) for key, _, _, view in places])
-        good = [place for place, result in zip(places, results, strict=True) if result.hit]
-        bad = [place[1] for place, result in zip(places, results, strict=True) if not result.hit]
+        hits = [result.hit and place[0] in self.tier for place, result in zip(places, results, strict=True)]
+        good = [place for place, hit in zip(places, hits, strict=True) if hit]
+        bad = [place[1] for place, hit in zip(places, hits, strict=True) if not hit]
         node.commit(self._clock(), [place[1] for place in good], [place[2].checksum for place in good])
         if bad:  # their room rests in quarantine: a disk that hangs may still write there
             node.abandon(self._clock(), WRITER, bad)
@@ -196,6 +205,26 @@ class Tiering:
         self._fetching.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("ssd.fetch_died", exc_info=error)
+
+    def replaced(self, keys: Sequence[bytes]) -> None:
+        """These have just been committed: forget copies of other bytes under their keys."""
+        stale = []
+        for key in keys:
+            block, header = self._node.block_of(key), self.tier.find(key)
+            if block is not None and header is not None and header.checksum != block.checksum:
+                stale.append(key)
+        if records := self.tier.forget(stale) if stale else []:
+            task = asyncio.create_task(self._erase(records), name="store ssd erase")
+            self._erasing.add(task)
+            task.add_done_callback(self._erasing.discard)
+        now_s = self._clock()
+        for key in keys:
+            block = self._node.block_of(key)
+            if block is not None and key not in self.tier:
+                self.behind.stored(now_s, key, block.size_bytes)
+
+    async def _erase(self, records: list[Record]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, self.tier.erase, records)
 
     async def drop(self, keys: Sequence[bytes]) -> list[bytes]:
         """Remove `keys` from the SSD; return those that were there."""
@@ -209,8 +238,8 @@ class Tiering:
     async def close(self) -> None:
         """Copy what only DRAM has, within CLOSE_S, and close the tier."""
         end_s = self._clock() + CLOSE_S
-        if self._fetching:
-            await asyncio.wait(self._fetching, timeout=CLOSE_S)
+        if begun := self._fetching | self._erasing:
+            await asyncio.wait(begun, timeout=CLOSE_S)
         if self._copying is not None:
             await asyncio.wait((self._copying,), timeout=CLOSE_S)
         while self._clock() < end_s:

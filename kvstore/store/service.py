@@ -422,12 +422,19 @@ class StoreService:
 
     async def _drop(self, request: DropKeys) -> KeysDropped:
         self._check_orders(request.orders)
-        check_keys(request.keys)
-        held = {key for key in request.keys if self.node.block_of(key) is not None}
-        self.node.drop(self._clock(), request.keys)
+        keys = request.keys
+        check_keys(keys)
+        kept: list[bytes] = []
+        if request.unless_read_s:
+            kept = self.node.read_within(self._clock(), keys, request.unless_read_s)
+            keys = [key for key in keys if key not in kept] if kept else keys
+        if request.ask_only:
+            return KeysDropped(0, kept)
+        held = {key for key in keys if self.node.block_of(key) is not None}
+        self.node.drop(self._clock(), keys)
         if self.tiering:
-            held.update(await self.tiering.drop(request.keys))
-        return KeysDropped(len(held))
+            held.update(await self.tiering.drop(keys))
+        return KeysDropped(len(held), kept)
 
     def _check_orders(self, orders: Term | None) -> None:
         """Follow no leader whose term is over."""
@@ -453,16 +460,21 @@ class StoreService:
 
     def _reserve(self, request: Reserve) -> Reserved:
         tags = tags_of(request)
-        return self.node.reserve(self._clock(), request.writer, request.keys, request.size_bytes, tags)
+        return self.node.reserve(
+            self._clock(), request.writer, request.keys, request.size_bytes, tags, replace=request.replace
+        )
 
     def _commit(self, request: Commit) -> Committed:
         tickets, names = request.tickets, request.names
         Names.check(names, len(tickets))
-        keys = [self.node.key_in_writing(ticket) for ticket in tickets] if names else []
+        wanted = names or self.tiering
+        keys = [self.node.key_in_writing(ticket) for ticket in tickets] if wanted else []
         answer = self.node.commit(self._clock(), tickets, request.checksums)
         for key, name, done in zip(keys, names, answer.done, strict=False):
             if done and key and name:
                 self._names.add(key, name)
+        if self.tiering:
+            self.tiering.replaced([key for key, done in zip(keys, answer.done, strict=True) if done and key])
         return answer
 
     def _is_there(self, key: bytes) -> bool:

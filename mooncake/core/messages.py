@@ -97,6 +97,8 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
     Hints, see kvstore.node.pins: `tenant` pays for the blocks, those of one `group` go together ("" = none);
     keys[i] stands at depth + i of its prompt (-1 = unknown); a soft pin lasts until the block was not hit
     for soft_pin_s (0 = none), a hard pin until it is unpinned; a pin that has no room is not given.
+
+    `replace`: also for what is there, which stays readable until the commit takes its place.
     """
 
     writer: str
@@ -107,6 +109,7 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
     depth: int = -1
     soft_pin_s: float = 0.0
     hard_pin: bool = False
+    replace: bool = False
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd"):
@@ -187,16 +190,23 @@ class HandOver(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hand
 
 
 class DropKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop"):
-    """Remove complete blocks from every tier; leased ones are freed later. Answer: KeysDropped."""
+    """Remove complete blocks from every tier; leased ones are freed later. Answer: KeysDropped.
+
+    `unless_read_s` > 0 keeps those that somebody has read in so many seconds; `ask_only` removes nothing
+    and says which these are.
+    """
 
     keys: list[bytes]
     orders: Term | None = None
+    unless_read_s: float = 0.0
+    ask_only: bool = False
 
 
 class KeysDropped(msgspec.Struct, frozen=True, array_like=True, tag="dropd"):
-    """How many were there."""
+    """How many were there and are gone, and which were kept, see DropKeys."""
 
     dropped: int
+    kept: list[bytes] = []
 
 
 class Pin(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pin"):

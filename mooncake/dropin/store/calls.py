@@ -1,8 +1,8 @@
 """What the calls of `mooncake.store` do to the pool: upstream's codes, its read leases and its names.
 
 Upstream's master refuses to remove what was read a moment ago (kv_lease_ttl), so that its readers are safe.
-Ours are safe without: a store keeps what is being read. The refusal is kept for callers who rely on it, of
-what this client itself has read.
+Ours are safe without: a store keeps what is being read. The refusal is kept for callers who rely on it: of
+what this client itself has read or looked at, and of what a store knows that any client has read.
 """
 
 import ctypes
@@ -52,25 +52,28 @@ log = structlog.get_logger(__name__)
 Parts = Sequence[memoryview]
 
 
+_REMOVE_CODES = {Outcome.MISSING: OBJECT_NOT_FOUND, Outcome.HELD: OBJECT_HAS_LEASE}
+
+
 class ReadLeases:
-    """Who was read in the last `ttl_s` seconds. Thread-safe."""
+    """What this client has used in the last `ttl_s` seconds. Thread-safe."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Know of no read."""
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._clock = clock
         self._lock = threading.Lock()
         self._until: dict[str, float] = {}  # in the order of their ends
 
     def note(self, names: Sequence[str]) -> None:
         """These have just been read."""
-        if not self._ttl_s:
+        if not self.ttl_s:
             return
         now_s = self._clock()
         with self._lock:
             for name in names:
                 self._until.pop(name, None)
-                self._until[name] = now_s + self._ttl_s
+                self._until[name] = now_s + self.ttl_s
             while self._until:
                 oldest, until_s = next(iter(self._until.items()))
                 if until_s > now_s and len(self._until) <= READS_MAX:
@@ -101,9 +104,14 @@ class Calls:
     # ------------------------------------------------------------ writing
 
     def put(
-        self, names: Sequence[str], sources: Sequence[Parts], config: ReplicateConfig | None
+        self,
+        names: Sequence[str],
+        sources: Sequence[Parts],
+        config: ReplicateConfig | None,
+        *,
+        replace: bool = False,
     ) -> list[int]:
-        """Store objects; an object that is there stays, which is success."""
+        """Store objects; an object that is there stays, which is success, unless it is to be replaced."""
         config = config or ReplicateConfig()
         if config.replica_num < 1 or any(_is_bad(name) for name in names):
             return [INVALID_PARAMS] * len(names)
@@ -123,11 +131,13 @@ class Calls:
                 tenant=self.tenant,
                 group=group,
                 listed=True,
+                replace=replace,
                 deadline_s=MOVE_S,
             )
             for row, result in zip(rows, results, strict=True):
                 size_bytes = sum(part.nbytes for part in sources[row])
-                codes[row] = INVALID_PARAMS if not size_bytes else self._put_code(names[row], result)
+                code = self._put_code(names[row], result, replace=replace)
+                codes[row] = code if size_bytes else INVALID_PARAMS
         return codes
 
     def _soft_pin_s(self, config: ReplicateConfig) -> float:
@@ -137,10 +147,10 @@ class Calls:
             return self.started.background.master_settings.soft_pin_ttl_s
         return config.soft_pin_ttl_ms / 1000
 
-    def _put_code(self, name: str, result: Result) -> int:
+    def _put_code(self, name: str, result: Result, *, replace: bool) -> int:
         if result.ok:
             return OK
-        if WRITING in result.reason:
+        if WRITING in result.reason and not replace:
             return OK  # as upstream answers: the name is taken, whoever finishes it
         log.warning("mooncake.store: not put", key=name, reason=result.reason)
         if QUOTA_USED_UP in result.reason:
@@ -157,14 +167,8 @@ class Calls:
         self, names: Sequence[str], sources: Sequence[Parts], config: ReplicateConfig | None
     ) -> list[int]:
         """Store objects in the place of those that are there; readers of these finish undisturbed."""
-        rows = [row for row, parts in enumerate(sources) if names[row] and sum(part.nbytes for part in parts)]
-        removed = self.pool.remove([names[row] for row in rows], tenant=self.tenant, deadline_s=LOOK_S)
-        self.reads.forget([names[row] for row in rows])
-        codes = self.put(names, sources, config)
-        for row, result in zip(rows, removed, strict=True):
-            if result.outcome is Outcome.FAILED and codes[row] == OK:
-                codes[row] = RPC_FAIL  # a store that cannot be asked may still have the old bytes
-        return codes
+        self.reads.forget(names)
+        return self.put(names, sources, config, replace=True)
 
     # ------------------------------------------------------------ reading
 
@@ -255,9 +259,8 @@ class Calls:
             if result.outcome is Outcome.MISSING:
                 codes[row] = OBJECT_NOT_FOUND
         some = [names[row] for row in free]
-        for row, result in zip(free, self._remove(some), strict=True):
-            missing = OBJECT_NOT_FOUND if result.outcome is Outcome.MISSING else RPC_FAIL
-            codes[row] = OK if result.ok else missing
+        for row, result in zip(free, self._remove(some, 0.0 if force else self.reads.ttl_s), strict=True):
+            codes[row] = OK if result.ok else _REMOVE_CODES.get(result.outcome, RPC_FAIL)
         self.reads.forget(some)
         return codes
 
@@ -265,11 +268,13 @@ class Calls:
         """Remove copies of what was not just read, on one segment or all; return those that had some."""
         free = [name for name in names if not self.reads.holds(name)]
         nodes = [node_of(segment)] if segment else []
-        results = self.pool.remove(free, tenant=self.tenant, nodes=nodes, deadline_s=LOOK_S)
+        results = self.pool.remove(
+            free, tenant=self.tenant, nodes=nodes, unless_read_s=self.reads.ttl_s, deadline_s=LOOK_S
+        )
         return [name for name, result in zip(free, results, strict=True) if result.ok]
 
-    def _remove(self, names: Sequence[str]) -> list[Result]:
-        results = self.pool.remove(names, tenant=self.tenant, deadline_s=LOOK_S)
+    def _remove(self, names: Sequence[str], unless_read_s: float) -> list[Result]:
+        results = self.pool.remove(names, tenant=self.tenant, unless_read_s=unless_read_s, deadline_s=LOOK_S)
         if not self.pool.nodes and not self.started.background.has_master():
             return [Result(Outcome.FAILED, reason="no master and no store")] * len(names)
         return results

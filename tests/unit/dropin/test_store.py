@@ -221,6 +221,19 @@ def test_what_was_read_a_moment_ago_is_minus_706_unless_forced(store) -> None:
         assert store.remove(name, True) == -704
 
 
+def test_what_another_client_has_just_read_stays_unless_forced(store, join) -> None:
+    other = join(0)
+    while store.put("a", b"1") == 0:
+        while other.get("a") != b"1":  # it learns of the segment in a moment
+            pass
+        if (code := store.remove("a")) == -706:
+            break
+        assert code == 0  # its read is told within 50 ms
+    assert store.remove_all() == 0
+    assert store.batch_replica_clear(["a"]) == []
+    assert (other.get("a"), store.remove("a", force=True), other.get("a")) == (b"1", 0, b"")
+
+
 def test_what_was_only_written_is_removed(store) -> None:
     store.put("a", b"1")
     assert store.remove("a") == 0
