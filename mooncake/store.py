@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.dropin.client.dummy import DummySettings, DummyStarted
 from mooncake.dropin.engine.start import log_to_stderr
 from mooncake.dropin.store.answers import answers_code, answers_codes
 from mooncake.dropin.store.buffers import (
@@ -218,12 +219,30 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
             }  # fmt: skip
         settings = Settings.of(given)
         settings.master  # noqa: B018 - raises
+        return self._join(settings, lambda: Started(settings))
+
+    @answers_code
+    def setup_dummy(self, mem_pool_size: int | str, local_buffer_size: int | str, server_address: str) -> int:
+        """Join the pool through this host's real client, `mooncake_client`; this process gives no memory.
+
+        Args:
+            mem_pool_size: any; alloc_from_mem_pool takes what it needs.
+            local_buffer_size: any; nothing is staged.
+            server_address: HOST:PORT of the real client.
+
+        Returns:
+            0; -600: an argument is wrong; -1: there is no real client.
+        """
+        settings = DummySettings.of_dummy(mem_pool_size, local_buffer_size, server_address)
+        return self._join(settings, lambda: DummyStarted(settings))
+
+    def _join(self, settings: Settings, start: Callable[[], Started]) -> int:
         with self._lock:
-            if self._calls is not None and self._calls.started.settings == settings:
+            if self._calls is not None and _asked(self._calls.started) == settings:
                 return OK
             self._close()
             try:
-                started = Started(settings)
+                started = start()
             except MooncakeError as error:
                 log.error("mooncake.store: setup failed", reason=str(error))
                 return INTERNAL
@@ -355,6 +374,20 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
         with self._lock:
             self._buffers.pop(buffer_ptr, None)
         return OK
+
+    def alloc_from_mem_pool(self, arg0: int, /) -> int:
+        """Return the address of memory that a dummy client shares with its mooncake_client, 0: there is none.
+
+        Bytes of other hosts go straight into and out of it. It is given back by `close`.
+        """
+        try:
+            started = self._need().started
+            if not isinstance(started, DummyStarted):
+                raise RequestError("only a client of setup_dummy has a shared memory pool")
+            return started.allocate(arg0)
+        except MooncakeError as error:
+            log.error("mooncake.store: no shared memory", size=arg0, reason=str(error))
+            return 0
 
     def put_from(self, key: str, buffer_ptr: int, size: int, config: ReplicateConfig | None = None) -> int:
         """Store `size` bytes at an address of this process; it need not be registered."""
@@ -530,6 +563,10 @@ class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
     def get_offload_rpc_read_count(self) -> int:
         """Return 0: no read goes by another client's disk."""
         return 0
+
+
+def _asked(started: Started) -> Settings:
+    return started.asked if isinstance(started, DummyStarted) else started.settings
 
 
 def _texts(keys: Sequence[str]) -> Sequence[str]:

@@ -7,7 +7,6 @@ from mooncake.core.errors import RequestError
 _NO_CUDA = "tensors in GPU memory: use get_tensor_into with host memory, then copy"
 _PARALLELISM = "tensors by parallelism axes are not stored yet: use the _with_tp forms"
 REASONS = {
-    "alloc_from_mem_pool": "there is no dummy client, and so no shared memory pool",
     "batch_get_tensor_into_cuda": _NO_CUDA,
     "batch_get_tensor_with_parallelism": _PARALLELISM,
     "batch_get_tensor_with_parallelism_into": _PARALLELISM,
@@ -26,7 +25,6 @@ REASONS = {
     "put_tensor_with_parallelism_from": _PARALLELISM,
     "put_tensor_with_tp_from": "a buffer of one rank is not cut into shards: use put_tensor_from",
     "save_tensor_to_safetensor": "get_tensor it and write the file with safetensors",
-    "setup_dummy": "there is no dummy client yet: every client on a host shares the stores' memory anyway",
     "upsert_tensor_with_parallelism": _PARALLELISM,
     "upsert_tensor_with_parallelism_from": _PARALLELISM,
 }

@@ -241,6 +241,11 @@ class Background:
                 loop.call_soon_threadsafe(stop.set)
             self._thread.join(CLOSE_S)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, with the segment if there is one."""
+        return self._thread.is_alive()
+
     def has_master(self) -> bool:
         """Return whether the metadata store answers; "no" is believed for AWAY_S."""
         if self._metadata is None or time.monotonic() < self._away_until_s:

@@ -8,6 +8,7 @@ from mooncake.dropin.store.left_out import REASONS
 from mooncake.store import MooncakeDistributedStore
 
 SIGNATURES = """
+    alloc_from_mem_pool(arg0)
     allocate_and_mount_segment(size, protocol="tcp", location="")
     batch_get_buffer(arg0)
     batch_get_into(keys, buffer_ptrs, sizes)
@@ -74,6 +75,7 @@ SIGNATURES = """
     setup(local_hostname, metadata_server, global_segment_size, local_buffer_size, protocol, rdma_devices, \
 master_server_addr, engine, enable_ssd_offload, ssd_offload_path, tenant_id, enable_client_http_server, \
 client_http_port, config)
+    setup_dummy(mem_pool_size, local_buffer_size, server_address)
     unmount_and_free_segment(segment_ids, grace_period_seconds=0)
     unmount_local_disk_segment(grace_period_seconds=0)
     unmount_segment(segment_ids, grace_period_seconds=0)
