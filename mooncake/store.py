@@ -39,6 +39,8 @@ from mooncake.dropin.store.hostmem import (
     get_free_func_addr,
 )
 from mooncake.dropin.store.left_out import LeftOut
+from mooncake.dropin.store.parallel_forms import ParallelForms
+from mooncake.dropin.store.parallel_types import ParallelAxis, ReadTarget, TensorParallelism
 from mooncake.dropin.store.sessions import SessionForms, Sessions
 from mooncake.dropin.store.start import BUFFER_BYTES, Settings, Started
 from mooncake.dropin.store.tasks import TaskForms
@@ -122,7 +124,9 @@ __all__ = [
     "MooncakeDistributedStore",
     "MooncakeHostMemAllocator",
     "ObjectDataType",
+    "ParallelAxis",
     "QueryTaskResponse",
+    "ReadTarget",
     "RegisteredBufferLease",
     "RegisteredBufferLeaseView",
     "RegisteredBufferPool",
@@ -132,6 +136,7 @@ __all__ = [
     "SoftPinAction",
     "TaskStatus",
     "TaskType",
+    "TensorParallelism",
     "_deserialize_tensor",
     "_get_pyclient_from_wrapper",
     "_serialize_tensor",
@@ -150,7 +155,7 @@ UNREGISTER_S = 10.0
 log = structlog.get_logger(__name__)
 
 
-class MooncakeDistributedStore(TensorForms, SessionForms, TaskForms, LeftOut):
+class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskForms, LeftOut):
     """A client of the pool. Every method may be called from any thread."""
 
     def __init__(self) -> None:

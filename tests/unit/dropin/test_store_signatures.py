@@ -19,6 +19,9 @@ SIGNATURES = """
     batch_get_session_start(keys)
     batch_get_tensor(keys)
     batch_get_tensor_into(keys, buffer_ptrs, sizes)
+    batch_get_tensor_into_cuda(keys, tensors_list)
+    batch_get_tensor_with_parallelism(keys, targets=None)
+    batch_get_tensor_with_parallelism_into(keys, buffer_ptrs, sizes, targets=None)
     batch_get_tensor_with_tp(base_keys, tp_rank=0, tp_size=1)
     batch_get_tensor_with_tp_into(base_keys, buffer_ptrs, sizes, tp_rank=0, tp_size=1)
     batch_is_exist(keys)
@@ -32,13 +35,22 @@ SIGNATURES = """
     batch_put_session_start(keys, sizes, config=None)
     batch_put_tensor(keys, tensors_list)
     batch_put_tensor_from(keys, buffer_ptrs, sizes)
+    batch_put_tensor_with_parallelism(keys, tensors_list, parallelisms=None, config=None, \
+writer_partitions=None)
+    batch_put_tensor_with_parallelism_from(keys, buffer_ptrs, sizes, parallelisms=None, config=None, \
+writer_partitions=None)
     batch_put_tensor_with_tp(base_keys, tensors_list, tp_rank=0, tp_size=1, split_dim=0)
+    batch_put_tensor_with_tp_from(base_keys, buffer_ptrs, sizes, tp_rank=0, tp_size=1, split_dim=0)
     batch_remove(keys, force=False)
     batch_replica_clear(keys, segment_name="")
     batch_upsert_from(keys, buffer_ptrs, sizes, config=None)
     batch_upsert_pub_tensor(keys, tensors_list, config=None)
     batch_upsert_tensor(keys, tensors_list)
     batch_upsert_tensor_from(keys, buffer_ptrs, sizes)
+    batch_upsert_tensor_with_parallelism(keys, tensors_list, parallelisms=None, config=None, \
+writer_partitions=None)
+    batch_upsert_tensor_with_parallelism_from(keys, buffer_ptrs, sizes, parallelisms=None, config=None, \
+writer_partitions=None)
     close()
     create_copy_task(key, targets)
     create_move_task(key, source, target)
@@ -53,10 +65,14 @@ SIGNATURES = """
     get_size(arg0)
     get_tensor(key)
     get_tensor_into(key, buffer_ptr, size)
+    get_tensor_into_cuda(key, tensor)
+    get_tensor_with_parallelism(key, target=None)
+    get_tensor_with_parallelism_into(key, buffer_ptr, size, target=None)
     get_tensor_with_tp(key, tp_rank=0, tp_size=1, split_dim=0)
     get_tensor_with_tp_into(key, buffer_ptr, size, tp_rank=0, tp_size=1, split_dim=0)
     health_check()
     is_exist(arg0)
+    load_tensor_from_safetensor(key=None, file_name="")
     pub_tensor(key, tensor, config=None)
     pub_tensor_with_tp(key, tensor, config=None, tp_rank=0, tp_size=1, split_dim=0)
     put(key, value, config=None)
@@ -66,12 +82,17 @@ SIGNATURES = """
     put_parts(key, *args, config=None)
     put_tensor(key, tensor)
     put_tensor_from(key, buffer_ptr, size)
+    put_tensor_with_parallelism(key, tensor, parallelism=None, config=None, writer_partition=None)
+    put_tensor_with_parallelism_from(key, buffer_ptr, size, parallelism=None, config=None, \
+writer_partition=None)
     put_tensor_with_tp(key, tensor, tp_rank=0, tp_size=1, split_dim=0)
+    put_tensor_with_tp_from(key, buffer_ptr, size, tp_rank=0, tp_size=1, split_dim=0)
     query_task(task_id)
     register_buffer(buffer_ptr, size)
     remove(key, force=False)
     remove_all(force=False)
     remove_by_regex(regex_pattern, force=False)
+    save_tensor_to_safetensor(key, file_name=None)
     setup(local_hostname, metadata_server, global_segment_size, local_buffer_size, protocol, rdma_devices, \
 master_server_addr, engine, enable_ssd_offload, ssd_offload_path, tenant_id, enable_client_http_server, \
 client_http_port, config)
@@ -87,6 +108,9 @@ client_http_port, config)
     upsert_pub_tensor(key, tensor, config=None)
     upsert_tensor(key, tensor)
     upsert_tensor_from(key, buffer_ptr, size)
+    upsert_tensor_with_parallelism(key, tensor, parallelism=None, config=None, writer_partition=None)
+    upsert_tensor_with_parallelism_from(key, buffer_ptr, size, parallelism=None, config=None, \
+writer_partition=None)
 """
 CALLS = [line.strip() for line in SIGNATURES.strip().splitlines()]
 

@@ -1,9 +1,11 @@
 """Tensors come back as they were put: type, shape, bytes; what is no tensor is a code or None."""
 
+import sys
+
 import pytest
 
 import mooncake.store as store_module
-from mooncake.core.errors import RequestError
+from mooncake.core.errors import ConfigError, RequestError
 from mooncake.dropin.store.tensors import DIMENSIONS_MAX, DTYPES, HEAD_BYTES, parts_of_tensor, tensor_of
 from mooncake.store import MooncakeDistributedStore
 from tests.unit.dropin.test_store import config_of
@@ -44,6 +46,38 @@ def test_a_tensor_that_does_not_lie_in_one_piece_is_stored_in_its_order(store) -
     assert same(store.get_tensor("t"), tensor)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6.0).reshape(2, 3)[:1, 1:2],  # one element, strides of more
+        torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        torch.tensor([1 + 2j]).conj().imag,
+        torch.ones(3, requires_grad=True),
+        torch.ones(1).expand(4),
+        torch.arange(10)[5:],
+    ],
+)
+def test_a_view_is_stored_as_the_values_it_shows(store, tensor) -> None:
+    assert store.put_tensor("t", tensor) == 0
+    assert torch.equal(store.get_tensor("t"), tensor.detach().resolve_conj().resolve_neg())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(2).to_sparse(),
+        torch.empty(3, device="meta"),
+        torch.empty(3, dtype=torch.float8_e8m0fnu),
+        torch.zeros([1] * (DIMENSIONS_MAX + 1)),
+        [1, 2],
+    ],
+    ids=["sparse", "meta", "dtype", "dimensions", "list"],
+)
+def test_what_cannot_be_stored_is_minus_600(store, tensor) -> None:
+    assert store.put_tensor("t", tensor) == -600
+    assert store.batch_put_tensor_with_tp(["t", "u"], [tensor, some("int8", 4)], tp_size=2) == [-600, 0]
+
+
 def test_what_is_no_tensor_is_minus_600_or_none(store) -> None:
     store.put("bytes", b"x" * 1000)
     store.put("short", b"x")
@@ -75,6 +109,7 @@ def test_a_tensor_is_read_into_memory_and_stored_from_there(store, memory) -> No
     assert store.get_tensor_into("t", address, HEAD_BYTES) is None  # too small
     assert store.put_tensor_from("none", address + 1, HEAD_BYTES + 200) == -600
     assert store.put_tensor_from("none", address, HEAD_BYTES + 199) == -600
+    assert store.put_tensor_from("none", address, HEAD_BYTES + 201) == -600
 
 
 @pytest.mark.parametrize("dimension", [0, 1, -1])
@@ -161,3 +196,93 @@ def test_shards_of_several_tensors(store, memory) -> None:
     assert store.pub_tensor_with_tp("c", tensors[0], config, tp_size=4) == 0
     array, address = memory(HEAD_BYTES + 8)
     assert store.get_tensor_with_tp_into("c", address, array.nbytes, 2, 4).tolist() == [3]
+
+
+# ---------------------------------------------------------------- elsewhere
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def on_device(*shape: int, dtype="float32"):
+    return torch.zeros(shape, dtype=getattr(torch, dtype)).as_subclass(OnDevice)
+
+
+def test_a_cuda_tensor_is_filled_through_host_memory(store) -> None:
+    tensor, into = some("float32", 2, 3), on_device(2, 3)
+    store.put_tensor("t", tensor)
+    assert store.get_tensor_into_cuda("t", into) == 24
+    assert same(into.as_subclass(torch.Tensor), tensor)
+    column = on_device(3, 2).T
+    assert store.batch_get_tensor_into_cuda(["t", "zz"], [column, on_device(2, 3)]) == [24, -704]
+    assert same(column.as_subclass(torch.Tensor), tensor)
+
+
+def test_what_is_no_cuda_tensor_of_that_kind_is_minus_600_and_unchanged(store) -> None:
+    store.put_tensor("t", some("float32", 2, 3))
+    store.put("bytes", b"x" * 600)
+    for wrong in (torch.zeros(2, 3), on_device(3, 2), on_device(2, 3, dtype="int32"), 5, None):
+        assert store.get_tensor_into_cuda("t", wrong) == -600
+        if isinstance(wrong, torch.Tensor):
+            assert not wrong.any()
+    assert store.get_tensor_into_cuda("bytes", on_device(2, 3)) == -600
+    assert store.batch_get_tensor_into_cuda(["t", "t"], [on_device(2, 3)]) == [-600, -600]
+
+
+def test_a_copy_that_cuda_refuses_is_minus_800(store) -> None:
+    class Refusing(OnDevice):
+        def copy_(self, *args, **kwargs):
+            raise RuntimeError("CUDA error: out of memory")
+
+    store.put_tensor("t", some("float32", 2))
+    assert store.get_tensor_into_cuda("t", torch.zeros(2).as_subclass(Refusing)) == -800
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "bool", "uint16"])
+def test_a_tensor_goes_through_a_safetensors_file(store, tmp_path, dtype) -> None:
+    path, tensor = str(tmp_path / "t.safetensors"), some(dtype, 2, 3)
+    store.put_tensor("t", tensor)
+    assert store.save_tensor_to_safetensor("t", path) == 0
+    store.remove("t", force=True)
+    assert same(store.load_tensor_from_safetensor("t", path), tensor)
+    assert same(store.get_tensor("t"), tensor)
+    assert same(store.load_tensor_from_safetensor(file_name=path), tensor)
+    assert same(store.get_tensor(path), tensor)
+    assert same(store.load_tensor_from_safetensor("other", path), tensor)  # the first one, as upstream
+    assert same(store.get_tensor("other"), tensor)
+
+
+def test_a_file_has_the_name_of_its_key_if_by_no_other(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.put_tensor("t", some("int8", 2))
+    assert store.save_tensor_to_safetensor("t") == 0
+    assert same(store.load_tensor_from_safetensor("t", "t"), some("int8", 2))
+
+
+def test_files_that_cannot_be_written_or_read_are_a_code_or_none(store, tmp_path) -> None:
+    store.put_tensor("t", some("int8", 2))
+    store.put("bytes", b"x" * 600)
+    path = tmp_path / "t.safetensors"
+    assert store.save_tensor_to_safetensor("zz", str(path)) == -1100
+    assert store.save_tensor_to_safetensor("bytes", str(path)) == -1100
+    assert store.save_tensor_to_safetensor("t", str(tmp_path / "no" / "t")) == -600
+    assert list(tmp_path.iterdir()) == []
+    assert store.load_tensor_from_safetensor("t", str(path)) is None
+    path.write_bytes(b"garbage" * 10)
+    assert store.load_tensor_from_safetensor("t", str(path)) is None
+    from safetensors.torch import save_file
+
+    save_file({}, str(path))
+    assert store.load_tensor_from_safetensor("t", str(path)) is None
+    with pytest.raises(TypeError, match="file_name"):
+        store.load_tensor_from_safetensor("t")
+
+
+def test_without_the_package_files_are_an_error_that_names_it(store, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert store.save_tensor_to_safetensor("t", "t") == -600
+    with pytest.raises(ConfigError, match="pip install safetensors"):
+        store.load_tensor_from_safetensor("t", "t")
