@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Print which NICs are near which memory: location -> [preferred, secondary].",
     )
     parser.add_argument("--table", action="store_true", help="for people, with the devices and their ports")
-    parser.add_argument("--only", default="", metavar="NICS", help="as a device filter would: mlx5_0,mlx5_1")
+    parser.add_argument(
+        "--only", "--device-name", default="", metavar="NICS", help="as a device filter would: mlx5_0,mlx5_1"
+    )
     parser.add_argument("--sys-root", type=Path, default=SYS_ROOT, help=argparse.SUPPRESS)
     return parser
 
