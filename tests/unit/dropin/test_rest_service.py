@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mooncake.mooncake_store_service as service_module
 from mooncake.core.errors import ConfigError
 from mooncake.dropin.client.rest import Rest
 from mooncake.dropin.client.web import WebServer
@@ -301,6 +302,10 @@ def test_definitions_go_before_the_file(config_file: Path) -> None:
         override(config, {"client_http_port": "x"})
 
 
-def test_a_configuration_that_is_none_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_configuration_that_is_none_ends_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module.logs, "setup", lambda *_: None)  # this process keeps its own
+    monkeypatch.setattr(service_module.signal, "signal", lambda *_: None)
     assert main(["--config", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
