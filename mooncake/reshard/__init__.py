@@ -1,0 +1,5 @@
+"""Not here: see mooncake.dropin.left_out."""
+
+from mooncake.dropin.left_out import refuse
+
+refuse("reshard")
