@@ -7,6 +7,7 @@ from conductor.http import HttpFate
 from conductor.legs import Leg1Result, exact_first, two_legs_possible
 from conductor.plan import Leg, Plan, RequestFacts
 from conductor.request import PrefillGroup, RequestMachine
+from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
 from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import prompt_keys, request_root
@@ -71,6 +72,11 @@ class Client:
         self.last_s = 0.0
         self.move_reason = ""
 
+    @property
+    def slo_class(self) -> str:
+        """Name of its class of service: a metric label."""
+        return (DEFAULT_TERMS if self.fate is None else self.fate.terms).slo_class.name
+
 
 class Running:
     """One leg an engine works on; `clients` are those it works for (shared with the family)."""
@@ -109,6 +115,7 @@ def facts_of(
     *,
     first_token: bool,
     shared: bool,
+    terms: Terms = DEFAULT_TERMS,
 ) -> RequestFacts:
     """Return what the policy may know of `request`.
 
@@ -119,6 +126,7 @@ def facts_of(
         adapters: names LoRA adapters as the engines do; one it cannot name leaves the request without keys.
         first_token: whether leg 1's own token may be streamed at all.
         shared: siblings share leg 1 (n > 1).
+        terms: what it asks of its service.
     """
     tokens: Sequence[int] = request.prompt_token_ids or ()
     params = request.sampling_params
@@ -138,7 +146,8 @@ def facts_of(
         keys=keys,
         tail_key=tail,
         arrival_s=time.monotonic(),
-        priority=request.priority,
+        ttft_slo_s=terms.ttft_slo_s,
+        tbt_slo_s=terms.tbt_slo_s,
         context_root=context_root,
         single_leg=single,
         first_token=first_token and not single and exact_first(request, 2 if shared else 1),

@@ -80,6 +80,12 @@ class Load:
         head_s = next(iter(self._prefill_s.values()))
         return sum(self._prefill_s.values()) - min(head_s, max(0.0, now_s - self._head_start_s))
 
+    def overdue_s(self, now_s: float) -> float:
+        """Return for how long the prefill at the head has run beyond its prediction."""
+        if not self._prefill_s:
+            return 0.0
+        return max(0.0, now_s - self._head_start_s - next(iter(self._prefill_s.values())))
+
     def add_prefill(self, now_s: float, ticket: int, seconds: float, tokens: int) -> None:
         """Queue a prefill."""
         if not self._prefill_s:

@@ -13,12 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from typing import NoReturn
 
 import structlog
 
 from conductor import legs
 from conductor.clients import Client, Family, Running, facts_of, family_of
 from conductor.cost import CostModel
+from conductor.gate import Gate, GateConfig, Outcome
 from conductor.http import FATE
 from conductor.links import Link
 from conductor.members import Members
@@ -36,12 +38,12 @@ from conductor.plan import (
     Rejection,
     Release,
     Replan,
-    RequestFacts,
     Send,
     Stale,
 )
 from conductor.request import RequestMachine
 from conductor.scheduler import Scheduler
+from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -64,6 +66,7 @@ _STATUS = {
     Reason.NO_INSTANCE_FITS: HTTPStatus.BAD_REQUEST,
     Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
+    Reason.DECODE_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
 }
 """HTTP status of a rejection; 503 where nothing is said."""
 
@@ -95,14 +98,20 @@ class Dispatcher:
         metrics: GatewayMetrics,
         *,
         first_token: bool = True,
+        gate: Gate | None = None,
     ) -> None:
-        """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9)."""
+        """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9).
+
+        `gate`: who waits before being planned; None = nobody.
+        """
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue(OUTPUTS_MAX)
         self.fail_request: FailRequest | None = None
         self._members = members
         self._scheduler = scheduler
         self._metrics = metrics
         self._observe = Observer(cost, metrics)
+        self._gate = Gate(GateConfig(), cost, members.view) if gate is None else gate
+        self._pumping = False
         self._first_token = first_token
         self._adapters = AdapterNames()
         self._clients: dict[str, Client] = {}
@@ -128,39 +137,98 @@ class Dispatcher:
         if self._refusal:
             raise Unavailable(self._refusal, 1.0, HTTPStatus.SERVICE_UNAVAILABLE)
         now_s = time.monotonic()
+        fate = FATE.get()
+        terms = DEFAULT_TERMS if fate is None else fate.terms
+        request.priority = request.priority or terms.slo_class.priority
         family_id = family_of(request)
-        try:
-            facts, plan = self._plan(now_s, request, shared=family_id is not None)
-        except Unavailable as error:
-            self._metrics.requests.labels("rejected").inc()
-            if (fate := FATE.get()) is not None:
-                fate.error = error
-            raise
         family = self._family(family_id or request.request_id)
-        group = family.group if family_id is not None else None
-        client = Client(request, RequestMachine(facts, group), family, now_s, FATE.get())
-        client.plan = plan
+        client = Client(request, self._machine(request, terms, family, ""), family, now_s, fate)
+
+        def place(at_s: float) -> Plan | Rejection:
+            client.machine, answer = self._plan(at_s, request, terms, family)
+            return answer
+
+        prompt_len = len(request.prompt_token_ids or ())
+        answer, others = self._gate.offer(now_s, request.request_id, prompt_len, terms, place)
+        for other in others:
+            self._answered(other)
+        if isinstance(answer, Rejection):
+            self._refused(client, answer)
         family.clients.append(client)
         self._clients[request.request_id] = client
         self._idle.clear()
-        self._observe.planned(facts, plan)
         self._metrics.in_flight.set(len(self._clients))
+        self._metrics.waiting.set(len(self._gate))
+        if isinstance(answer, Plan):
+            self._begin(client, answer)
+
+    def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
+        if not client.family.clients:
+            self._families.pop(client.family.family_id, None)
+        self._metrics.requests.labels("rejected").inc()
+        self._metrics.rejections.labels(str(rejection.reason), client.slo_class).inc()
+        error = unavailable(rejection)
+        if client.fate is not None:
+            client.fate.error = error
+        raise error
+
+    def _begin(self, client: Client, plan: Plan) -> None:
+        client.plan = plan
+        client.heard_s = time.monotonic()
+        self._observe.planned(client.machine.facts, plan)
         self._run(client.machine.start(plan))
 
-    def _plan(self, now_s: float, request: EngineCoreRequest, shared: bool) -> tuple[RequestFacts, Plan]:
+    def _pump(self) -> None:
+        """Let in who waits and for whom there is room now."""
+        self._pumping = False
+        for outcome in self._gate.pump(time.monotonic()):
+            self._answered(outcome)
+        self._metrics.waiting.set(len(self._gate))
+
+    def _pump_soon(self) -> None:
+        if len(self._gate) and not self._pumping:
+            self._pumping = True  # never inline: the commands that gave load back come first
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _answered(self, outcome: Outcome) -> None:
+        """A request that waited has its answer."""
+        client = self._clients[outcome.request_id]
+        if isinstance(outcome.answer, Plan):
+            self._begin(client, outcome.answer)
+        else:
+            self._turn_away(client, outcome.answer)
+
+    def _turn_away(self, client: Client, rejection: Rejection) -> None:
+        """Tell a client that was taken, and waits for its first token, that it will not be served."""
+        if self._clients.get(client.request.request_id) is not client:
+            return  # it left
+        self._metrics.rejections.labels(str(rejection.reason), client.slo_class).inc()
+        self._tell_failure(client, unavailable(rejection))
+        self._run(client.machine.abort())
+
+    def _plan(
+        self, now_s: float, request: EngineCoreRequest, terms: Terms, family: Family
+    ) -> tuple[RequestMachine, Plan | Rejection]:
         """Plan against every context that is alive, the most common first."""
         contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
-        rejection: Rejection | None = None
+        answer: Plan | Rejection | None = None
         for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
-            facts = facts_of(
-                request, root, block_size, self._adapters, first_token=self._first_token, shared=shared
-            )
-            answer = self._scheduler.on_request(now_s, facts)
+            machine = self._machine(request, terms, family, root, block_size)
+            answer = self._scheduler.on_request(now_s, machine.facts)
             if isinstance(answer, Plan):
-                return facts, answer
-            rejection = answer
-        assert rejection is not None
-        raise unavailable(rejection)
+                break
+        assert answer is not None
+        return machine, answer
+
+    def _machine(
+        self, request: EngineCoreRequest, terms: Terms, family: Family, root: str, block_size: int = 1
+    ) -> RequestMachine:
+        shared = family.family_id != request.request_id
+        facts = facts_of(
+            request, root, block_size, self._adapters,
+            first_token=self._first_token, shared=shared, terms=terms,
+        )  # fmt: skip
+        return RequestMachine(facts, family.group if shared else None)
 
     def _family(self, family_id: str) -> Family:
         family = self._families.get(family_id)
@@ -257,6 +325,7 @@ class Dispatcher:
 
     def on_tick(self, now_s: float) -> None:
         """See Sink: look for requests that an engine forgot."""
+        self._pump_soon()  # deadlines pass, and engines come, without anybody giving load back
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s
@@ -276,6 +345,7 @@ class Dispatcher:
         match command:
             case Release():
                 self._scheduler.release(time.monotonic(), command.ticket)
+                self._pump_soon()
             case Stale():
                 self._metrics.stale_outputs.inc()
             case Abort():
@@ -296,6 +366,11 @@ class Dispatcher:
                 log.debug("dispatch.command_late", command=type(command).__name__)
 
     def _send(self, client: Client, command: Send) -> None:
+        if command.leg is Leg.DECODE and client.plan is not None and not client.told:
+            rejection = self._scheduler.second_check(client.plan)
+            if rejection is not None:  # the machine settles first
+                asyncio.get_running_loop().call_soon(self._turn_away, client, rejection)
+                return
         link = self._members.up(command.instance_id)
         shared = command.leg is Leg.PREFILL
         clients = client.family.clients if shared else [client]
@@ -410,6 +485,7 @@ class Dispatcher:
 
     def _done(self, client: Client, command: Done) -> None:
         request_id = client.request.request_id
+        self._gate.leave(request_id)
         del self._clients[request_id]
         self._observe.ended(client, str(command.outcome))
         self._metrics.in_flight.set(len(self._clients))

@@ -19,10 +19,12 @@ from typing import Any
 import structlog
 
 from conductor import vllm_seam
+from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
 from conductor.core_client import ClusterCoreClient
 from conductor.cost import CostModel
 from conductor.dispatch import Dispatcher
+from conductor.gate import Gate, GateConfig
 from conductor.http import RejectionMiddleware
 from conductor.index import PrefixIndex
 from conductor.members import Members
@@ -55,7 +57,10 @@ class Cluster:
         scheduler = Scheduler(scheduler_config(options), index, cost, self.view)
         gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
         self.members = Members(metadata, self.view, index, gateway_id, metrics, address=options.address)
-        self.dispatcher = Dispatcher(self.members, scheduler, cost, metrics, first_token=options.first_token)
+        gate = Gate(GateConfig(hold_s=options.hold_s), cost, self.view)
+        self.dispatcher = Dispatcher(
+            self.members, scheduler, cost, metrics, first_token=options.first_token, gate=gate
+        )
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 
     def start(self, llm: Any) -> None:
@@ -113,6 +118,8 @@ def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
         policy=Policy(options.policy),
         ttft_slo_s=options.ttft_slo_s or None,
         tbt_slo_s=options.tbt_slo_s or None,
+        admission=AdmissionMode(options.admission),
+        decode_s=options.decode_s or None,
     )
 
 

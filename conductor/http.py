@@ -1,4 +1,4 @@
-"""What we add to vLLM's HTTP app: real statuses for rejected streams, Retry-After, our routes.
+"""What we add to vLLM's HTTP app: terms from headers, real statuses for rejected streams, Retry-After.
 
 vLLM starts a streaming response before its first token, so a request turned away later would get
 200 and an error inside the stream. `RejectionMiddleware` holds the response's start until its first
@@ -10,9 +10,12 @@ import json
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
+from conductor.terms import DEFAULT_TERMS, Terms, terms_of
 from conductor.vllm_seam import Unavailable
+from mooncake.core.errors import RequestError
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -21,9 +24,10 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class HttpFate:
-    """Whether the HTTP request that is being served was turned away; shared by its tasks."""
+    """What an HTTP request asks for, and whether it was turned away; shared by its tasks."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Terms = DEFAULT_TERMS) -> None:
+        self.terms = terms
         self.error: Unavailable | None = None
 
 
@@ -42,7 +46,11 @@ class RejectionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        fate = HttpFate()
+        try:
+            fate = HttpFate(terms_of(scope["headers"]))
+        except RequestError as error:
+            await _answer(send, HTTPStatus.BAD_REQUEST, str(error), [])
+            return
         token = FATE.set(fate)
         try:
             await self._app(scope, receive, _Held(fate, send))
@@ -78,17 +86,22 @@ class _Held:
         await self._send(message)
 
     async def _reject(self, error: Unavailable) -> None:
-        status = error.http_status
-        body = json.dumps(
-            {"error": {"message": error.message, "type": status.phrase, "param": None, "code": status.value}}
-        ).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            *_retry_after(error),
-        ]
-        await self._send({"type": "http.response.start", "status": status.value, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await _answer(self._send, error.http_status, error.message, _retry_after(error))
+
+
+async def _answer(
+    send: Send, status: HTTPStatus, message: str, more_headers: list[tuple[bytes, bytes]]
+) -> None:
+    body = json.dumps(
+        {"error": {"message": message, "type": status.phrase, "param": None, "code": status.value}}
+    ).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *more_headers,
+    ]
+    await send({"type": "http.response.start", "status": status.value, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _retry_after(error: Unavailable) -> list[tuple[bytes, bytes]]:

@@ -21,6 +21,12 @@ class GatewayMetrics:
         self.requests = Counter(
             "mooncake_requests", "Client requests by how they ended.", ["outcome"], registry=registry
         )
+        self.rejections = Counter(
+            "mooncake_rejections",
+            "Client requests turned away, by reason and class of service.",
+            ["reason", "slo_class"],
+            registry=registry,
+        )
         self.decisions = Counter(
             "mooncake_decisions", "Plans by how they came about.", ["kind"], registry=registry
         )
@@ -75,6 +81,9 @@ class GatewayMetrics:
         )
         self.instances = Gauge(
             "mooncake_instances", "Engine instances.", ["role", "state"], registry=registry
+        )
+        self.waiting = Gauge(
+            "mooncake_requests_waiting", "Requests that no engine has yet.", registry=registry
         )
         self.in_flight = Gauge("mooncake_requests_in_flight", "Requests not ended.", registry=registry)
 

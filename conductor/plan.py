@@ -19,7 +19,7 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         Empty = not known: any instance will do, and prefill and decode are still paired by root.
     single_leg: one leg is the whole answer (max_tokens == 1, pooling, prompt embeddings, ...).
     first_token: leg 1's token is exact and is delivered at once; leg 2 goes on from prompt + 1.
-    priority: vLLM's meaning, lower goes first.
+    ttft_slo_s, tbt_slo_s: the request's own objectives; None = the Conductor's.
     """
 
     request_id: str
@@ -28,7 +28,8 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     keys: list[bytes]
     arrival_s: float
     tail_key: bytes | None = None
-    priority: int = 0
+    ttft_slo_s: float | None = None
+    tbt_slo_s: float | None = None
     context_root: str = ""
     single_leg: bool = False
     first_token: bool = False
@@ -89,6 +90,7 @@ class Reason(StrEnum):
     NO_COMMON_CONTEXT = "no prefill and decode instance share a context"
     NO_INSTANCE_FITS = "prompt exceeds every instance's context length"
     QUEUE_FULL = "queue full"
+    QUEUE_TIME = "waited in the queue until its deadline"
     TTFT_SLO = "predicted time to first token exceeds its objective"
     TBT_SLO = "predicted time between tokens exceeds its objective"
     DECODE_LOAD = "decode instances are loaded beyond their objective or KV room"

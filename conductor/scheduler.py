@@ -336,7 +336,9 @@ class Scheduler:
         return _over_load(facts.request_id, load, self._admission.decode_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
-        ttft_slo_s, tbt_slo_s = self._config.ttft_slo_s, self._config.tbt_slo_s
+        config = self._config
+        ttft_slo_s = config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
+        tbt_slo_s = config.tbt_slo_s if facts.tbt_slo_s is None else facts.tbt_slo_s
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             # by then the queue has drained to where the same request would fit
             retry_after_s = min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)

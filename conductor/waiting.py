@@ -69,6 +69,7 @@ class WaitingRoom:
         self._of_tenant: dict[str, int] = {}
         self._taken: dict[str, float] = {}  # work by weight, per tenant
         self._promotions: dict[str, Waiting] = {}
+        self._work = 0.0
 
     def __len__(self) -> int:
         return len(self._there)
@@ -79,7 +80,12 @@ class WaitingRoom:
 
     def work(self) -> float:
         """Return the work of all that wait."""
-        return sum(one.work for one in self._there.values())
+        return self._work
+
+    def ahead(self, rank: int) -> int:
+        """Return how many wait whose rank is as good or better."""
+        queues = (self._queues[found] for found in self._queues if found <= rank)
+        return sum(len(queue) for tenants in queues for queue in tenants.values())
 
     # ------------------------------------------------------------ in
 
@@ -97,9 +103,7 @@ class WaitingRoom:
             gone.append(Left(victim, Why.SHED))
         if not self.waiting(one.tenant):
             self._arrives(one.tenant)
-        self._there[one.request_id] = one
-        self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
-        self._queues.setdefault(one.rank, {}).setdefault(one.tenant, deque()).append(one)
+        self._put(one)
         if one.promote_s is not None and one.rank > PROMOTED:
             self._promotions[one.request_id] = one
         return gone
@@ -141,13 +145,6 @@ class WaitingRoom:
             return one
         return None
 
-    def back(self, one: Waiting) -> None:
-        """Put what `take` gave to the head of its queue again: it could not be served after all."""
-        self._taken[one.tenant] -= one.work / self._weights.get(one.tenant, 1.0)
-        self._there[one.request_id] = one
-        self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
-        self._queues.setdefault(one.rank, {}).setdefault(one.tenant, deque()).appendleft(one)
-
     def remove(self, request_id: str) -> bool:
         """Forget a request whose client left; return whether it waited."""
         one = self._there.get(request_id)
@@ -170,13 +167,17 @@ class WaitingRoom:
         ]
         for one in due:
             self._remove(one)
-            promoted = msgspec.structs.replace(one, rank=PROMOTED, promote_s=None)
-            self._there[one.request_id] = promoted
-            self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
-            self._queues.setdefault(PROMOTED, {}).setdefault(one.tenant, deque()).append(promoted)
+            self._put(msgspec.structs.replace(one, rank=PROMOTED, promote_s=None))
+
+    def _put(self, one: Waiting) -> None:
+        self._there[one.request_id] = one
+        self._work += one.work
+        self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
+        self._queues.setdefault(one.rank, {}).setdefault(one.tenant, deque()).append(one)
 
     def _remove(self, one: Waiting) -> None:
         del self._there[one.request_id]
+        self._work = self._work - one.work if self._there else 0.0  # rounding does not add up
         self._promotions.pop(one.request_id, None)
         left = self._of_tenant[one.tenant] - 1
         if left:

@@ -62,6 +62,12 @@ Policy = Annotated[
 ]
 TtftSlo = Annotated[float, typer.Option(help="Refuse requests predicted to start later; 0 = none.")]
 TbtSlo = Annotated[float, typer.Option(help="Refuse requests predicted to stream slower; 0 = none.")]
+Hold = Annotated[
+    float,
+    typer.Option(help="Requests wait, by class and tenant, while engines have work for so long."),
+]
+Admission = Annotated[str, typer.Option(help="When decode load counts: objectives, late, early, predicted.")]
+DecodeTime = Annotated[float, typer.Option(help="How long `predicted` takes an answer for; 0 = learned.")]
 Host = Annotated[str, typer.Option(help="Address to serve on; others than loopback need an API key.")]
 
 
@@ -169,6 +175,9 @@ def up(
     policy: Policy = "kvcache",
     ttft_slo_s: TtftSlo = 0.0,
     tbt_slo_s: TbtSlo = 0.0,
+    hold_s: Hold = 0.0,
+    admission: Admission = "objectives",
+    decode_s: DecodeTime = 0.0,
     metrics_port: Annotated[
         int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
     ] = 0,
@@ -200,6 +209,7 @@ def up(
             "dtype": resolve_dtype(dtype), "max_model_len": max_model_len, "block_size": block_size,
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
             "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
+            "hold_s": hold_s, "admission": admission, "decode_s": decode_s,
             "vllm_args": vllm_args or [],
         }  # fmt: skip
         if cores != "auto":
@@ -276,6 +286,9 @@ def conductor(
     policy: Policy = "kvcache",
     ttft_slo_s: TtftSlo = 0.0,
     tbt_slo_s: TbtSlo = 0.0,
+    hold_s: Hold = 0.0,
+    admission: Admission = "objectives",
+    decode_s: DecodeTime = 0.0,
     api_key: ApiKey = "",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
@@ -297,6 +310,7 @@ def conductor(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
             first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
+            hold_s=hold_s, admission=admission, decode_s=decode_s,
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip

@@ -20,6 +20,8 @@ LOAD_MODES = ("async", "layerwise")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 POLICIES = ("kvcache", "cache_aware", "least_load", "round_robin", "random")
 """How the Conductor chooses instances: conductor.scheduler.Policy, which says what they mean."""
+ADMISSIONS = ("objectives", "late", "early", "predicted")
+"""When requests are turned away: conductor.admission.AdmissionMode, which says what they mean."""
 EVICTIONS = ("lru", "lfu", "length", "tail")
 """Which blocks a full store gives up first: kvstore.node.eviction.POLICIES, which says what they mean."""
 HUGEPAGES = ("auto", "off", "require")
@@ -172,6 +174,9 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     policy: str = POLICIES[0]
     ttft_slo_s: float = 0.0  # 0 = not enforced, as tbt_slo_s
     tbt_slo_s: float = 0.0
+    hold_s: float = 0.0  # requests wait in the gateway while every engine has so much work; 0 = never
+    admission: str = ADMISSIONS[0]
+    decode_s: float = 0.0  # how long `predicted` takes an answer for; 0 = learned
     api_key: str = ""  # from the environment in child processes
     block_size: int = 32
     max_model_len: int = 0
@@ -187,9 +192,10 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
         _between("port", self.port, 1, 65535)
         _choice("dtype", self.dtype, DTYPES)
         _choice("policy", self.policy, POLICIES)
-        for key in ("ttft_slo_s", "tbt_slo_s"):
+        _choice("admission", self.admission, ADMISSIONS)
+        for key in ("ttft_slo_s", "tbt_slo_s", "hold_s", "decode_s"):
             if not 0.0 <= getattr(self, key) <= SLO_S_MAX:  # also refuses NaN
-                raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = no objective")
+                raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = none")
         _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
         _metadata(self.metadata_endpoint)
         _address(self.address)

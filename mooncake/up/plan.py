@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from mooncake.core.config import (
+    ADMISSIONS,
     API_KEY_ENV,
     EVICTIONS,
     HUGEPAGES,
@@ -59,6 +60,9 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = POLICIES[0]
     ttft_slo_s: float = 0.0  # 0 = not enforced, as tbt_slo_s
     tbt_slo_s: float = 0.0
+    hold_s: float = 0.0
+    admission: str = ADMISSIONS[0]
+    decode_s: float = 0.0
     metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
@@ -122,6 +126,9 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         policy=options.policy,
         ttft_slo_s=options.ttft_slo_s,
         tbt_slo_s=options.tbt_slo_s,
+        hold_s=options.hold_s,
+        admission=options.admission,
+        decode_s=options.decode_s,
         block_size=options.block_size,
         max_model_len=options.max_model_len,
         dtype=options.dtype,

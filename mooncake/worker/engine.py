@@ -61,6 +61,7 @@ def engine_arguments(spec: EngineSpec) -> list[str]:
         "--enforce-eager",
         "--distributed-executor-backend=uni",
         "--prefix-caching-hash-algo=sha256",
+        "--scheduling-policy=priority",  # first come, first served among those of one priority
     ]
     if spec.max_model_len:
         arguments.append(f"--max-model-len={spec.max_model_len}")

@@ -16,10 +16,13 @@ from prometheus_client import CollectorRegistry
 from conductor.cluster import ClusterView, Health
 from conductor.cost import CostModel
 from conductor.dispatch import Dispatcher
+from conductor.gate import Gate, GateConfig
+from conductor.http import FATE, HttpFate
 from conductor.index import PrefixIndex
 from conductor.members import Members
 from conductor.metrics import GatewayMetrics
 from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import (
     EngineCoreOutput,
     EngineCoreRequest,
@@ -57,17 +60,25 @@ def make_request(
 class World:
     """Fake engines, metadata, and the production shell over them."""
 
-    def __init__(self, first_token: bool, mode: Mode) -> None:
+    def __init__(
+        self, first_token: bool, mode: Mode, gate: GateConfig, cost: CostModel, **config: object
+    ) -> None:
         self.metadata = MemoryMetadata()
         self.view = ClusterView()
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
-        self.cost = CostModel()
+        self.cost = cost
         index = PrefixIndex()
         self.members = Members(self.metadata, self.view, index, "gw", self.metrics)
-        scheduler = Scheduler(SchedulerConfig(mode=mode), index, self.cost, self.view)
+        scheduler = Scheduler(SchedulerConfig(mode=mode, **config), index, self.cost, self.view)
+        self.failed: dict[str, Exception] = {}
         self.dispatcher = Dispatcher(
-            self.members, scheduler, self.cost, self.metrics, first_token=first_token
+            self.members,
+            scheduler,
+            self.cost,
+            self.metrics,
+            first_token=first_token,
+            gate=Gate(gate, self.cost, self.view),
         )
         self.members.start(self.dispatcher)
         self.engines: list[FakeEngine] = []
@@ -92,10 +103,25 @@ class World:
             while not condition():  # noqa: ASYNC110 -- conditions look at other threads
                 await asyncio.sleep(0.005)
 
-    def add(self, request: EngineCoreRequest) -> str:
+    def add(self, request: EngineCoreRequest, terms: Terms = DEFAULT_TERMS) -> str:
+        """Hand a request in as the HTTP front end does that read `terms` from its headers."""
         self.finished[request.request_id] = asyncio.Event()
-        self.dispatcher.add(request)
+        token = FATE.set(HttpFate(terms))
+        try:
+            self.dispatcher.add(request)
+        finally:
+            FATE.reset(token)
         return request.request_id
+
+    def note_failures(self) -> None:
+        """Keep what clients are told instead of ending their streams."""
+
+        def fail(request_id: str, error: Exception) -> list[str]:
+            self.failed[request_id] = error
+            self.finished[request_id].set()
+            return []
+
+        self.dispatcher.fail_request = fail
 
     def tokens(self, rid: str) -> list[int]:
         return [token for output in self.outputs.get(rid, []) for token in output.new_token_ids]
@@ -131,8 +157,14 @@ class World:
 async def make_world() -> AsyncIterator[Callable[..., World]]:
     worlds: list[World] = []
 
-    def make(first_token: bool = False, mode: Mode = Mode.DISAGGREGATED) -> World:
-        worlds.append(World(first_token, mode))
+    def make(
+        first_token: bool = False,
+        mode: Mode = Mode.DISAGGREGATED,
+        gate: GateConfig = GateConfig(),  # noqa: B008 - frozen
+        cost: CostModel | None = None,
+        **config: object,
+    ) -> World:
+        worlds.append(World(first_token, mode, gate, cost or CostModel(), **config))
         return worlds[-1]
 
     yield make

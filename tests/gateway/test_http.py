@@ -12,10 +12,11 @@ import tiny_model
 from fake_engine import FakeEngine, encoded
 
 from conductor import gateway, vllm_seam
+from conductor.admission import AdmissionMode
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
 from conductor.scheduler import Policy, SchedulerConfig
-from mooncake.core.config import POLICIES, GatewayOptions
+from mooncake.core.config import ADMISSIONS, POLICIES, GatewayOptions
 from mooncake.core.errors import ConfigError
 from mooncake.core.messages import INSTANCES_PREFIX, StoreRecord
 from mooncake.core.metadata_memory import MemoryMetadata
@@ -184,6 +185,9 @@ def test_policy_and_objectives_reach_the_scheduler(tmp_path) -> None:
     chosen = gateway.scheduler_config(options(tmp_path, policy="round_robin", ttft_slo_s=2.0).checked())
     assert (chosen.policy, chosen.ttft_slo_s, chosen.tbt_slo_s) == (Policy.ROUND_ROBIN, 2.0, None)
     assert gateway.scheduler_config(options(tmp_path)) == SchedulerConfig()
+    assert set(ADMISSIONS) == set(AdmissionMode)
+    chosen = gateway.scheduler_config(options(tmp_path, admission="predicted", decode_s=80.0).checked())
+    assert (chosen.admission, chosen.decode_s) == (AdmissionMode.PREDICTED, 80.0)
 
 
 async def test_the_api_key_guards_vllms_routes(site) -> None:
@@ -200,6 +204,25 @@ async def test_metrics_of_both_are_on_one_page(configured) -> None:
     process_metrics().requests.labels("finished")
     page = generate_latest(get_prometheus_registry()).decode()
     assert 'mooncake_requests_total{outcome="finished"}' in page
+
+
+@pytest.mark.parametrize("header", ["x-slo-class", "x-slo-ttft-ms"])
+async def test_service_headers_that_make_no_sense_are_answered_400_by_name(site, header) -> None:
+    answer = await site.client.post("/v1/chat/completions", json=CHAT, headers={header: "soon"})
+    assert answer.status_code == 400
+    assert header in answer.json()["error"]["message"]
+
+
+async def test_an_objective_in_the_headers_is_enforced_with_429_and_retry_after(site) -> None:
+    await site.engine("b0", "both")
+    hurry = {"x-slo-ttft-ms": "0.000001"}
+    for stream in (False, True):
+        body = {**CHAT, "stream": stream}
+        answer = await site.client.post("/v1/chat/completions", json=body, headers=hurry)
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+    relaxed = {"x-slo-ttft-ms": "60000", "x-slo-class": "premium"}
+    assert (await site.client.post("/v1/chat/completions", json=CHAT, headers=relaxed)).status_code == 200
 
 
 async def test_utility_calls_go_to_every_engine(site) -> None:

@@ -118,14 +118,11 @@ def test_who_waited_until_the_deadline_is_told_so():
     assert taken(waiting_room, 2) == ["early", ""]
 
 
-def test_what_could_not_be_served_is_first_again_and_not_paid_for():
+def test_those_ahead_of_a_rank_are_counted():
     waiting_room = room()
-    for n in range(3):
-        waiting_room.add(one(f"a{n}", tenant="a"))
-        waiting_room.add(one(f"b{n}", tenant="b"))
-    first = waiting_room.take(0.0)
-    waiting_room.back(first)
-    assert taken(waiting_room, 2) == [first.request_id, "b0"]
+    for name, rank in (("a", 0), ("b", 2), ("c", 2), ("d", 3)):
+        waiting_room.add(one(name, rank=rank))
+    assert [waiting_room.ahead(rank) for rank in range(4)] == [1, 1, 3, 4]
 
 
 class Model(RuleBasedStateMachine):

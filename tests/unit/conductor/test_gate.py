@@ -1,0 +1,163 @@
+"""The gate: open while engines have little to do; else classes, tenants and objectives decide."""
+
+import pytest
+
+from conductor.cost import CostModel
+from conductor.gate import Gate, GateConfig
+from conductor.plan import Decision, Plan, Reason, Rejection
+from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
+from tests.unit.conductor.make import cluster, record
+
+HOLD_S = 2.0
+WORK_S = 1.0
+PREMIUM, BATCH = Terms(slo_class=CLASSES["premium"]), Terms(slo_class=CLASSES["batch"])
+
+
+class World:
+    """One prefill and one decode instance; every plan charges WORK_S to the first."""
+
+    def __init__(self, **config) -> None:
+        self.view = cluster(record("p", "prefill"), record("d", "decode"))
+        cost = CostModel(prefill_prior=(1e-9, WORK_S / 1000, 1e-12))
+        self.gate = Gate(GateConfig(**{"hold_s": HOLD_S, **config}), cost, self.view)
+        self.tickets: list[int] = []
+        self.placed: list[str] = []
+        self.now_s = 0.0
+
+    def offer(self, name: str, terms: Terms = DEFAULT_TERMS, prompt_len: int = 1000):
+        def place(now_s: float) -> Plan:
+            self.placed.append(name)
+            self.tickets.append(self.view.charge_prefill(now_s, "p", WORK_S, prompt_len))
+            return Plan(request_id=name, prefill="p", decode="d", decision=Decision.LEAST_LOAD)
+
+        return self.gate.offer(self.now_s, name, prompt_len, terms, place)
+
+    def prefilled(self):
+        """The first prompt is done, one second later."""
+        self.now_s += WORK_S
+        self.view.release(self.now_s, self.tickets.pop(0))
+        return self.gate.pump(self.now_s)
+
+    def fill(self) -> None:
+        for n in range(int(HOLD_S / WORK_S)):
+            assert isinstance(self.offer(f"first{n}")[0], Plan)
+        self.placed.clear()
+
+
+def test_requests_are_planned_at_once_while_engines_have_little_to_do():
+    world = World()
+    world.fill()
+    assert len(world.gate) == 0
+
+
+def test_without_a_hold_nobody_ever_waits():
+    world = World(hold_s=0.0)
+    for n in range(50):
+        assert isinstance(world.offer(str(n))[0], Plan)
+
+
+def test_beyond_it_they_wait_and_come_in_as_prompts_get_done():
+    world = World()
+    world.fill()
+    assert world.offer("a") == (None, [])
+    assert world.offer("b") == (None, [])
+    assert [outcome.request_id for outcome in world.prefilled()] == ["a"]
+    assert [outcome.request_id for outcome in world.prefilled()] == ["b"]
+    assert world.placed == ["a", "b"]
+    assert len(world.gate) == 0
+
+
+def test_an_engine_whose_prompt_takes_longer_than_expected_is_not_taken_for_idle():
+    world = World()
+    world.fill()
+    world.now_s = 60.0  # two seconds were expected
+    assert world.offer("a") == (None, [])
+    assert world.gate.pump(world.now_s) == []
+    world.view.release(world.now_s, world.tickets.pop(0))
+    assert [outcome.request_id for outcome in world.gate.pump(world.now_s)] == ["a"]
+
+
+def test_a_premium_request_comes_in_before_those_that_waited_longer():
+    world = World()
+    world.fill()
+    world.offer("batch", BATCH)
+    world.offer("default")
+    world.offer("premium", PREMIUM)
+    for _ in range(3):
+        world.prefilled()
+    assert world.placed == ["premium", "default", "batch"]
+
+
+def test_nobody_overtakes_by_coming_when_the_gate_is_open_again():
+    world = World()
+    world.fill()
+    world.offer("waits")
+    world.now_s += WORK_S
+    world.view.release(world.now_s, world.tickets.pop(0))
+    assert world.offer("comes later") == (None, [])
+    world.gate.pump(world.now_s)
+    assert world.placed == ["waits"]
+
+
+def test_an_objective_that_cannot_be_kept_is_refused_at_once_with_when_to_come_again():
+    world = World()
+    world.fill()
+    for n in range(10):
+        world.offer(f"w{n}")
+    answer, _ = world.offer("hurry", Terms(ttft_slo_s=5.0))
+    assert isinstance(answer, Rejection)
+    assert answer.reason is Reason.TTFT_SLO
+    assert answer.retry_after_s == pytest.approx(8.0, abs=0.1)  # 12 s ahead and its own, of which 5 are fine
+    assert len(world.gate) == 10
+
+
+def test_an_objective_that_a_higher_class_can_keep_is_not_refused_for_those_it_passes():
+    world = World()
+    world.fill()
+    for n in range(10):
+        world.offer(f"w{n}", BATCH)
+    answer, _ = world.offer("hurry", Terms(slo_class=CLASSES["premium"], ttft_slo_s=5.0))
+    assert answer is None
+
+
+def test_who_waits_beyond_the_deadline_is_told_so():
+    world = World(wait_s=10.0)
+    world.fill()
+    world.offer("late")
+    world.now_s = 10.0
+    (outcome,) = world.gate.pump(world.now_s)
+    assert outcome.request_id == "late"
+    assert outcome.answer.reason is Reason.QUEUE_TIME
+    assert outcome.answer.retry_after_s >= 1
+    assert world.placed == []
+
+
+def test_a_full_queue_sheds_batch_work_first():
+    world = World(waiting_max=1)
+    world.fill()
+    world.offer("batch", BATCH)
+    answer, others = world.offer("premium", PREMIUM)
+    assert answer is None
+    assert [(one.request_id, one.answer.reason) for one in others] == [("batch", Reason.QUEUE_FULL)]
+    answer, others = world.offer("more", PREMIUM)
+    assert answer.reason is Reason.QUEUE_FULL
+    assert others == []
+
+
+def test_a_client_that_left_is_not_let_in():
+    world = World()
+    world.fill()
+    world.offer("gone")
+    world.offer("stays")
+    world.gate.leave("gone")
+    world.gate.leave("unknown")
+    world.prefilled()
+    assert world.placed == ["stays"]
+
+
+def test_with_nobody_alive_the_scheduler_answers_and_nobody_waits():
+    world = World()
+    world.view.link_down(0.0, "p")
+    world.view.link_down(0.0, "d")
+    gone = Rejection(request_id="r", reason=Reason.NO_INSTANCE_ALIVE, retry_after_s=1.0)
+    assert world.gate.offer(0.0, "r", 10, Terms(), lambda _: gone) == (gone, [])
