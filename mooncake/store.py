@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from kvstore.store.config import FileMemory
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.dropin.client.dummy import DummySettings, DummyStarted
 from mooncake.dropin.engine.start import log_to_stderr
@@ -38,7 +39,6 @@ from mooncake.dropin.store.hostmem import (
     get_alloc_func_addr,
     get_free_func_addr,
 )
-from mooncake.dropin.store.left_out import LeftOut
 from mooncake.dropin.store.parallel_forms import ParallelForms
 from mooncake.dropin.store.parallel_types import ParallelAxis, ReadTarget, TensorParallelism
 from mooncake.dropin.store.sessions import SessionForms, Sessions
@@ -89,6 +89,7 @@ from mooncake.dropin.store.types import (
 )
 from mooncake.dropin.store.vendor import MooncakeDistributedNoFRegister, _get_pyclient_from_wrapper
 from transfer.model import Buffer
+from transfer.segment import PAGE_BYTES
 
 __all__ = [
     "ACTIVATION",
@@ -151,11 +152,12 @@ NOT_SET_UP = 1
 NO_MASTER = 2
 """Answers of health_check; 0 and 2 as measured on upstream, which crashes where we answer 1."""
 UNREGISTER_S = 10.0
+P2P_HANDSHAKE = "P2PHANDSHAKE"
 
 log = structlog.get_logger(__name__)
 
 
-class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskForms, LeftOut):
+class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskForms):
     """A client of the pool. Every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -254,6 +256,13 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
             self._calls = Calls(started)
             self._finalizer = weakref.finalize(self, started.close)
         return OK
+
+    def init_all(self, arg0: str, arg1: str, arg2: int, /) -> int:
+        """Do a short setup: protocol, devices, bytes given to the pool; -600: it is set up already."""
+        if self._calls is not None:
+            log.error("mooncake.store: init_all: it is set up already")
+            return INVALID_PARAMS
+        return self.setup("127.0.0.1", P2P_HANDSHAKE, arg2, BUFFER_BYTES, arg0, arg1)
 
     def close(self) -> int:
         """Leave the pool with this process's segment and what is in it (idempotent)."""
@@ -546,17 +555,41 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
             return {"ret": INTERNAL, "segment_ids": [], "allocated_size": 0}
         return {"ret": OK, "segment_ids": [name], "allocated_size": size}
 
+    def mount_segment(
+        self,
+        path: str,
+        size: int,
+        offset: int = 0,
+        protocol: str = "tcp",  # noqa: ARG002 - the pool's engine has its own
+        location: str = "",  # noqa: ARG002 - host memory
+    ) -> dict[str, Any]:
+        """Give memory of a file to the pool, whole pages of it: {"ret", "segment_ids"}; ret -1: refused.
+
+        What the file has there is overwritten. It must not be cut while it is mounted: that ends the process.
+        """
+        if not size and self._calls is not None:
+            return {"ret": OK, "segment_ids": []}
+        try:
+            started = self._need().started
+            whole = size // PAGE_BYTES * PAGE_BYTES
+            name = started.mount(whole, FileMemory(path, offset))
+        except MooncakeError as error:
+            log.error("mooncake.store: not mounted", path=path, size=size, reason=str(error))
+            return {"ret": INTERNAL, "segment_ids": []}
+        return {"ret": OK, "segment_ids": [name]}
+
     def unmount_and_free_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
         """Take mounted segments back, with what is in them; -1: one is none of ours."""
         return self.unmount_segment(segment_ids, grace_period_seconds)
 
     def unmount_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
-        """As unmount_and_free_segment. Readers that are under way finish; the grace is not waited for."""
-        del grace_period_seconds
+        """As unmount_and_free_segment: for the grace period they are read as ever, and take nothing more."""
         calls = self._calls
         if calls is None:
             return INVALID_PARAMS
-        done = [calls.started.unmount(one) for one in segment_ids]
+        if grace_period_seconds < 0:
+            raise TypeError(f"grace_period_seconds={grace_period_seconds}: must not be negative")
+        done = [calls.started.unmount(one, grace_period_seconds) for one in segment_ids]
         return OK if all(done) else INTERNAL
 
     @answers_code

@@ -100,6 +100,7 @@ class Node:
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
         self._reads = Reads()
         self.quarantined_bytes = 0
+        self.retired = False  # then nothing more is taken, and what is there is read as ever
         self.table = table
         self._second = 0
         self._sizes: dict[int, int] = {}
@@ -515,7 +516,7 @@ class Node:
 
     def _place(self, size_bytes: int) -> int | None:
         """Return an offset, after evicting what is needed; None = no room."""
-        if len(self._writes) >= self.limits.writes_max:
+        if self.retired or len(self._writes) >= self.limits.writes_max:
             return None
         if (offset := self._allocator.allocate(size_bytes)) is not None:
             return offset

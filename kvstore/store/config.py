@@ -18,6 +18,13 @@ EVICT_RATIO = 0.05
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a host name; becomes a file name
 
 
+class FileMemory(msgspec.Struct, frozen=True):
+    """Memory of a file: StoreConfig.capacity_bytes of it from `offset` on, see transfer.file_segment."""
+
+    path: str
+    offset: int = 0
+
+
 class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one store node.
 

@@ -17,6 +17,7 @@ from mooncake.core.messages import StoreRequest
 from mooncake.core.metadata import MetadataStore
 from transfer.config import EngineConfig
 from transfer.engine import TransferEngine
+from transfer.file_segment import FileSegment
 from transfer.segment import Segment
 
 log = structlog.get_logger(__name__)
@@ -47,7 +48,10 @@ class Outside:
             ConfigError: the address cannot be bound.
         """
         engine = TransferEngine(config).start()
-        return cls(engine, engine.register(segment, location="cpu:0").address)
+        # a view has no descriptor that peers of this host could be given
+        shared = not isinstance(segment, FileSegment)
+        memory = segment if shared else segment.view(0, segment.size_bytes)
+        return cls(engine, engine.register(memory, location="cpu:0").address)
 
     def serve(
         self, node: Node, name: str, handle: Handle, metadata: MetadataStore | None, clock: Clock

@@ -34,7 +34,7 @@ from kvstore.ssd.model import SsdConfig
 from kvstore.ssd.tier import SsdTier
 from kvstore.ssd.tiering import Tiering
 from kvstore.ssd.writebehind import WriteBehindLimits
-from kvstore.store.config import StoreConfig
+from kvstore.store.config import FileMemory, StoreConfig
 from kvstore.store.door import Door
 from kvstore.store.metrics import SsdCollector, StoreCollector
 from kvstore.store.outside import Outside
@@ -80,6 +80,7 @@ from mooncake.core.rpc import RpcServer
 from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
+from transfer.file_segment import FileSegment
 from transfer.hugepages import create_segment
 from transfer.segment import Progress, Segment
 
@@ -95,6 +96,7 @@ class StoreService:
         limits: NodeLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         metadata: MetadataStore | None = None,
+        memory: FileMemory | None = None,
     ) -> None:
         """Nothing is opened before `start`.
 
@@ -104,8 +106,10 @@ class StoreService:
             clock: monotonic seconds.
             metadata: where the other stores register, to copy from them; needs `config.transfer`. None:
                 this store works alone. It is not closed here.
+            memory: to divide, which only this process can map; None: its own, shared with this host.
         """
         self.config = config
+        self._memory = memory
         self._metadata = metadata
         self.epoch = secrets.token_hex(8)
         capacity_bytes = config.capacity_bytes // ALIGN_BYTES * ALIGN_BYTES
@@ -181,9 +185,7 @@ class StoreService:
     async def _start(self, progress: Progress | None) -> StoreRecord:
         config = self.config
         run_dir = await asyncio.to_thread(private_dir, config.run_dir)
-        self._segment = await asyncio.to_thread(
-            create_segment, self.epoch, self._capacity_bytes, config.hugepages, progress
-        )
+        self._segment = await asyncio.to_thread(self._open_segment, progress)
         self._recheck.open(self._segment)
         self._table = await asyncio.to_thread(Segment.create, self.epoch, table_bytes(self._capacity_bytes))
         rows = self._table.view(0, self._table.size_bytes)
@@ -220,8 +222,15 @@ class StoreService:
         self._table_server.start()
         self._fd_server.start()
         self._beat = asyncio.create_task(self._keep_time(), name="store beat")
+        if self._memory is not None:  # who is on this host comes in by the transfer engine, too
+            record = msgspec.structs.replace(record, fd_path="", door="", table="")
         log.info("store.started", **msgspec.structs.asdict(record))
         return record
+
+    def _open_segment(self, progress: Progress | None) -> Segment:
+        if (memory := self._memory) is not None:
+            return FileSegment.open(self.epoch, memory.path, self._capacity_bytes, memory.offset)
+        return create_segment(self.epoch, self._capacity_bytes, self.config.hugepages, progress)
 
     def _open_tier(self, config: SsdConfig) -> Tiering:
         """Open the SSD tier with what it kept from earlier starts."""

@@ -15,6 +15,7 @@ import structlog
 
 from kvstore.client.members import ROOM_EVERY_S, Members
 from kvstore.client.pool import Pool
+from kvstore.store.config import FileMemory
 from mooncake.core.config import fail
 from mooncake.core.errors import ConfigError, MooncakeError, PeerTimeout, ProtocolError, RequestError
 from mooncake.core.messages import Failure
@@ -209,7 +210,7 @@ class DummyStarted(Started):
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
 
-    def mount(self, capacity_bytes: int) -> str:  # noqa: ARG002 - refused whatever it is
+    def mount(self, capacity_bytes: int, memory: FileMemory | None = None) -> str:  # noqa: ARG002
         """Refuse.
 
         Raises:
@@ -217,7 +218,7 @@ class DummyStarted(Started):
         """
         raise RequestError("a dummy client has no memory to give: the real client mounts segments")
 
-    def unmount(self, name: str) -> bool:  # noqa: ARG002 - it has none
+    def unmount(self, name: str, grace_s: float = 0.0) -> bool:  # noqa: ARG002 - it has none
         """Return that there is no such segment."""
         return False
 

@@ -21,16 +21,16 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import structlog
 
 from kvstore.client.pool import Pool
-from kvstore.store.config import EVICT_RATIO, StoreConfig
+from kvstore.store.config import EVICT_RATIO, FileMemory, StoreConfig
 from kvstore.store.service import StoreService
 from mooncake.core.config import fail
-from mooncake.core.errors import MooncakeError, PeerGone, PeerTimeout
+from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout
 from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import check_metadata, open_metadata
@@ -202,15 +202,29 @@ def segment_name(node: str) -> str:
     return re.sub(r"-(\d{1,5})$", r":\1", node)
 
 
+class Mounted(NamedTuple):
+    """A segment that was given to the pool besides the first one; `stack` ends it."""
+
+    background: "Background"
+    stack: contextlib.ExitStack
+
+
 class Background:
     """One event loop in a thread: the metadata store's client and, with a segment, its store node."""
 
-    def __init__(self, master: str, config: StoreConfig | None, offload: Offload | None = None) -> None:
+    def __init__(
+        self,
+        master: str,
+        config: StoreConfig | None,
+        offload: Offload | None = None,
+        memory: FileMemory | None = None,
+    ) -> None:
         """Nothing is opened before `start`."""
         self.master_settings = MasterSettings()
         self._master = master
         self._config = config
         self._offload = offload
+        self._memory = memory
         self._service: StoreService | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -269,6 +283,12 @@ class Background:
         self._ask(service.close_tier(), CLOSE_S)
         return True
 
+    def retire(self) -> None:
+        """Have the segment take nothing more; raises PeerError if it has ended."""
+        service = self._service
+        if service is not None:
+            self._ask(_retire(service), ASK_S)
+
     def _ask(self, question: Coroutine[Any, Any, T], deadline_s: float) -> T:
         loop = self._loop
         if loop is None or not self._thread.is_alive():
@@ -312,7 +332,7 @@ class Background:
             if self._offload and (self._offload.wanted or self.master_settings.offload):
                 ssd = stack.enter_context(self._offload.tier())
                 config = msgspec.structs.replace(config, ssd=ssd)
-            service = StoreService(config, metadata=metadata)
+            service = StoreService(config, metadata=metadata, memory=self._memory)
             record = await service.start()
             stack.push_async_callback(service.close)
             self._service = service
@@ -338,6 +358,10 @@ async def _read_settings(metadata: MetadataStore) -> MasterSettings:
             except msgspec.MsgspecError as error:
                 log.warning("mooncake.store: the master's settings make no sense", error=str(error))
     return MasterSettings()
+
+
+async def _retire(service: StoreService) -> None:
+    service.node.retired = True
 
 
 class Started:
@@ -368,30 +392,55 @@ class Started:
             self._stack = stack.pop_all()
         self._env = env
         self._master = master
-        self._mounted: dict[str, contextlib.ExitStack] = {}
+        self._mounted: dict[str, Mounted] = {}
+        self._leaving: dict[str, tuple[Mounted, threading.Timer]] = {}
         self._lock = threading.Lock()
 
-    def mount(self, capacity_bytes: int) -> str:
-        """Give more memory to the pool; return the name of that segment.
+    def mount(self, capacity_bytes: int, memory: FileMemory | None = None) -> str:
+        """Give more memory to the pool, of a file or new; return the name of that segment.
 
         Raises:
             ConfigError: it cannot be had; PeerError: the master does not answer.
         """
         with contextlib.ExitStack() as stack, self._lock:
             name = f"{node_of(self.hostname)[:50]}-{secrets.token_hex(4)}"
-            background = Background(self._master, self._segment(self._env, stack, name, capacity_bytes))
+            config = self._segment(self._env, stack, name, capacity_bytes)
+            background = Background(self._master, config, memory=memory)
             stack.callback(background.close)
             background.start()
-            self._mounted[name] = stack.pop_all()
+            self._mounted[name] = Mounted(background, stack.pop_all())
             return name
 
-    def unmount(self, name: str) -> bool:
-        """Take a mounted segment back, with what is in it; return whether it was there."""
+    def unmount(self, name: str, grace_s: float = 0.0) -> bool:
+        """Take a mounted segment back, with what is in it; return whether it was there.
+
+        With `grace_s` it takes nothing more from now on, can be read for so long, and goes then by itself.
+        """
         with self._lock:
-            stack = self._mounted.pop(name, None)
-        if stack is not None:
-            stack.close()
-        return stack is not None
+            mounted = self._mounted.pop(name, None)
+            if mounted is None:
+                return False
+            if grace_s > 0:
+                timer = threading.Timer(grace_s, self._end, (name,))
+                timer.daemon = True
+                self._leaving[name] = (mounted, timer)
+        if grace_s <= 0:
+            mounted.stack.close()
+            return True
+        try:
+            mounted.background.retire()
+        except PeerError as error:
+            log.warning("mooncake.store: the segment has ended before its grace", name=name, error=str(error))
+        timer.start()
+        return True
+
+    def _end(self, name: str) -> None:
+        """End a segment whose grace is over (idempotent)."""
+        with self._lock:
+            mounted, timer = self._leaving.pop(name, (None, None))
+        if mounted is not None and timer is not None:
+            timer.cancel()
+            mounted.stack.close()
 
     @property
     def tenant(self) -> str:
@@ -407,6 +456,8 @@ class Started:
         """End all of it (idempotent)."""
         for name in list(self._mounted):
             self.unmount(name)
+        for name in list(self._leaving):
+            self._end(name)
         self._stack.close()
 
     def _segment(

@@ -7,7 +7,6 @@ import ast
 import sys
 from pathlib import Path
 
-from mooncake.dropin.store.left_out import REASONS
 from mooncake.store import MooncakeDistributedStore
 
 ROOT = Path(__file__).parents[3]
@@ -54,8 +53,6 @@ def page() -> str:
     for name, files in calls().items():
         what = " ".join((getattr(MooncakeDistributedStore, name).__doc__ or "").split("\n\n")[0].split())
         where = ", ".join(f"{file} ({len(tests)})" for file, tests in sorted(files.items()))
-        if name in REASONS:
-            what = f"left out: {REASONS[name]}"
         rows.append(f"| `{name}` | {what} | {where} |\n")
     return HEAD + "".join(rows)
 

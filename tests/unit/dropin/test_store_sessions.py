@@ -1,10 +1,5 @@
 """Ranges, sessions and segments of `mooncake.store`; codes as measured on upstream's wheel."""
 
-import pytest
-
-from mooncake.core.errors import RequestError
-from mooncake.dropin.store.left_out import REASONS
-from mooncake.store import MooncakeDistributedStore
 from tests.unit.dropin.test_store import config_of
 
 
@@ -108,9 +103,3 @@ def test_more_memory_is_mounted_and_taken_back(join) -> None:
     assert store.unmount_segment([]) == 0
     assert store.unmount_local_disk_segment() == 0
     assert store.allocate_and_mount_segment(0) == {"ret": -1, "segment_ids": [], "allocated_size": 0}
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_what_is_left_out_says_why(name) -> None:
-    with pytest.raises(RequestError, match=f"mooncake.store: {name}: .+"):
-        getattr(MooncakeDistributedStore(), name)("a", 1)
