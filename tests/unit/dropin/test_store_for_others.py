@@ -1,0 +1,33 @@
+"""What other projects' integrations rely on beyond signatures and codes."""
+
+from collections.abc import Callable
+
+from mooncake.dropin.store.start import Settings
+from mooncake.store import MooncakeDistributedStore
+from tests.unit.dropin.conftest import MasterThread
+
+REQUIRED = {"local_hostname": "127.0.0.1", "metadata_server": "P2PHANDSHAKE"}
+
+
+def test_the_dict_of_setup_may_use_lmcaches_names() -> None:
+    theirs = {**REQUIRED, "master_server_address": "10.0.0.1:50051", "device_name": "mlx5_0"}
+    ours = {**REQUIRED, "master_server_addr": "10.0.0.1:50051", "rdma_devices": "mlx5_0"}
+    assert Settings.of(theirs) == Settings.of(ours)
+
+
+def test_the_documented_name_wins_over_the_other_one_whatever_comes_first() -> None:
+    both = {"master_server_addr": "127.0.0.1:1", "master_server_address": "127.0.0.2:2"}
+    for values in (both, dict(reversed(both.items()))):
+        assert Settings.of({**REQUIRED, **values}).master == "tcp://127.0.0.1:1"
+
+
+def test_a_master_under_lmcaches_name_is_the_one_that_is_joined(
+    master: MasterThread, join: Callable[..., MooncakeDistributedStore]
+) -> None:
+    reader = join()
+    store = MooncakeDistributedStore()
+    theirs = {"global_segment_size": "8388608", "device_name": "", "master_server_address": master.address}
+    assert store.setup({**REQUIRED, **theirs}) == 0
+    assert store.put("by another name", b"value") == 0
+    assert reader.get("by another name") == b"value"
+    store.close()
