@@ -5,7 +5,7 @@ which a manifest (or the first piece) says how it was cut. Bytes are used only i
 place in that layout says: pieces of two layouts are never mixed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -81,14 +81,11 @@ def read(
     names = [want.layout.name(keys[row]) for row, want in asked]
     values = _objects(calls, names, [memory[row] for row, _ in asked] if memory is not None else None)
     for (row, want), value in zip(asked, values, strict=True):
-        try:
-            if value is not None and _is_piece(head_of(value), want):
-                found[row] = tensor_of(value)
-            elif not want.exact:
-                room = memory[row] if memory is not None else None
-                found[row] = _put_together(calls, keys[row], want.layout, room)
-        except RequestError as error:
-            log.error("mooncake.store: no such tensor", key=keys[row], reason=str(error))
+        key, room = keys[row], memory[row] if memory is not None else None
+        if value is not None and _is_piece(key, value, want):
+            found[row] = tensor_of(value)
+        elif not want.exact:
+            found[row] = _put_together(calls, key, want.layout, room)
     return found
 
 
@@ -99,9 +96,14 @@ def _objects(calls: Calls, names: Sequence[str], memory: Sequence[memoryview] | 
     return [room[:code] if code > 0 else None for room, code in zip(memory, codes, strict=True)]
 
 
-def _is_piece(head: Head, want: Want) -> bool:
+def _is_piece(key: str, value: Any, want: Want) -> bool:
     """Return whether an object of the right name is what is wanted: not every name says the layout."""
-    split, stored = want.layout.split, head.split
+    try:
+        stored = head_of(value).split
+    except RequestError as error:
+        log.error("mooncake.store: no tensor", key=key, reason=str(error))
+        return False
+    split = want.layout.split
     if want.exact or split is None:
         return True
     if stored is None:
@@ -110,26 +112,31 @@ def _is_piece(head: Head, want: Want) -> bool:
 
 
 def _put_together(calls: Calls, key: str, layout: Layout, memory: memoryview | None) -> "torch.Tensor | None":
-    """Return a piece, or all of a tensor, from other pieces; the first set of them that is whole is used."""
-    whole = layout.with_split(None)
-    split = layout.split
-    if split is not None and split.dim is not None:
-        made = _from_pieces(calls, [whole.name(key)], Manifest(1, split.dim, 0), split, memory)
-        if made is not None:
-            return made
-    sets = [whole] if whole.owners else [Layout(writer=True), whole]
-    stored = calls.get([one.manifest(key) for one in sets])
-    for one, data in zip(sets, stored, strict=True):
-        manifest = Manifest.read(data)
-        if manifest is None:
+    """Return a piece, or all of a tensor, from other pieces; the first set of them that serves is used."""
+    for names, manifest in _sets(calls, key, layout):
+        try:
+            made = _from_pieces(calls, names, manifest, layout.split, memory)
+        except RequestError as error:
+            log.warning("mooncake.store: not read from these", pieces=names[0], reason=str(error))
             continue
-        made = _from_pieces(calls, manifest.layout(one).names(key), manifest, split, memory)
         if made is not None:
             return made
+    return None
+
+
+def _sets(calls: Calls, key: str, layout: Layout) -> Iterator[tuple[list[str], Manifest]]:
+    """Give the pieces in which the tensor may lie."""
+    whole, split = layout.with_split(None), layout.split
+    if split is not None and split.dim is not None:
+        yield [whole.name(key)], Manifest(1, split.dim, 0)
+    stored = [whole] if whole.owners else [Layout(writer=True), whole]
+    for one, data in zip(stored, calls.get([one.manifest(key) for one in stored]), strict=True):
+        manifest = Manifest.read(data)
+        if manifest is not None:
+            yield manifest.layout(one).names(key), manifest
     manifest = None if whole.owners else _manifest_of_first(calls, key)
-    if manifest is None:
-        return None
-    return _from_pieces(calls, manifest.layout(whole).names(key), manifest, split, memory)
+    if manifest is not None:
+        yield manifest.layout(whole).names(key), manifest
 
 
 def _manifest_of_first(calls: Calls, key: str) -> Manifest | None:
@@ -137,17 +144,20 @@ def _manifest_of_first(calls: Calls, key: str) -> Manifest | None:
     value = calls.get([Layout((), Split(0, 1, None)).name(key)])[0]
     if value is None:
         return None
-    head = head_of(value)
+    try:
+        head = head_of(value)
+    except RequestError:
+        return None  # which is logged where it is asked for by this name
     return Manifest.of(head.split, head.shape, head.data_bytes) if head.split else None
 
 
 def _from_pieces(
     calls: Calls, names: Sequence[str], manifest: Manifest, split: Split | None, memory: memoryview | None
 ) -> "torch.Tensor | None":
-    """Return what is wanted from one set of pieces; None if one that is needed is missing or of another set.
+    """Return what is wanted from one set of pieces, None if one that is needed is missing.
 
     Raises:
-        RequestError: the tensor has no such piece; PeerError.
+        RequestError: they are not the pieces of one tensor, or it has no such piece; PeerError.
     """
     sizes = calls.sizes(names)
     if any(size == OBJECT_NOT_FOUND for size in sizes):
@@ -162,17 +172,18 @@ def _from_pieces(
         chosen = overlapping(sides, span(sum(sides), split.rank, split.size))
         if not chosen:
             raise RequestError(f"{sum(sides)} long, it has no piece {split.rank} of {split.size}")
-    values = calls.get([names[piece] for piece in chosen])
-    heads = {piece: head_of(value) for piece, value in zip(chosen, values, strict=True) if value is not None}
-    sides = sides or [_side(heads.get(piece), manifest.dim) for piece in chosen]
-    reason = _mismatch(heads, chosen, manifest, sides)
-    if reason:
-        log.warning("mooncake.store: not one tensor", pieces=names[0], reason=reason)
-        return None
+    found = calls.get([names[piece] for piece in chosen])
+    values = {piece: value for piece, value in zip(chosen, found, strict=True) if value is not None}
+    if len(values) < len(chosen):
+        return None  # gone since it was looked for
+    heads = {piece: head_of(value) for piece, value in values.items()}
+    sides = sides or [_side(heads[piece], manifest.dim) for piece in chosen]
     first = heads[chosen[0]]
+    for piece, head in heads.items():
+        _check(piece, head, first, manifest, sides)
     shape = [*first.shape]
     shape[manifest.dim] = sum(sides)
-    return _copy_all(dict(zip(chosen, values, strict=True)), first, shape, manifest.dim, sides, split, memory)
+    return _copy_all(values, heads, shape, manifest.dim, sides, split, memory)
 
 
 def _sides(sizes: Sequence[int], step_bytes: int) -> list[int]:
@@ -191,27 +202,25 @@ def _side(head: Head | None, dim: int) -> int:
     return head.shape[dim] if head is not None and dim < len(head.shape) else 0
 
 
-def _mismatch(heads: dict[int, Head], chosen: Sequence[int], manifest: Manifest, sides: Sequence[int]) -> str:
-    """Return why these are not the pieces of one tensor; empty: they are."""
-    first = heads.get(chosen[0])
-    for piece in chosen:
-        head = heads.get(piece)
-        if head is None or first is None:
-            return f"piece {piece} is gone"
-        if manifest.dim >= len(head.shape):
-            return f"piece {piece} has no dimension {manifest.dim}"
-        if manifest.size > 1 and head.split != Split(piece, manifest.size, manifest.dim):
-            return f"piece {piece} is {head.split}"
-        shape = [*first.shape]
-        shape[manifest.dim] = sides[piece]
-        if (head.dtype, [*head.shape]) != (first.dtype, shape):
-            return f"piece {piece} is {head.dtype}{list(head.shape)}, not {first.dtype}{shape}"
-    return ""
+def _check(piece: int, head: Head, first: Head, manifest: Manifest, sides: Sequence[int]) -> None:
+    """Pass if a piece belongs where the manifest has it, beside the first one.
+
+    Raises:
+        RequestError: it does not.
+    """
+    if manifest.dim >= len(head.shape):
+        raise RequestError(f"piece {piece} of shape {list(head.shape)} has no dimension {manifest.dim}")
+    if manifest.size > 1 and head.split != Split(piece, manifest.size, manifest.dim):
+        raise RequestError(f"piece {piece} is one of another layout: {head.split}")
+    shape = [*first.shape]
+    shape[manifest.dim] = sides[piece]
+    if (head.dtype, [*head.shape]) != (first.dtype, shape):
+        raise RequestError(f"piece {piece} is {head.dtype}{list(head.shape)}, not {first.dtype}{shape}")
 
 
 def _copy_all(
-    values: dict[int, bytes | None],
-    first: Head,
+    values: Mapping[int, bytes],
+    heads: Mapping[int, Head],
     whole: Sequence[int],
     dim: int,
     sides: Sequence[int],
@@ -223,7 +232,7 @@ def _copy_all(
     shape, moves = copies(whole, dim, sides, split)
     if split is not None and split.dim is not None and not shape[split.dim]:
         raise RequestError(f"of shape {list(whole)}, it has no piece {split.rank} of {split.size}")
-    head = Head(first.dtype, tuple(shape), split)
+    head = next(iter(heads.values()))._replace(shape=tuple(shape), split=split)
     size_bytes = HEAD_BYTES + head.data_bytes
     if memory is None:
         fresh: Any = np.empty(size_bytes, np.uint8)
@@ -234,11 +243,7 @@ def _copy_all(
     memory[:HEAD_BYTES] = head.pack()
     target = _elements(memory, head)
     for move in moves:
-        value = values[move.piece]
-        source_shape = [*first.shape]
-        source_shape[dim] = sides[move.piece]
-        source = _elements(value, Head(first.dtype, tuple(source_shape), None))
-        target[move.target] = source[move.source]
+        target[move.target] = _elements(values[move.piece], heads[move.piece])[move.source]
     return tensor_of(memory)
 
 

@@ -122,19 +122,20 @@ def parts_of_tensor(tensor: Any, split: Split | None = None) -> Parts:
 
 
 def tensor_of(data: Any) -> "torch.Tensor":
-    """Return the tensor in `data`, which shares its memory.
+    """Return the tensor in `data`, which shares its memory unless that is immutable.
 
     Raises:
         RequestError: there is none.
     """
     import torch
 
-    view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
-    head = head_of(view)
+    head = head_of(data)
     dtype = getattr(torch, head.dtype)
     if not head.data_bytes:
         return torch.empty(head.shape, dtype=dtype)
-    return torch.frombuffer(view, dtype=dtype, offset=HEAD_BYTES).reshape(head.shape)
+    if isinstance(data, bytes):  # a tensor can be written to; numpy's memory comes in huge pages
+        data = np.frombuffer(data, np.uint8).copy()
+    return torch.frombuffer(data, dtype=dtype, offset=HEAD_BYTES).reshape(head.shape)
 
 
 def serialize(tensor: Any) -> tuple[bytes, int, int, Any]:

@@ -150,6 +150,44 @@ def test_pieces_of_another_type_or_shape_are_never_put_together(store) -> None:
         assert store.get_tensor_with_parallelism(key, target("full")) is None
 
 
+def test_other_things_under_the_names_of_a_tensor_do_not_hide_its_pieces(store) -> None:
+    store.put("k", b"what the application knows of it" * 20)
+    put_shards(store, "k", 4)
+    assert same(store.get_tensor_with_parallelism("k", target("full")), WHOLE)
+    assert same(store.get_tensor_with_parallelism("k", shard(tp(2, 8))), WHOLE[2:3])
+    assert store.get_tensor_with_parallelism("k") is None
+    store.put("other_tp_0", b"x" * 500)
+    assert store.get_tensor_with_parallelism("other", target("full")) is None
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4, 0, 3)])
+def test_a_tensor_of_no_elements_has_pieces_too(store, shape) -> None:
+    tensor = some("float32", *shape)
+    for rank in range(2):
+        axes = along(axis("dp"), tp(rank, 2))
+        assert store.put_tensor_with_parallelism("k", tensor, axes) == 0
+    assert same(store.get_tensor_with_parallelism("k", target("full", axis("dp"), tp(0, 1))), tensor)
+    third = store.get_tensor_with_parallelism("k", shard(axis("dp"), tp(2, 4)))
+    assert third is None if not shape[0] else same(third, tensor[2:3])
+
+
+def test_a_tensor_is_read_by_another_client_than_its_writers(store, join) -> None:
+    writers = [join(1 << 20), join(1 << 20)]
+    for rank, writer in enumerate(writers):
+        assert writer.put_tensor_with_parallelism("k", WHOLE.chunk(2)[rank], along(tp(rank, 2))) == 0
+    assert same(store.get_tensor_with_parallelism("k", shard(tp(1, 3, 1))), WHOLE.chunk(3, 1)[1])
+
+
+def test_an_upsert_of_which_a_part_is_done_is_a_miss_not_a_mixture(store) -> None:
+    put_shards(store, "k", 4)
+    assert store.upsert_tensor_with_parallelism("k", WHOLE[:4] + 1, along(tp(0, 2))) == 0
+    assert store.get_tensor_with_parallelism("k", target("full")) is None
+    assert store.get_tensor_with_parallelism("k", shard(tp(1, 2))) is None
+    assert same(store.get_tensor_with_parallelism("k", shard(tp(0, 2))), WHOLE[:4] + 1)
+    assert store.upsert_tensor_with_parallelism("k", WHOLE[4:] + 1, along(tp(1, 2))) == 0
+    assert same(store.get_tensor_with_parallelism("k", target("full")), WHOLE + 1)
+
+
 def test_a_damaged_manifest_is_none(store) -> None:
     assert store.put("k__parallelism_manifest", b"\xff" * 9) == 0
     put_shards(store, "k", 4)
