@@ -4,8 +4,6 @@ A crash half-way leaves chunks that nothing names; the pool evicts them. A put t
 wrote. Removal begins with the manifest.
 """
 
-import bisect
-import itertools
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +14,7 @@ import structlog
 from mooncake.core.errors import CapacityError, PeerError
 from mooncake.dropin.structured import manifest as manifests
 from mooncake.dropin.structured.fields import Encoded, Reading, index_reading, reading
-from mooncake.dropin.structured.manifest import Chunk, Field, Manifest, Payload
+from mooncake.dropin.structured.manifest import Field, Manifest, Payload
 from mooncake.dropin.structured.model import RemoteBundleRef
 from mooncake.dropin.structured.wire import BATCH_BYTES_MAX, BATCH_KEYS_MAX, Want, Wire, with_group
 
@@ -26,10 +24,11 @@ Ref = RemoteBundleRef | Mapping[str, Any]
 
 
 class Member(NamedTuple):
-    """One that is to be read; `rows`: which of it, None = all."""
+    """One that is to be read. `base`: of the names of its chunks; `rows`: which of it, None = all."""
 
     name: str
     payload: Payload
+    base: str
     rows: Sequence[int] | None = None
     destination: Any = None
 
@@ -74,7 +73,8 @@ class Bundles:
         """
         object_id = f"{partition}/{uuid.uuid4().hex}"
         config = with_group(self._store, config, object_id if group is None else group)
-        writing = _Writing(self.wire, f"{self.prefix}/{object_id}", chunk_bytes, config)
+        shared = after.ids() if after else []
+        writing = _Writing(self.wire, f"{self.prefix}/{object_id}", chunk_bytes, config, len(shared))
         with ExitStack() as undo:
             undo.callback(self._undo, writing)
             buffers = dict(after.buffers) if after else {}
@@ -84,10 +84,7 @@ class Bundles:
                 writing.member(Encoded(Field(), [memoryview(meta).cast("B")])) if meta is not None else None
             )
             writing.flush()
-            manifest = Manifest(
-                object_id, 1, "bundle", buffers, dict(metadata), kept,
-                shared=[*after.shared, after.object_id] if after else [],
-            )  # fmt: skip
+            manifest = Manifest(object_id, 1, "bundle", buffers, dict(metadata), kept, shared)
             writing.put(manifests.key_of(self.prefix, object_id), manifests.encode(manifest))
             undo.pop_all()
         return manifests.ref_of(manifest, self.prefix)
@@ -124,14 +121,12 @@ class Bundles:
         key, known = _parts(ref)
         if not known and key and not self.wire.is_there(key):
             return
-        manifest = self.resolve(ref)
-        self.remove_parts(manifest, [*manifest.shared, manifest.object_id], manifest.payloads())
+        self.remove_since(self.resolve(ref), 0)
 
-    def remove_parts(self, manifest: Manifest, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
-        """Remove the manifests of `ids`, the newest first, then these chunks."""
-        names = [manifests.key_of(self.prefix, one) for one in reversed(ids)]
-        chunks = dict.fromkeys(chunk.key for payload in payloads for chunk in payload.chunks)
-        left = self.wire.remove(names) + self.wire.remove(list(chunks))
+    def remove_since(self, manifest: Manifest, since: int) -> None:
+        """Remove the manifests of a bundle's sources from `since` on, the newest first, then their chunks."""
+        names = [manifests.key_of(self.prefix, one) for one in reversed(manifest.ids()[since:])]
+        left = self.wire.remove(names) + self.wire.remove(manifest.keys(self.prefix, since))
         if left:
             raise PeerError(
                 f"{len(left)} objects of bundle {manifest.object_id} could not be removed, like {left[0]}: "
@@ -139,6 +134,13 @@ class Bundles:
             )
 
     # ------------------------------------------------------------ reading
+
+    def member(
+        self, manifest: Manifest, name: str, rows: Sequence[int] | None = None, destination: Any = None
+    ) -> Member:
+        """Return what is to be read of a member; raises KeyError."""
+        payload = manifest.buffers[name]
+        return Member(name, payload, f"{self.prefix}/{manifest.ids()[payload.source]}/", rows, destination)
 
     def read(self, members: Sequence[Member]) -> list[Any]:
         """Return the values of members, of any bundles.
@@ -157,23 +159,26 @@ class Bundles:
 
     def _read(self, members: Sequence[Member]) -> list[Any]:
         indexes = [index_reading(one.payload) if one.rows is not None else None for one in members]
-        starts = iter(self._fill([one for one in indexes if one is not None]))
+        bases = [one.base for one in members]
+        starts = iter(self._fill(bases, indexes))
         readings = [
             reading(one.name, one.payload, one.rows, None if index is None else next(starts), one.destination)
             for one, index in zip(members, indexes, strict=True)
         ]
-        return self._fill(readings)
+        return self._fill(bases, readings)
 
-    def _fill(self, readings: Sequence[Reading]) -> list[Any]:
-        self.wire.read([want for one in readings for want in _wants(one)])
-        return [one.finish() for one in readings]
+    def _fill(self, bases: Sequence[str], readings: Sequence[Reading | None]) -> list[Any]:
+        there = [(base, one) for base, one in zip(bases, readings, strict=True) if one is not None]
+        self.wire.read([want for base, one in there for want in _wants(base, one)])
+        return [one.finish() for _, one in there]
 
 
 class _Writing:
     """Chunks on their way to the store, a batch at a time."""
 
-    def __init__(self, wire: Wire, base: str, chunk_bytes: int, config: Any) -> None:
+    def __init__(self, wire: Wire, base: str, chunk_bytes: int, config: Any, source: int) -> None:
         self.keys: list[str] = []
+        self._source = source
         self._wire = wire
         self._base = base
         self._chunk_bytes = chunk_bytes
@@ -182,18 +187,17 @@ class _Writing:
         self._waiting_bytes = 0
 
     def member(self, encoded: Encoded) -> Payload:
-        chunks: list[Chunk] = []
+        first = len(self.keys)
         groups = [encoded.parts[: encoded.alone], encoded.parts[encoded.alone :]]
+        head, rest = (sum(part.nbytes for part in parts) for parts in groups)
         for pieces in (chunk for parts in groups for chunk in _cut(parts, self._chunk_bytes)):
             value = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
             if self._waiting_bytes + value.nbytes > BATCH_BYTES_MAX or len(self._waiting) >= BATCH_KEYS_MAX:
                 self.flush()
-            key = f"{self._base}/{len(self.keys)}"
-            self.keys.append(key)
-            self._waiting.append((key, value))
+            self.keys.append(f"{self._base}/{len(self.keys)}")
+            self._waiting.append((self.keys[-1], value))
             self._waiting_bytes += value.nbytes
-            chunks.append(Chunk(key, value.nbytes))
-        return Payload(sum(chunk.bytes for chunk in chunks), chunks, encoded.field)
+        return Payload(head + rest, self._chunk_bytes, first, head, self._source, encoded.field)
 
     def flush(self) -> None:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
@@ -222,18 +226,15 @@ def _cut(parts: Sequence[memoryview], chunk_bytes: int) -> Iterator[list[memoryv
         yield chunk
 
 
-def _wants(one: Reading) -> Iterator[Want]:
+def _wants(base: str, one: Reading) -> Iterator[Want]:
     """Yield which bytes of which chunks the ranges are."""
-    chunks = one.payload.chunks
-    ends = list(itertools.accumulate(chunk.bytes for chunk in chunks))
     done = 0
-    for start, size in one.ranges:
-        at, end = start, start + size
+    for begin, size in one.ranges:
+        at, end = begin, begin + size
         while at < end:
-            row = bisect.bisect_right(ends, at)
-            begin = at - (ends[row] - chunks[row].bytes)
-            length = min(end - at, chunks[row].bytes - begin)
-            yield Want(chunks[row].key, chunks[row].bytes, begin, length, one.target, done)
+            number, start, stop = one.payload.chunk_at(at)
+            length = min(end, stop) - at
+            yield Want(f"{base}{number}", stop - start, at - start, length, one.target, done)
             at, done = at + length, done + length
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import structlog
 
 from mooncake.core.errors import MooncakeError, PeerError, UserError
+from mooncake.dropin.structured.arguments import names, normalized, tags_of, text
 from mooncake.dropin.structured.batches import split
-from mooncake.dropin.structured.catalog import names, normalized, tags_of, text
 from mooncake.dropin.structured.handles import export_dataproto_ref
 
 TRIES = 2

@@ -10,7 +10,6 @@ import structlog
 from mooncake.core.errors import IntegrityError, PeerError
 from mooncake.dropin.structured import batches, objects
 from mooncake.dropin.structured.batches import Batch
-from mooncake.dropin.structured.bundles import Member
 from mooncake.dropin.structured.fields import count_rows
 from mooncake.dropin.structured.handles import ref_of
 from mooncake.dropin.structured.model import (
@@ -237,7 +236,10 @@ class DataProtoTransfer(ObjectTransfer):
                 )
             if payload.field.encoding in NO_ROWS or count_rows(name, payload.field) != known.batch_size:
                 raise IntegrityError(f"field {name!r} has not the {known.batch_size} rows of its ref")
-            members.append(Member(name, payload, some, (destinations or {}).get(name)))
+            member = self._bundles.member(
+                manifests[at.stage], at.member, some, (destinations or {}).get(name)
+            )
+            members.append(member._replace(name=name))
         values = dict(zip(chosen, self._bundles.read(members), strict=True))
         info = known.meta_info
         if meta_info_keys is not None:
@@ -313,15 +315,9 @@ class DataProtoTransfer(ObjectTransfer):
         if not added.manifest and not self._bundles.wire.is_there(added.manifest_key):
             return
         manifest = self._bundles.resolve(added)
-        ids = [*manifest.shared, manifest.object_id]
-        keys = [f"{self.key_prefix}/{one}/manifest" for one in ids]
-        new = ids[keys.index(known.manifest_key) + 1 :] if known.manifest_key in keys else ids[-1:]
-        bases = tuple(f"{self.key_prefix}/{one}/" for one in new)
-        self._bundles.remove_parts(
-            manifest,
-            new,
-            [one for one in manifest.payloads() if any(chunk.key.startswith(bases) for chunk in one.chunks)],
-        )
+        keys = [f"{self.key_prefix}/{one}/manifest" for one in manifest.ids()]
+        since = keys.index(known.manifest_key) + 1 if known.manifest_key in keys else len(keys) - 1
+        self._bundles.remove_since(manifest, since)
 
 
 def _check_kind(kind: str) -> None:

@@ -17,7 +17,6 @@ from mooncake.dropin.structured.manifest import Field, Payload
 from mooncake.dropin.structured.model import StructuredMemberSlice, TensorObject
 from mooncake.dropin.structured.places import memory_at, place_for
 from mooncake.dropin.structured.tree import (
-    ALIGN_BYTES,
     IntArray,
     aligned,
     array_of,
@@ -78,28 +77,21 @@ def encode(value: Any, where: str) -> Encoded:
     if isinstance(value, np.ndarray) and value.dtype != object:
         array = plain_array(value, where)
         return Encoded(Field("ndarray", array.dtype.str, list(array.shape)), [bytes_of(array)])
-    return Encoded(Field("value"), pack(value, where))
+    return Encoded(Field("value"), [memoryview(part) for part in pack(value, where)])
 
 
 def _rows(values: list[Any], where: str, encoding: Any) -> Encoded:
-    packed = [pack(value, f"{where}[{row}]") for row, value in enumerate(values)]
-    step = ALIGN_BYTES if any(len(parts) > 1 for parts in packed) else 1  # large arrays stay aligned
-    starts = np.zeros(len(values) + 1, np.int64)
-    parts: list[memoryview] = []
-    small: list[memoryview] = []
-    for row, some in enumerate(packed):
-        size = sum(part.nbytes for part in some)
-        padded = -(-size // step) * step
-        starts[row + 1] = starts[row] + padded
-        pieces = [*some, memoryview(bytes(padded - size))] if padded > size else some
-        if len(some) == 1:
-            small += pieces
-            continue
-        parts += [*_joined(small), *pieces]
-        small = []
-    index = memoryview(starts.tobytes().ljust(_index_bytes(len(values)), b"\0"))
-    alone = int(index.nbytes > OWN_CHUNK_BYTES)
-    return Encoded(Field(encoding, rows=len(values)), [index, *parts, *_joined(small)], alone)
+    packed = [pack(value, where, row) for row, value in enumerate(values)]
+    sizes = [sum(map(len, parts)) for parts in packed]
+    if any(len(parts) > 1 for parts in packed):  # large arrays stay aligned
+        sizes = [aligned(size) for size in sizes]
+        packed = [
+            [*parts, bytes(size - sum(map(len, parts)))] for parts, size in zip(packed, sizes, strict=True)
+        ]
+    starts = np.fromiter(itertools.accumulate(sizes, initial=0), np.int64, len(sizes) + 1)
+    index = memoryview(starts.tobytes().ljust(_index_bytes(len(sizes)), b"\0"))
+    data = memoryview(b"".join(itertools.chain.from_iterable(packed)))
+    return Encoded(Field(encoding, rows=len(sizes)), [index, data], int(index.nbytes > OWN_CHUNK_BYTES))
 
 
 def _nested_rows(value: Any, where: str) -> Encoded:
@@ -111,10 +103,6 @@ def _nested_rows(value: Any, where: str) -> Encoded:
     values = value.values()
     field = Field("nested_tensor", str(values.dtype), list(values.shape[1:]), rows=encoded.field.rows)
     return encoded._replace(field=field)
-
-
-def _joined(parts: list[memoryview]) -> list[memoryview]:
-    return [memoryview(b"".join(parts))] if parts else []
 
 
 def _index_bytes(rows: int) -> int:

@@ -3,7 +3,8 @@
     {prefix}/{partition}/{id}/manifest   this
     {prefix}/{partition}/{id}/{number}   a chunk of a member's bytes
 
-A bundle that continues another has members in the other's chunks; the others' ids stand in `shared`.
+Names of chunks follow from where a member begins and how large its chunks are; no manifest can name other
+objects. A bundle that continues another has members in the other's chunks: the others' ids are `shared`.
 """
 
 import re
@@ -17,21 +18,14 @@ from mooncake.dropin.structured.model import RemoteBundleRef
 
 MANIFEST_BYTES_MAX = 64 << 20
 MEMBERS_MAX = 1 << 14
-CHUNKS_MAX = 1 << 17
-"""Of one member: 1 TiB of 8 MiB chunks."""
+CHUNKS_MAX = 1 << 20
+"""Of a bundle: 8 TiB of 8 MiB chunks."""
 SHARED_MAX = 1 << 10
 """Appends to one stage."""
 NAME_CHARS_MAX = 512
 OBJECT_ID = re.compile(r"[^/]{1,128}/[0-9a-f]{32}")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
-
-
-class Chunk(msgspec.Struct, frozen=True):
-    """One object of the store."""
-
-    key: str
-    bytes: Annotated[int, msgspec.Meta(gt=0, le=1 << 60)]
 
 
 class Field(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -44,12 +38,33 @@ class Field(msgspec.Struct, frozen=True, omit_defaults=True):
     rows: Count = 0
 
 
-class Payload(msgspec.Struct, frozen=True):
-    """A member: its bytes are those of its chunks, one behind the other."""
+class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A member: `bytes` in chunks of `chunk_bytes`, the `first` of which has that number.
+
+    The first `head` bytes have chunks of their own. `source`: whose chunks, of Manifest.ids().
+    """
 
     bytes: Count
-    chunks: Annotated[list[Chunk], msgspec.Meta(max_length=CHUNKS_MAX)]
+    chunk_bytes: Annotated[int, msgspec.Meta(gt=0, le=1 << 60)]
+    first: Count = 0
+    head: Count = 0
+    source: Annotated[int, msgspec.Meta(ge=0, le=SHARED_MAX)] = 0
     field: Field = Field()
+
+    @property
+    def chunks(self) -> range:
+        """Return the numbers of its chunks."""
+        head, rest = -(-self.head // self.chunk_bytes), -(-(self.bytes - self.head) // self.chunk_bytes)
+        return range(self.first, self.first + head + rest)
+
+    def chunk_at(self, offset: int) -> tuple[int, int, int]:
+        """Return the number of the chunk with the byte at `offset`, and where it begins and ends."""
+        begin, end, number = 0, self.head, self.first
+        if offset >= self.head:
+            begin, end, number = self.head, self.bytes, self.first + -(-self.head // self.chunk_bytes)
+        row = (offset - begin) // self.chunk_bytes
+        start = begin + row * self.chunk_bytes
+        return number + row, start, min(start + self.chunk_bytes, end)
 
 
 Buffers = Annotated[
@@ -73,21 +88,29 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return all that has bytes."""
         return [*self.buffers.values(), *([self.meta] if self.meta else [])]
 
-    def check(self, prefix: str) -> None:
-        """Pass if it speaks of its own objects only, else raise IntegrityError."""
-        ids = [self.object_id, *self.shared]
+    def ids(self) -> list[str]:
+        """Return whose chunks it has, its own last."""
+        return [*self.shared, self.object_id]
+
+    def keys(self, prefix: str, since: int = 0) -> list[str]:
+        """Return the names of all chunks of the sources from `since` on."""
+        bases = [f"{prefix}/{one}/" for one in self.ids()]
+        numbers = {
+            (one.source, number) for one in self.payloads() if one.source >= since for number in one.chunks
+        }
+        return [f"{bases[source]}{number}" for source, number in sorted(numbers)]
+
+    def check(self) -> None:
+        """Pass if it makes sense, else raise IntegrityError."""
+        ids = self.ids()
         partition = self.object_id.partition("/")[0]
-        for one in ids:
-            if not OBJECT_ID.fullmatch(one) or one.partition("/")[0] != partition:
-                raise IntegrityError(f"bundle manifest: {one!r} is no object of this partition")
-        bases = {f"{prefix}/{one}/" for one in ids}
-        for payload in self.payloads():
-            for chunk in payload.chunks:
-                base, _, number = chunk.key.rpartition("/")
-                if f"{base}/" not in bases or not number.isdecimal():
-                    raise IntegrityError(f"bundle manifest: {chunk.key!r} is outside of the bundle")
-            if sum(chunk.bytes for chunk in payload.chunks) != payload.bytes:
-                raise IntegrityError("bundle manifest: the chunks of a member are not its bytes")
+        if not all(OBJECT_ID.fullmatch(one) and one.partition("/")[0] == partition for one in ids):
+            raise IntegrityError(f"bundle manifest: {ids[:3]} are not objects of one partition")
+        payloads = self.payloads()
+        if any(one.source >= len(ids) or one.head > one.bytes for one in payloads):
+            raise IntegrityError("bundle manifest: a member of nothing")
+        if sum(len(one.chunks) for one in payloads) > CHUNKS_MAX:
+            raise IntegrityError(f"bundle manifest: more than {CHUNKS_MAX} chunks")
 
 
 def key_of(prefix: str, object_id: str) -> str:
@@ -102,10 +125,15 @@ def encode(manifest: Manifest) -> bytes:
         ValueError: it would be too large to be read.
     """
     data = msgspec.msgpack.encode(manifest)
-    if len(data) > MANIFEST_BYTES_MAX or len(manifest.buffers) > MEMBERS_MAX:
+    members, chunks = len(manifest.buffers), sum(len(one.chunks) for one in manifest.payloads())
+    if len(data) > MANIFEST_BYTES_MAX or members > MEMBERS_MAX or chunks > CHUNKS_MAX:
         raise ValueError(
-            f"a bundle of {len(manifest.buffers)} members, its manifest of {len(data)} bytes: at most "
-            f"{MEMBERS_MAX} and {MANIFEST_BYTES_MAX}; put it as several, or use larger chunks"
+            f"a bundle of {members} members, {chunks} chunks and a manifest of {len(data)} bytes: at most "
+            f"{MEMBERS_MAX}, {CHUNKS_MAX} and {MANIFEST_BYTES_MAX}: put it as several, or use larger chunks"
+        )
+    if len(manifest.shared) > SHARED_MAX:
+        raise ValueError(
+            f"{len(manifest.shared)} appends to one stage: at most {SHARED_MAX}; use another stage"
         )
     return data
 
@@ -132,7 +160,7 @@ def decode(data: Any, key: str, prefix: str) -> Manifest:
         raise IntegrityError(f"{key}: no bundle manifest: {error}") from error
     if key != key_of(prefix, manifest.object_id):
         raise IntegrityError(f"{key}: a manifest of {manifest.object_id!r}")
-    manifest.check(prefix)
+    manifest.check()
     return manifest
 
 

@@ -108,7 +108,7 @@ def metadata_of(bundles: Bundles, manifest: Manifest) -> dict[str, Any]:
     """Return the metadata of an object, with the fields of its members as upstream shows them."""
     metadata = dict(manifest.metadata)
     if manifest.meta is not None:  # put_bundle
-        given = bundles.read([Member("meta", manifest.meta)])[0]
+        given = bundles.read([Member("meta", manifest.meta, f"{bundles.prefix}/{manifest.object_id}/")])[0]
         try:
             metadata = msgspec.json.decode(given, type=dict[str, Any])
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -146,7 +146,7 @@ def read(
         if payload is None:
             raise KeyError(f"unknown bundle buffers: {[one for one in names if one not in manifest.buffers]}")
         rows = rows_of(name, payload.field, spec.member_slice(name))
-        members.append(Member(name, payload, rows, (destinations or {}).get(name)))
+        members.append(bundles.member(manifest, name, rows, (destinations or {}).get(name)))
     metadata = metadata_of(bundles, manifest)
     return StructuredObjectResult(metadata, dict(zip(names, bundles.read(members), strict=True)))
 

@@ -169,7 +169,7 @@ class _Packer:
     """Turns one value into msgpack's words and Nodes; large arrays are kept aside."""
 
     def __init__(self) -> None:
-        self.arrays: list[memoryview] = []
+        self.arrays: list[bytes | memoryview] = []
         self.size_bytes = 0
         self.nodes = False
 
@@ -225,7 +225,7 @@ class _Packer:
         if data.nbytes <= INLINE_BYTES_MAX:
             return bytes(data)
         at, self.size_bytes = self.size_bytes, self.size_bytes + aligned(data.nbytes)
-        self.arrays += [data, memoryview(bytes(aligned(data.nbytes) - data.nbytes))]
+        self.arrays += [data, bytes(aligned(data.nbytes) - data.nbytes)]
         return [at, data.nbytes]
 
     def node(self, kind: str, dtype: str, shape: list[int], data: Any) -> msgspec.msgpack.Ext:
@@ -233,26 +233,29 @@ class _Packer:
         return msgspec.msgpack.Ext(NODE, _encode(Node(kind, dtype, shape, data)))
 
 
-def pack(value: Any, where: str) -> list[memoryview]:
+def pack(value: Any, where: str, row: int | None = None) -> list[bytes | memoryview]:
     """Return a value as pieces of bytes; arrays among them are views of the caller's.
 
     Args:
         value: containers, scalars, arrays and tensors in any nesting.
         where: its name, for messages.
+        row: of it.
 
     Raises:
         TypeError: something in it is not stored. ValueError: nested too deeply, a number too large.
     """
-    packer = _Packer()
-    plain = packer.plain(value, where)
+    packer = None
+    if type(value) not in SCALARS:
+        packer = _Packer()
+        value = packer.plain(value, where if row is None else f"{where}[{row}]")
     try:
-        body = _encode(plain)
+        body = _encode(value)
     except OverflowError as error:
         raise ValueError(f"{where}: a whole number of more than 64 bits: store it as text") from error
-    head = _HEAD.pack(len(body), packer.nodes) + body
-    if not packer.arrays:
-        return [memoryview(head)]
-    return [memoryview(head.ljust(aligned(len(head)), b"\0")), *packer.arrays]
+    if packer is None or not packer.nodes:
+        return [_HEAD.pack(len(body), 0) + body]
+    head = _HEAD.pack(len(body), 1) + body
+    return [head.ljust(aligned(len(head)), b"\0"), *packer.arrays] if packer.arrays else [head]
 
 
 def unpack(data: memoryview) -> Any:
