@@ -458,6 +458,7 @@ class Node:
             puts_discarded=self.puts_discarded,
             drops=self.drops,
             soft_pins=self.policy.soft_pins,
+            tenants=self.policy.strict_use(),
             hits=self.hits,
             misses=self.misses,
             evictions=self.evictions,

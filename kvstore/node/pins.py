@@ -414,6 +414,10 @@ class Guarded:
             return 0
         return max(0, known.used_bytes + more_bytes - known.quota_bytes) if known.strict else 0
 
+    def strict_use(self) -> dict[str, int]:
+        """Return the bytes of each tenant with a strict quota."""
+        return {name: known.used_bytes for name, known in self._tenants.items() if known.strict}
+
     def tenants(self) -> dict[str, int]:
         """Return the bytes of each tenant that has a block or a quota. Safe from another thread."""
         return {name: known.used_bytes for name, known in list(self._tenants.items())}

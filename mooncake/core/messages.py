@@ -299,6 +299,7 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     puts_discarded: int = 0  # given up by the writer, or never committed
     drops: int = 0
     soft_pins: int = 0
+    tenants: dict[str, int] = {}  # bytes of those with a strict quota
 
 
 StoreRequest = (

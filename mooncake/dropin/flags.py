@@ -25,14 +25,14 @@ def parse_flags(
 
     Args:
         words: of the command line.
-        kind: a struct whose fields (bool, int, str) are the flags.
+        kind: a struct whose fields (bool, int, float, str) are the flags.
         aliases: other names of fields.
 
     Raises:
         ConfigError: a value is no number or no truth value.
     """
     known = {field.name: field for field in msgspec.structs.fields(kind)}
-    values: dict[str, int | str | bool] = {}
+    values: dict[str, int | float | str | bool] = {}
     unknown: list[str] = []
     left = list(words)
     while left:
@@ -55,7 +55,7 @@ def parse_flags(
     return kind(**values), unknown
 
 
-def _value(name: str, text: str, kind: type) -> int | str | bool:
+def _value(name: str, text: str, kind: type) -> int | float | str | bool:
     if kind is bool:
         if text.lower() not in TRUE + FALSE:
             raise fail(name, text, "true or false")
@@ -65,4 +65,9 @@ def _value(name: str, text: str, kind: type) -> int | str | bool:
             return int(text)
         except ValueError as error:
             raise fail(name, text, "a whole number") from error
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError as error:
+            raise fail(name, text, "a number") from error
     return text

@@ -24,110 +24,62 @@ from kvstore.client.pool import Pool
 from kvstore.leader.admin_http import TOKEN_ENV, AdminServer
 from kvstore.leader.coordinator import Coordinator, CoordinatorConfig
 from mooncake.core import log as logs
-from mooncake.core.config import fail
 from mooncake.core.errors import ConfigError
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.rpc import check_endpoint
 from mooncake.dropin.engine.start import environment
+from mooncake.dropin.flags import asks_for_help, parse_flags
+from mooncake.dropin.master.flags import asks_for_nothing, warnings
 from mooncake.dropin.master.http import MasterHttp
-from mooncake.dropin.store.start import MASTER_KEY, MasterSettings
+from mooncake.dropin.master.options import MasterOptions, config_words
+from mooncake.dropin.master.quotas import Quotas, read_quotas
+from mooncake.dropin.store.start import MASTER_KEY, QUOTAS_KEY
 from mooncake.http_metadata_server import KVBootstrapServer
 from transfer.config import EngineConfig
 
 EXIT_USAGE = 2
-LOOPBACK = "127.0.0.1"
-SECONDS_MAX = 86_400.0
-TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
-"""Of gflags, which upstream's flags are."""
+ALIASES = {"port": "rpc_port"}
 USAGE = """usage: mooncake_master [--flag=value ...]
 
-  --rpc_port=50051                     where clients register (also --port)
-  --rpc_address=127.0.0.1              address to listen at
-  --metrics_port=9003                  HTTP: health, keys, segments, metrics
-  --enable_http_metadata_server=false  serve GET | PUT | DELETE /metadata as well
+  --rpc_port=50051                      where clients register (also --port)
+  --rpc_address=127.0.0.1               address to listen at
+  --metrics_port=9003                   HTTP: health, keys, segments, drain jobs, quotas, metrics
+  --metrics_host=                       address of it; as --rpc_address
+  --enable_http_metadata_server=false   serve GET | PUT | DELETE /metadata as well
   --http_metadata_server_host=127.0.0.1
   --http_metadata_server_port=8080
-  --default_kv_lease_ttl=10000         ms for which clients do not remove what they have just read
-  --default_kv_soft_pin_ttl=1800000    ms of a soft pin that names no time
+  --default_kv_lease_ttl=10s            for which what was read is not removed unless forced
+  --default_kv_soft_pin_ttl=30m         of a soft pin that names no time
+  --allow_evict_soft_pinned_objects=true
+  --client_ttl=5                        seconds after which a silent client's segment is gone
+  --eviction_high_watermark_ratio=1     of a segment's memory: evict ahead of need when it is fuller
+  --eviction_ratio=0.05                 how far below that
+  --enable_offload=false                an SSD tier for clients that know a place for it
+  --offload_on_evict=false              copy to the SSD only when memory runs short
+  --enable_multi_tenants=false          only tenants with a quota write, and none beyond it
+  --tenant_quota_connector_uri=         the file of quotas
+  --config_path=                        a JSON or YAML file of flags
 
-Other flags of upstream's are accepted and named in a warning.
+Other flags of upstream's are accepted; those that ask for what is not here are named in a warning.
 """
 
 log = structlog.get_logger(__name__)
 
 
-class MasterOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Flags that mean something here, under upstream's names."""
-
-    rpc_port: int = 50_051
-    rpc_address: str = LOOPBACK
-    metrics_port: int = 9_003
-    enable_http_metadata_server: bool = False
-    http_metadata_server_host: str = LOOPBACK
-    http_metadata_server_port: int = 8_080
-    default_kv_lease_ttl: int = 10_000
-    default_kv_soft_pin_ttl: int = 1_800_000
-
-    def __post_init__(self) -> None:
-        """Refuse flags that cannot work.
-
-        Raises:
-            ConfigError: names the flag and its value.
-        """
-        for name in ("rpc_port", "metrics_port", "http_metadata_server_port"):
-            if not 0 <= getattr(self, name) < 1 << 16:
-                raise fail(name, getattr(self, name), "must be 0..65535")
-        for name in ("default_kv_lease_ttl", "default_kv_soft_pin_ttl"):
-            if not 0 <= getattr(self, name) <= SECONDS_MAX * 1000:
-                raise fail(name, getattr(self, name), "milliseconds of at most a day")
-
-    @property
-    def settings(self) -> MasterSettings:
-        """What clients have to know."""
-        return MasterSettings(self.default_kv_lease_ttl / 1000, self.default_kv_soft_pin_ttl / 1000)
-
-
-def parse_flags(words: Sequence[str]) -> tuple[MasterOptions, list[str]]:
-    """Return the options that gflags-like `words` give, and the flags that mean nothing here.
+def read_flags(words: Sequence[str]) -> tuple[MasterOptions, list[str]]:
+    """Return the options that a command line gives, and what has to be said of other flags in it.
 
     Raises:
-        ConfigError: a value is no number or no truth value.
+        ConfigError: a value that cannot work; names the flag.
     """
-    known = {field.name: field for field in msgspec.structs.fields(MasterOptions)}
-    values: dict[str, int | str | bool] = {}
-    unknown: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, text = word.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        name = "rpc_port" if name == "port" else name
-        field = known.get(name) or known.get(name.removeprefix("no"))
-        is_switch = field is not None and field.type is bool
-        if not word.startswith("-") or field is None or (field.name != name and not is_switch):
-            unknown.append(word)
-            if word.startswith("-") and not equals and left and not left[0].startswith("-"):
-                left.pop(0)
-            continue
-        if not equals:
-            if not is_switch and not left:
-                raise fail(name, "", "a value is missing")
-            text = ("true" if field.name == name else "false") if is_switch else left.pop(0)
-        values[field.name] = _value(name, text, field.type)
-    return MasterOptions(**values), unknown  # type: ignore[arg-type]
+    options, unknown = _parse(words)
+    if options.config_path:
+        options, unknown = _parse([*config_words(options.config_path), *words])
+    return options, warnings(unknown)
 
 
-def _value(name: str, text: str, kind: type) -> int | str | bool:
-    if kind is bool:
-        if text.lower() not in TRUE + FALSE:
-            raise fail(name, text, "true or false")
-        return text.lower() in TRUE
-    if kind is int:
-        try:
-            return int(text)
-        except ValueError as error:
-            raise fail(name, text, "a whole number") from error
-    return text
+def _parse(words: Sequence[str]) -> tuple[MasterOptions, list[str]]:
+    return parse_flags([word for word in words if not asks_for_nothing(word)], MasterOptions, ALIASES)
 
 
 class Master:
@@ -153,11 +105,15 @@ class Master:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options, env = self.options, environment()
         host = f"[{options.rpc_address}]" if ":" in options.rpc_address else options.rpc_address
+        quotas_path = options.tenant_quota_connector_uri if options.enable_multi_tenants else ""
+        quotas_now = read_quotas(quotas_path) if quotas_path else {}
         server = MetadataServer(check_endpoint(f"tcp://{host}:{options.rpc_port}"))
         stack.push_async_callback(server.close)
+        # before it answers: nobody joins by other settings
+        await server.store.put(MASTER_KEY, msgspec.json.encode(options.settings))
+        await server.store.put(QUOTAS_KEY, msgspec.json.encode(quotas_now))
         server.start()
         self.endpoint = server.endpoint
-        await server.store.put(MASTER_KEY, msgspec.json.encode(options.settings))
         name = f"master-{socket.gethostname().split('.')[0]}-{os.getpid()}"
         directory = CoordinatorConfig(name=name, endpoint=f"tcp://{host}:*", admin_port=None)
         coordinator = Coordinator(directory, server.store)
@@ -167,7 +123,13 @@ class Master:
         pool = await asyncio.to_thread(Pool, self.endpoint, engine=engine, touch=False)
         stack.push_async_callback(asyncio.to_thread, pool.close)
         token = os.environ.get(TOKEN_ENV, "").strip()
-        http = AdminServer(MasterHttp(pool).answer, options.rpc_address, options.metrics_port, token)
+        quotas = Quotas(quotas_path, server.store, coordinator.clients) if quotas_path else None
+        if quotas:
+            await quotas.start()
+            stack.push_async_callback(quotas.close)
+        api = MasterHttp(pool, coordinator, quotas)
+        address = options.metrics_host or options.rpc_address
+        http = AdminServer(api.answer, address, options.metrics_port, token)
         stack.push_async_callback(asyncio.to_thread, http.close)
         self.url = http.start()
         if options.enable_http_metadata_server:
@@ -199,14 +161,14 @@ async def _serve(options: MasterOptions) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a master until SIGTERM; return the exit code."""
     words = sys.argv[1:] if words is None else words
-    if any(word.lstrip("-") in ("help", "h") and word.startswith("-") for word in words):
+    if asks_for_help(words):
         sys.stdout.write(USAGE)
         return 0
     logs.setup("master")
     try:
-        options, unknown = parse_flags(words)
-        if unknown:
-            log.warning("mooncake_master: these flags mean nothing here", flags=" ".join(unknown))
+        options, said = read_flags(words)
+        for text in said:
+            log.warning("mooncake_master: a flag that does nothing here", flag=text)
         return asyncio.run(_serve(options))
     except ConfigError as error:
         sys.stderr.write(f"mooncake_master: {error}\n")

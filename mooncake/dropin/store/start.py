@@ -48,6 +48,8 @@ TENANT = "default"
 """Upstream's defaults of the dict form."""
 MASTER_KEY = "mooncake/master"
 """Where a master says what its flags are: a JSON object of MasterSettings."""
+QUOTAS_KEY = "mooncake/quotas"
+"""Where it says what tenants may have, for stores that join: a JSON object of bytes by tenant."""
 SEGMENT_TTL_S = 5.0
 """A process whose interpreter is busy for so long is no dead one; upstream waits 10 s."""
 START_S = 30.0
@@ -182,7 +184,9 @@ def size_bytes(name: str, value: Any) -> int:
     match = _SIZE.fullmatch(str(value).strip().lower())
     if match is None or isinstance(value, bool):
         raise fail(name, value, "a number of bytes, or a text like 16MB or 1.5GB")
-    return int(float(match[1]) * 1024 ** _UNITS.index(match[2]))
+    unit = 1024 ** _UNITS.index(match[2])
+    # a float has 53 bits: whole numbers stay whole
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def _truth(name: str, value: Any) -> bool:
@@ -322,7 +326,7 @@ class Background:
         async with contextlib.AsyncExitStack() as stack:
             metadata = open_metadata(self._master)
             stack.push_async_callback(metadata.close)
-            self.master_settings = await _read_settings(metadata)
+            self.master_settings = await _read(metadata, MASTER_KEY, MasterSettings) or MasterSettings()
             self._metadata = metadata
             if self._config is None:
                 self._ready.set()
@@ -336,6 +340,9 @@ class Background:
             record = await service.start()
             stack.push_async_callback(service.close)
             self._service = service
+            if self.master_settings.multi_tenants:  # until the master divides them among all segments
+                for tenant, quota_bytes in (await _read(metadata, QUOTAS_KEY, dict[str, int]) or {}).items():
+                    service.node.set_quota(time.monotonic(), tenant, quota_bytes, strict=True)
             value = msgspec.json.encode(record)
             key = STORES_PREFIX + record.node
             registration = Registration(metadata, key, lambda: value, self.master_settings.client_ttl_s)
@@ -350,14 +357,14 @@ class Background:
             await service.run_until(self._stop)
 
 
-async def _read_settings(metadata: MetadataStore) -> MasterSettings:
-    for entry in (await metadata.get(MASTER_KEY)).entries:
-        if entry.key == MASTER_KEY:
+async def _read(metadata: MetadataStore, key: str, kind: type[T]) -> T | None:
+    for entry in (await metadata.get(key)).entries:
+        if entry.key == key:
             try:
-                return msgspec.json.decode(entry.value, type=MasterSettings)
+                return msgspec.json.decode(entry.value, type=kind)
             except msgspec.MsgspecError as error:
-                log.warning("mooncake.store: the master's settings make no sense", error=str(error))
-    return MasterSettings()
+                log.warning("mooncake.store: what the master says makes no sense", key=key, error=str(error))
+    return None
 
 
 async def _retire(service: StoreService) -> None:

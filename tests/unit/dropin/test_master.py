@@ -1,91 +1,10 @@
-"""`mooncake_master` takes upstream's flags and answers over HTTP as upstream's was measured to."""
+"""`mooncake_master` answers over HTTP as upstream's was measured to."""
 
-import http.client
-import json
-import urllib.parse
+from mooncake.core.messages import StoreStats
+from mooncake.dropin.master.metrics import METRICS, PoolNumbers, render, summary
+from mooncake.dropin.master.quotas import Usage
 
-import pytest
-
-from mooncake.core.errors import ConfigError
-from mooncake.dropin.master.command import MasterOptions, main, parse_flags
-
-
-@pytest.fixture
-def quiet(monkeypatch) -> None:
-    """Logs stay as the test run has them."""
-    monkeypatch.setattr("mooncake.core.log.setup", lambda *_: None)
-
-
-def ask(master, path: str, method: str = "GET") -> tuple[int, str]:
-    url = urllib.parse.urlsplit(master.url)
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
-    try:
-        connection.request(
-            method, path, b"{}" if method == "POST" else None, {"Content-Type": "application/json"}
-        )
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
-
-
-def ask_json(master, path: str, method: str = "GET") -> tuple[int, dict]:
-    status, text = ask(master, path, method)
-    return status, json.loads(text)
-
-
-def test_flags_are_written_in_any_of_gflags_ways() -> None:
-    words = [
-        "--rpc_port=1", "-metrics_port", "2", "--http_metadata_server_port", "3", "--default-kv-lease-ttl=5",
-        "--enable_http_metadata_server",
-    ]  # fmt: skip
-    expected = MasterOptions(
-        rpc_port=1, metrics_port=2, http_metadata_server_port=3, default_kv_lease_ttl=5,
-        enable_http_metadata_server=True,
-    )  # fmt: skip
-    assert parse_flags(words) == (expected, [])
-    assert parse_flags(["--port=1"]) == (MasterOptions(rpc_port=1), [])
-    assert not parse_flags(["--noenable_http_metadata_server"])[0].enable_http_metadata_server
-    assert parse_flags(["--enable_http_metadata_server=true"])[0].enable_http_metadata_server
-    assert parse_flags([]) == (MasterOptions(), [])
-
-
-def test_the_defaults_are_upstream_s_but_for_the_address() -> None:
-    options = MasterOptions()
-    assert (options.rpc_port, options.metrics_port, options.http_metadata_server_port) == (50051, 9003, 8080)
-    assert options.rpc_address == options.http_metadata_server_host == "127.0.0.1"
-    assert (options.settings.kv_lease_ttl_s, options.settings.soft_pin_ttl_s) == (10.0, 1800.0)
-
-
-def test_flags_that_mean_nothing_here_are_named() -> None:
-    words = ["--eviction_ratio=0.1", "--root_fs_dir", "/tmp/x", "--enable_ha", "--norpc_port", "--rpc_port=7"]
-    options, unknown = parse_flags(words)
-    assert unknown == ["--eviction_ratio=0.1", "--root_fs_dir", "--enable_ha", "--norpc_port"]
-    assert options == MasterOptions(rpc_port=7)
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--rpc_port=x"], "rpc_port"),
-        (["--rpc_port"], "rpc_port"),
-        (["--metrics_port=65536"], "metrics_port"),
-        (["--enable_http_metadata_server=maybe"], "enable_http"),
-        (["--default_kv_lease_ttl=-1"], "lease_ttl"),
-    ],
-)
-def test_bad_values_are_named(words, named, capsys, quiet) -> None:
-    with pytest.raises(ConfigError, match=named):
-        parse_flags(words)
-    assert main(words) == 2
-    assert named in capsys.readouterr().err
-
-
-def test_an_address_beyond_loopback_needs_a_secret(capsys, monkeypatch, quiet) -> None:
-    monkeypatch.delenv("MOONCAKE_SECRET", raising=False)
-    monkeypatch.delenv("MOONCAKE_SECRET_FILE", raising=False)
-    assert main(["--rpc_address=0.0.0.0", "--rpc_port=0", "--metrics_port=0"]) == 2
-    assert "secret" in capsys.readouterr().err.lower()
+from .master_http import ask, ask_json, numbers, until
 
 
 def test_it_is_healthy_and_leads(master) -> None:
@@ -162,12 +81,63 @@ def test_everything_is_removed_on_request(master, store) -> None:
     assert ask(master, "/get_all_keys") == (200, "\n")
 
 
-def test_metrics_say_how_full_the_pool_is(master, store) -> None:
-    store.put("a", b"x" * 5000)
-    status, text = ask(master, "/metrics")
-    values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
+def test_metrics_count_what_stores_were_asked_to_do(master, store) -> None:
+    before = numbers(master)
+    assert store.put("a", b"x" * 5000) == 0
+    assert store.put("a", b"again") == 0
+    assert store.get("a") == b"x" * 5000
+    assert store.remove("a", force=True) == 0
+    assert store.put("b", b"y" * 5000) == 0
+    until(lambda: numbers(master)["master_key_count"] == 1)
+
+    def grown() -> dict[str, float]:
+        now = numbers(master)
+        return {name: now[name] - before[name] for name in expected}
+
+    expected = {
+        "master_put_start_requests_total": 3, "master_put_start_failures_total": 1,
+        "master_put_end_requests_total": 2, "master_remove_requests_total": 1,
+        "valid_get_nums_": 1, "master_allocated_bytes": 8192, "master_total_capacity_bytes": 0,
+    }  # fmt: skip
+    until(lambda: grown() == expected)  # a reader of this host tells of its reads a little later
+    text = ask(master, "/metrics")[1]
+    name = store.get_hostname()
+    assert f'segment_total_capacity_bytes{{segment="{name}"}} {8 << 20}\n' in text
+    assert "mooncake_directory_leader" in text
+
+
+def test_metrics_are_typed_and_explained() -> None:
+    lines = render(PoolNumbers({}, 0)).splitlines()
+    for name, metric in METRICS.items():
+        at = lines.index(f"# HELP {name} {metric.text}")
+        assert lines[at + 1 : at + 3] == [f"# TYPE {name} {metric.kind}", f"{name} 0"]
+
+
+def test_metrics_add_up_all_segments_and_name_tenants() -> None:
+    one = StoreStats(100, 10, 1, 0, 0, 5, 2, 3, 0, 4, ssd_hits=2, ssd_read_bytes=70, soft_pins=1)
+    pool = PoolNumbers({"a:1": one, "b:2": one}, 7, [Usage('t"', 100, 50, 60)])
+    lines = render(pool).splitlines()
+    for line in (
+        "mem_cache_hit_nums_ 6",
+        "file_cache_hit_nums_ 4",
+        "valid_get_nums_ 10",
+        "total_get_nums_ 14",
+        "master_evicted_key_count 6",
+        "master_soft_pin_key_count 2",
+        'segment_allocated_bytes{segment="b:2"} 10',
+        'mooncake_tenant_quota_charged_bytes{tenant_id="t\\""} 60',
+        'mooncake_tenant_quota_over_quota{tenant_id="t\\""} 1',
+    ):
+        assert line in lines
+    text = summary(pool)
+    assert text.startswith(
+        "role=leader, state=serving, service_ready=true, master={Mem Storage: 20 B / 200 B"
+    )
+    assert "Keys: 7 (soft-pinned: 2) | Clients: 2 | Get: Success/Total=10/14" in text
+
+
+def test_the_summary_is_one_line(master, store) -> None:
+    status, text = ask(master, "/metrics/summary")
     assert status == 200
-    assert int(values["master_key_count"]) >= 1
-    assert int(values["master_allocated_bytes"]) >= 8192
-    assert int(values["master_total_capacity_bytes"]) % (8 << 20) == 0
-    assert ask(master, "/metrics/summary")[1].startswith("role=leader, state=serving, service_ready=true")
+    assert text.startswith("role=leader, state=serving, service_ready=true, master={Mem Storage: ")
+    assert "\n" not in text
