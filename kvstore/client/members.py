@@ -6,6 +6,7 @@ the transfer engine.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -146,7 +147,8 @@ class Members:
         self._closed = True
         loop, task, thread = self._loop, self._task, self._thread
         if loop is not None and task is not None and thread is not None and thread.is_alive():
-            loop.call_soon_threadsafe(task.cancel)
+            with contextlib.suppress(RuntimeError):  # it has just ended by itself
+                loop.call_soon_threadsafe(task.cancel)
             thread.join(CLOSE_S)
         with self._lock:
             stores, self.stores = self.stores, {}
@@ -160,6 +162,10 @@ class Members:
             pass
         except MooncakeError as error:
             self._died = error
+        except RuntimeError as error:
+            if "shutdown" not in str(error):
+                raise
+            log.debug("pool.interpreter_ends", reason=str(error))  # asyncio wanted one more thread
         finally:
             self._listed.set()
 
@@ -190,7 +196,7 @@ class Members:
         """Apply changes one by one, in a thread: to attach to a store takes a moment."""
         async for event in follow(store, prefix):
             value = None if isinstance(event, Removed) else event.value
-            await asyncio.to_thread(take, event.key.removeprefix(prefix), value)
+            await _aside(take, event.key.removeprefix(prefix), value)
 
     def _on_store(self, name: str, value: bytes | None) -> None:
         record = _decoded(value, StoreRecord, name)
@@ -210,7 +216,7 @@ class Members:
             await asyncio.sleep(ROOM_EVERY_S)
             stores = self.stores
             if len(stores) > 1:
-                await asyncio.gather(*(asyncio.to_thread(self._ask_room, one) for one in stores.values()))
+                await asyncio.gather(*(_aside(self._ask_room, one) for one in stores.values()))
 
     def _ask_room(self, access: Access) -> None:
         if self.is_away(access.node):
@@ -224,6 +230,19 @@ class Members:
             if self.stores.get(access.node) is access:
                 free_bytes = stats.capacity_bytes - stats.used_bytes
                 self.placer.update(Room(access.node, stats.capacity_bytes, free_bytes, _locality(access)))
+
+
+async def _aside(call: Callable[..., None], *args: object) -> None:
+    """Run `call` in a thread. There are none once the interpreter ends: then the caller's task ends in peace.
+
+    A program that has not closed its stores must not end with our tracebacks.
+    """
+    try:
+        await asyncio.to_thread(call, *args)
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            raise
+        raise asyncio.CancelledError from error
 
 
 def _locality(access: Access) -> str:
