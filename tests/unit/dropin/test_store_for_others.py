@@ -1,5 +1,7 @@
 """What other projects' integrations rely on beyond signatures and codes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 from mooncake.dropin.store.start import Settings
@@ -31,3 +33,27 @@ def test_a_master_under_lmcaches_name_is_the_one_that_is_joined(
     assert store.put("by another name", b"value") == 0
     assert reader.get("by another name") == b"value"
     store.close()
+
+
+UNCLOSED = """
+import sys
+from mooncake.store import MooncakeDistributedStore
+
+stores = []
+for _ in range(3):
+    stores.append(MooncakeDistributedStore())
+    assert stores[-1].setup("127.0.0.1", "P2PHANDSHAKE", 8 << 20, 0, "tcp", "", sys.argv[1]) == 0
+assert stores[0].put("unclosed", b"value") == 0
+print(stores[1].get("unclosed").decode())
+"""
+
+
+def test_a_program_that_closes_nothing_ends_quietly_and_takes_its_segments_with_it(
+    master: MasterThread, join: Callable[..., MooncakeDistributedStore]
+) -> None:
+    program = [sys.executable, "-c", UNCLOSED, master.address]
+    ended = subprocess.run(program, check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "value\n")
+    assert "Traceback" not in ended.stderr
+    store = join(0)
+    assert store.is_exist("unclosed") == 0
