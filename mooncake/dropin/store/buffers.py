@@ -35,7 +35,7 @@ REGION_SHARE = 2
 WAIT_S = 600.0
 """For callers who give no timeout, where upstream waits for ever."""
 LOOK_S = 0.5
-"""How often a waiting caller looks for leases that ended by being forgotten: those cannot always wake it."""
+"""How often a waiting caller looks for leases that were forgotten: those cannot always wake it."""
 MIN_SIZE_CLASS = 64 << 10
 ALIGNMENT = 8 << 20
 
@@ -126,13 +126,14 @@ class BufferLease:
         Raises:
             RequestError: it was released.
         """
-        region = self._live()
-        view = self._view() if self._view else None
-        if view is None:
-            view = region.array[self._offset : self._offset + self._size].view(BufferLeaseView)
-            view.lease = self
-            self._view = weakref.ref(view)
-        return view.buffer
+        with self._pool._changed:
+            region = self._live()
+            view = self._view() if self._view else None
+            if view is None:
+                view = region.array[self._offset : self._offset + self._size].view(BufferLeaseView)
+                view.lease = self
+                self._view = weakref.ref(view)
+            return view.buffer
 
     def release(self) -> None:
         """Give the memory back (idempotent).
@@ -140,11 +141,12 @@ class BufferLease:
         Raises:
             RequestError: a view of it is still in use: what it shows would be another's.
         """
-        if self._has_views():
-            raise RequestError("cannot release buffer while exported views exist")
-        region, self._region = self._region, None
-        if region is not None:
-            self._pool._give(region, self._offset, self._size)
+        with self._pool._changed:
+            if self._has_views():
+                raise RequestError("cannot release buffer while exported views exist")
+            region, self._region = self._region, None
+            if region is not None:
+                self._pool._ended(region, self._offset, self._size)
 
     def _has_views(self) -> bool:
         return self._view is not None and self._view() is not None
@@ -166,7 +168,7 @@ class BufferLease:
     def __del__(self) -> None:
         region = getattr(self, "_region", None)
         if region is not None:
-            self._pool._forgotten(region, self._offset, self._size)
+            self._pool._ended(region, self._offset, self._size, wait=False)
 
 
 class BufferPool:
@@ -216,8 +218,8 @@ class BufferPool:
         self._blocks = block_on_exhaustion
         self._wait_s = WAIT_S if default_timeout is None else default_timeout
         self._leases_max = max_regions
-        self._changed = threading.Condition(threading.Lock())
-        self._returned: deque[tuple[Region, int, int]] = deque()  # by leases that were forgotten
+        self._changed = threading.Condition()
+        self._returned: deque[tuple[Region, int, int]] = deque()  # by leases that ended
         self._regions: list[Region] = []
         self._leased_bytes = 0
         self._leases = 0
@@ -343,26 +345,23 @@ class BufferPool:
         self._regions.remove(region)
 
     def _settle(self) -> None:
-        """Take back what forgotten leases left."""
+        """Take back what leases have left since."""
         while self._returned:
-            self._put_back(*self._returned.popleft())
-
-    def _put_back(self, region: Region, offset: int, size: int) -> None:
-        region.give(offset, size)
-        self._leased_bytes -= size
-        self._leases -= 1
+            region, offset, size = self._returned.popleft()
+            region.give(offset, size)
+            self._leased_bytes -= size
+            self._leases -= 1
 
     # ------------------------------------------------------------ called by leases
 
-    def _give(self, region: Region, offset: int, size: int) -> None:
-        with self._changed:
-            self._put_back(region, offset, size)
-            self._changed.notify_all()
+    def _ended(self, region: Region, offset: int, size: int, wait: bool = True) -> None:
+        """Note the end of a lease, maybe in a finalizer that has interrupted one of the methods above.
 
-    def _forgotten(self, region: Region, offset: int, size: int) -> None:
-        """Note a lease that was collected, maybe by this very thread within one of the methods above."""
+        That is why nothing but the note is made here, and why the lock is one that its holder may take again.
+        `wait` is False where this thread may hold any lock: then who waits looks by itself, after LOOK_S.
+        """
         self._returned.append((region, offset, size))
-        if self._changed.acquire(blocking=False):
+        if self._changed.acquire(blocking=wait):
             self._changed.notify_all()
             self._changed.release()
 

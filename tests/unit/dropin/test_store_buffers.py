@@ -174,6 +174,23 @@ def test_who_waits_gets_what_another_thread_gives_back(registrar: Registrar, end
     assert [lease.size for lease in got] == [100]
 
 
+def test_a_lease_may_end_in_a_finalizer_that_interrupts_the_pool_itself(registrar: Registrar) -> None:
+    pool = BufferPool(registrar, MIB, block_on_exhaustion=False)
+    inside: list[BufferLease] = [pool.acquire(MIB // 2), pool.acquire(MIB // 4)]
+    register = registrar.register_buffer
+
+    def interrupted(buffer_ptr: int, size: int) -> int:
+        inside.pop().release()
+        inside.pop()
+        return register(buffer_ptr, size)
+
+    registrar.register_buffer = interrupted
+    pool._regions[0]._room.allocate = lambda size: None  # so that the next lease needs a region of its own
+    pool.acquire(1000).release()
+    assert not inside
+    pool.close()
+
+
 def test_threads_that_share_a_pool_never_share_memory(registrar: Registrar) -> None:
     pool = BufferPool(registrar, 64 * KIB, max_regions=3)
     wrong = []
@@ -195,6 +212,27 @@ def test_threads_that_share_a_pool_never_share_memory(registrar: Registrar) -> N
         assert not thread.is_alive()
     assert not wrong
     pool.close()
+
+
+def test_a_lease_that_many_release_at_once_is_given_back_once(registrar: Registrar) -> None:
+    pool = BufferPool(registrar, MIB, block_on_exhaustion=False)
+    start = threading.Barrier(4)
+    for _ in range(50):
+        lease = pool.acquire(MIB // 2)
+
+        def release(lease: BufferLease = lease) -> None:
+            start.wait(PATIENCE_S)
+            lease.release()
+
+        threads = [threading.Thread(target=release) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+    both = [pool.acquire(MIB // 2) for _ in range(2)]
+    with pytest.raises(CapacityError):
+        pool.acquire(1)
+    assert len({lease.ptr for lease in both}) == 2
 
 
 # ------------------------------------------------------------ regions
