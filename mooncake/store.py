@@ -21,6 +21,7 @@ import structlog
 from kvstore.store.config import FileMemory
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.dropin.client.dummy import DummySettings, DummyStarted
+from mooncake.dropin.client.http import calls_of
 from mooncake.dropin.engine.start import log_to_stderr
 from mooncake.dropin.store.answers import answers_code, answers_codes
 from mooncake.dropin.store.buffers import (
@@ -186,7 +187,7 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         ssd_offload_path: str = "",
         tenant_id: str = "default",
         enable_client_http_server: bool = False,
-        client_http_port: int = 9300,  # noqa: ARG002 - see Args
+        client_http_port: int = 9300,
         *,
         config: dict[str, Any] | None = None,
     ) -> int:
@@ -207,8 +208,8 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
             enable_ssd_offload: the segment has a tier on the SSD, which the next start finds again.
             ssd_offload_path: a directory for it; "" = of MOONCAKE_OFFLOAD_FILE_STORAGE_PATH.
             tenant_id: whose names these are.
-            enable_client_http_server: not used.
-            client_http_port: not used.
+            enable_client_http_server: answer /health, /metrics and /metrics/summary, on loopback.
+            client_http_port: there; one that is taken is a warning.
             config: the dict, by its name.
 
         Returns:
@@ -222,7 +223,7 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
                 "protocol": protocol, "rdma_devices": rdma_devices,
                 "master_server_addr": master_server_addr, "tenant_id": tenant_id,
                 "enable_ssd_offload": enable_ssd_offload, "ssd_offload_path": ssd_offload_path,
-                "enable_client_http_server": enable_client_http_server,
+                "enable_client_http_server": enable_client_http_server, "client_http_port": client_http_port,
             }  # fmt: skip
         settings = Settings.of(given)
         settings.master  # noqa: B018 - raises
@@ -253,7 +254,7 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
             except MooncakeError as error:
                 log.error("mooncake.store: setup failed", reason=str(error))
                 return INTERNAL
-            self._calls = Calls(started)
+            self._calls = calls_of(started, settings)
             self._finalizer = weakref.finalize(self, started.close)
         return OK
 

@@ -20,10 +20,11 @@ from mooncake.core import log as logs
 from mooncake.core.config import fail
 from mooncake.core.errors import ConfigError, MooncakeError
 from mooncake.core.secret import cluster_secret
+from mooncake.dropin.client.http import ClientHttp
 from mooncake.dropin.client.line import Welcome
 from mooncake.dropin.client.relay import LOOPBACK, PORT, Neighbourhood, Relay
 from mooncake.dropin.flags import asks_for_help, parse_flags
-from mooncake.dropin.store.start import MASTER, TENANT, Settings, Started, size_bytes
+from mooncake.dropin.store.start import CLIENT_HTTP_PORT, MASTER, TENANT, Settings, Started, size_bytes
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
@@ -40,6 +41,9 @@ USAGE = """usage: mooncake_client [--flag=value ...]
   --protocol=tcp                             tcp | rdma
   --device_names=                            mlx5_0,mlx5_1; empty = all
   --tenant_id=default                        whose names its dummy clients use
+  --enable_offload=false                     an SSD tier below the segment, where MOONCAKE_OFFLOAD_* say
+  --enable_http_server=false                 /health, /metrics and /metrics/summary, on loopback
+  --http_port=9300
 
 Other flags of upstream's are accepted and named in a warning.
 """
@@ -58,6 +62,9 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     protocol: str = "tcp"
     device_names: str = ""
     tenant_id: str = TENANT
+    enable_offload: bool = False
+    enable_http_server: bool = False
+    http_port: int = CLIENT_HTTP_PORT
 
     def __post_init__(self) -> None:
         """Refuse flags that cannot work.
@@ -82,6 +89,9 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
                 "rdma_devices": self.device_names,
                 "master_server_addr": self.master_server_address,
                 "tenant_id": self.tenant_id,
+                "enable_ssd_offload": self.enable_offload,
+                "enable_client_http_server": self.enable_http_server,
+                "client_http_port": self.http_port,
             }
         )
 
@@ -95,6 +105,7 @@ class RealClient:
         self.port = options.port
         self.started: Started | None = None
         self.relay: Relay | None = None
+        self.http: ClientHttp | None = None
 
     def start(self) -> None:
         """Join the pool and serve.
@@ -117,6 +128,11 @@ class RealClient:
         self.relay = Relay(around, self.options.port)
         self.relay.start()
         self.port = self.relay.port
+        if self.options.enable_http_server:
+            healthy, port = started.background.has_master, self.options.http_port
+            self.http = ClientHttp(self.relay.counters, healthy, port)
+            self.http.start()
+            started.on_close(self.http.close)
 
     @property
     def serves(self) -> bool:

@@ -34,6 +34,7 @@ from mooncake.core.errors import (
 )
 from mooncake.core.messages import Ok, StoreRecord
 from mooncake.core.rpc import failure_of
+from mooncake.dropin.client.counters import BATCH_GET, BATCH_PUT, Counters
 from mooncake.dropin.client.line import (
     Ask,
     Hello,
@@ -89,14 +90,6 @@ class Neighbourhood(msgspec.Struct, frozen=True):
         return Neighbours(self.stores(), dict(self.directories()))
 
 
-class Counts:
-    """What went through, for the metrics of this process."""
-
-    def __init__(self) -> None:
-        """Nothing has."""
-        self.read_bytes = self.write_bytes = self.requests = 0
-
-
 class Relay:
     """Serves dummy clients, from `start` to `close`."""
 
@@ -109,7 +102,7 @@ class Relay:
         if not is_loopback(host):
             raise ConfigError(f"the port for dummy clients listens on loopback, not on {host!r}")
         self.port = port
-        self.counts = Counts()
+        self.counters = Counters()
         self._host = host
         self._around = around
         self._sessions: dict[str, _Session] = {}
@@ -256,11 +249,13 @@ class Relay:
             session.share(engine, request, Segment.attach(fd, "dummy", touch=False))
             return Ok()
         _drop(fd)
-        self.counts.requests += 1
         match request:
             case Ask():
-                left_s = min(request.deadline_s, CALL_S_MAX)
-                return Told(engine.ask(request.name, request.service, request.body, left_s))
+                begun_s, left_s = time.perf_counter(), min(request.deadline_s, CALL_S_MAX)
+                try:
+                    return Told(engine.ask(request.name, request.service, request.body, left_s))
+                finally:
+                    self.counters.note("RelayAsk", time.perf_counter() - begun_s)
             case Move():
                 self._move(session, request)
             case Withdraw():
@@ -276,19 +271,13 @@ class Relay:
         if op is None:
             raise ProtocolError(f"opcode {request.op}")
         local = [session.place(at, size) for at, size in zip(request.local, request.sizes, strict=True)]
+        begun_s, left_s = time.perf_counter(), min(request.deadline_s, CALL_S_MAX)
         self._around.engine.transfer(
-            op,
-            request.name,
-            local,
-            request.remote,
-            request.sizes,
-            deadline_s=min(request.deadline_s, CALL_S_MAX),
+            op, request.name, local, request.remote, request.sizes, deadline_s=left_s
         )
-        moved = sum(request.sizes)
-        if op is Opcode.READ:
-            self.counts.read_bytes += moved
-        else:
-            self.counts.write_bytes += moved
+        kind = BATCH_GET if op is Opcode.READ else BATCH_PUT
+        past_s = time.perf_counter() - begun_s
+        self.counters.note("RelayMove", past_s, transfer=kind, size_bytes=sum(request.sizes))
 
     # ------------------------------------------------------------ news
 

@@ -5,23 +5,19 @@ GET    /api/get/KEY              the bytes
 GET    /api/exist/KEY            {"exists"}
 DELETE /api/remove/KEY  /api/remove_all
 POST   /api/mount                {"size"} -> {"segment_ids", "allocated_size"}
-POST   /api/unmount              {"segment_ids"}
+POST   /api/unmount              {"segment_ids", "grace_period_seconds"}
 POST   /api/mount_shm            {"name", "size", "offset"}: memory of /dev/shm
-POST   /api/unmount_shm          {"segment_ids"}
+POST   /api/unmount_shm          {"segment_ids", "grace_period_seconds"}
 POST   /api/unmount_local_disk   {"grace_period_seconds"}
 POST   /api/reconfigure          {"mode": "decode", "path", "size", "offset"} | {"mode": "prefill"}
 
 KEY is percent-encoded, one piece of the path. A missing object is 404, and nothing else is: where somebody
 who has to be asked does not answer, it is 500, as for every call of the store that fails.
-
-`mount_shm` and `reconfigure` name a file; the memory that is given is this process's own, as much as asked
-for: a file that somebody truncates would end this process.
 """
 
 import threading
 import urllib.parse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -55,6 +51,7 @@ class Rest:
         self._lock = threading.Lock()  # of what is mounted: changes of the mode are one behind the other
         self._mode = PREFILL
         self._mounted: list[str] = []  # by reconfigure and mount_shm
+        self._memory: tuple[str, Any, Any] = ("", 0, 0)  # of the mode: path, size, offset
         self._bodies: Mapping[str, tuple[str, Callable[[Body], Reply]]] = {
             "/api/put": ("PUT", self._put),
             "/api/mount": ("POST", self._mount),
@@ -134,7 +131,7 @@ class Rest:
         return json_reply(200, {**SUCCESS, **kept})
 
     def _unmount(self, body: Body) -> Reply:
-        code = self._store.unmount_and_free_segment(_segment_ids(body), 0)
+        code = self._store.unmount_and_free_segment(_segment_ids(body), _grace_s(body))
         return json_reply(200, SUCCESS) if code == 0 else _error(500, f"Unmount and free failed, ret={code}")
 
     def _mount_shm(self, body: Body) -> Reply:
@@ -149,9 +146,9 @@ class Rest:
         return json_reply(200, {**SUCCESS, "segment_ids": ids})
 
     def _unmount_shm(self, body: Body) -> Reply:
-        ids = _segment_ids(body)
+        ids, grace_s = _segment_ids(body), _grace_s(body)
         with self._lock:
-            failed = [one for one in ids if self._store.unmount_segment([one]) != 0]
+            failed = [one for one in ids if self._store.unmount_segment([one], grace_s) != 0]
             self._mounted = [one for one in self._mounted if one not in ids or one in failed]
             if not self._mounted:
                 self._mode = PREFILL
@@ -160,11 +157,7 @@ class Rest:
         return json_reply(200, SUCCESS)
 
     def _unmount_local_disk(self, body: Body) -> Reply:
-        grace_s = body.get("grace_period_seconds", 0)
-        if type(grace_s) is not int or not 0 <= grace_s <= GRACE_S_MAX:
-            what = f"must be a non-negative integer no greater than {GRACE_S_MAX}"
-            return _error(400, f"Invalid grace_period_seconds, {what}")
-        code = self._store.unmount_local_disk_segment(grace_s)
+        code = self._store.unmount_local_disk_segment(_grace_s(body))
         return (
             json_reply(200, SUCCESS) if code == 0 else _error(500, f"Unmount local disk failed, ret={code}")
         )
@@ -187,30 +180,25 @@ class Rest:
         path, size = body.get("path"), body.get("size")
         if not path or size is None:
             return _error(400, "Missing path or size for decode mode")
-        ids = self._give(str(path), size, body.get("offset", 0))
+        memory = (str(path), size, body.get("offset", 0))
+        if self._mode == DECODE and memory == self._memory:  # two segments cannot have the same bytes
+            return json_reply(200, {**SUCCESS, "mode": DECODE, "segment_ids": self._mounted})
+        ids = self._give(*memory)
         if not ids:
             kept = "keeping previous decode segments" if self._mounted else "rolled back to prefill"
             return json_reply(500, {"error": f"Mount failed, ret=-1; {kept}", "mode": self._mode})
         for old in self._mounted:
             if self._store.unmount_segment([old]) != 0:
                 log.warning("mc_store_rest_server: not unmounted", segment=old)
-        self._mounted, self._mode = ids, DECODE
+        self._mounted, self._mode, self._memory = ids, DECODE, memory
         return json_reply(200, {**SUCCESS, "mode": DECODE, "segment_ids": ids})
 
     def _give(self, path: str, size: Any, offset: Any) -> list[str]:
-        """Give as much memory as `path` holds there; return the segment's id, none if that cannot be."""
+        """Give memory of a file to the pool; return the segment's id, none if that cannot be."""
         if type(size) is not int or type(offset) is not int or size <= 0 or offset < 0:
             raise RequestError("size and offset must be whole numbers")
-        try:
-            have = Path(path).stat().st_size
-        except (OSError, ValueError) as error:
-            log.error("mc_store_rest_server: no such memory", path=path, reason=str(error))
-            return []
-        if offset + size > have:
-            log.error("mc_store_rest_server: the file is smaller", path=path, size=have)
-            return []
-        done = self._store.allocate_and_mount_segment(size + -size % STEP_BYTES)
-        return list(done["segment_ids"])
+        done = self._store.mount_segment(path, size, offset)
+        return list(done["segment_ids"]) if done["ret"] == 0 else []
 
 
 def _body(data: bytes) -> Body:
@@ -229,6 +217,14 @@ def _segment_ids(body: Body) -> list[str]:
     if not ids or not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
         raise RequestError("Missing segment_ids")
     return ids
+
+
+def _grace_s(body: Body) -> int:
+    grace_s = body.get("grace_period_seconds", 0)
+    if type(grace_s) is not int or not 0 <= grace_s <= GRACE_S_MAX:
+        what = f"must be a non-negative integer no greater than {GRACE_S_MAX}"
+        raise RequestError(f"Invalid grace_period_seconds, {what}")
+    return grace_s
 
 
 def _shared_path(name: Any) -> str:

@@ -7,6 +7,7 @@ Upstream's names mean here:
     global_segment_size  memory that this process gives to the pool; 0 = none, it only uses the pool
     local_buffer_size    accepted and not used: nothing is staged
     enable_ssd_offload   the segment has an SSD tier below it, see mooncake.dropin.store.offload
+    enable_client_http_server, client_http_port   see mooncake.dropin.client.http
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +46,7 @@ BUFFER_BYTES = 16 << 20
 MASTER = "127.0.0.1:50051"
 PROTOCOL = "tcp"
 TENANT = "default"
+CLIENT_HTTP_PORT = 9300
 """Upstream's defaults of the dict form."""
 MASTER_KEY = "mooncake/master"
 """Where a master says what its flags are: a JSON object of MasterSettings."""
@@ -109,6 +111,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tenant_id: str = TENANT
     enable_ssd_offload: bool = False
     ssd_offload_path: str = ""
+    enable_client_http_server: bool = False
+    client_http_port: int = CLIENT_HTTP_PORT
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work.
@@ -124,6 +128,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise fail(name, getattr(self, name), "must not be negative")
         if self.protocol not in PROTOCOLS:
             raise fail("protocol", self.protocol, "tcp or rdma")
+        if not 0 <= self.client_http_port < 1 << 16:
+            raise fail("client_http_port", self.client_http_port, "a port, 0 to 65535")
         self.offload  # noqa: B018 - raises
 
     @classmethod
@@ -139,8 +145,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in named.items():
             if name in ("global_segment_size", "local_buffer_size"):
                 known[name] = size_bytes(name, value)
-            elif name == "enable_ssd_offload":
+            elif name in ("enable_ssd_offload", "enable_client_http_server"):
                 known[name] = _truth(name, value)
+            elif name == "client_http_port":
+                known[name] = size_bytes(name, value)
             elif name in cls.__struct_fields__:
                 known[name] = str(value)
             elif value not in (None, "", False, "false", "False", "0", 0):
@@ -458,6 +466,10 @@ class Started:
     def unmount_ssd(self) -> bool:
         """See Background."""
         return self.background.unmount_ssd()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called by `close`, before anything else ends."""
+        self._stack.callback(callback)
 
     def close(self) -> None:
         """End all of it (idempotent)."""

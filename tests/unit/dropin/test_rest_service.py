@@ -1,5 +1,6 @@
 """The REST service answers as upstream's does, measured; and only those that may ask."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -137,16 +138,28 @@ def test_unmounting_needs_segments(ask, path: str, body: dict) -> None:
     assert ask("POST", path, body) == (400, {"error": "Missing segment_ids"})
 
 
-@pytest.fixture
-def shared_file() -> Iterator[Path]:
-    path = Path("/dev/shm") / f"mooncake-test-{os.getpid()}"
+@contextlib.contextmanager
+def shared_memory(name: str) -> Iterator[Path]:
+    path = Path("/dev/shm") / f"mooncake-test-{os.getpid()}-{name}"
     with path.open("wb") as file:
         file.truncate(STEP)
     yield path
     path.unlink()
 
 
-def test_named_shared_memory_gives_as_much_as_it_has(ask, shared_file: Path) -> None:
+@pytest.fixture
+def shared_file() -> Iterator[Path]:
+    with shared_memory("one") as path:
+        yield path
+
+
+@pytest.fixture
+def other_file() -> Iterator[Path]:
+    with shared_memory("other") as path:
+        yield path
+
+
+def test_named_shared_memory_is_given_and_taken_back(ask, shared_file: Path) -> None:
     status, mounted = ask("POST", "/api/mount_shm", {"name": shared_file.name, "size": STEP})
     assert (status, len(mounted["segment_ids"])) == (200, 1)
     assert ask("POST", "/api/unmount_shm", {"segment_ids": mounted["segment_ids"]}) == OK
@@ -164,7 +177,7 @@ def test_shared_memory_has_a_name_and_a_size(ask, body: dict) -> None:
     assert ask("POST", "/api/mount_shm", body) == (400, {"error": "Missing or invalid name or size"})
 
 
-def test_the_mode_changes_what_is_given(ask, shared_file: Path) -> None:
+def test_the_mode_changes_what_is_given(ask, shared_file: Path, other_file: Path) -> None:
     decode = {"mode": "decode", "path": str(shared_file), "size": STEP}
     assert ask("POST", "/api/reconfigure", {"mode": "prefill"}) == (
         200,
@@ -172,7 +185,8 @@ def test_the_mode_changes_what_is_given(ask, shared_file: Path) -> None:
     )
     status, first = ask("POST", "/api/reconfigure", decode)
     assert (status, first["status"], first["mode"]) == (200, "success", "decode")
-    _, second = ask("POST", "/api/reconfigure", decode)
+    assert ask("POST", "/api/reconfigure", decode) == (200, first)
+    _, second = ask("POST", "/api/reconfigure", {**decode, "path": str(other_file)})
     assert ask("POST", "/api/unmount", {"segment_ids": first["segment_ids"]})[0] == 500  # taken back already
     kept = {"error": "Mount failed, ret=-1; keeping previous decode segments", "mode": "decode"}
     assert ask("POST", "/api/reconfigure", {**decode, "path": "/dev/shm/mooncake-none"}) == (500, kept)
