@@ -8,7 +8,7 @@ header never touches another. All numbers are little-endian:
     10  kind        2   1 = file (first and last page of a tier's file), 2 = object
     12  body bytes  4   what is longer than we know was written by a later program: the rest is skipped
     16  checksum    16  xxh3-128 of the whole page with these 16 bytes as zeros
-    32  body            then zeros
+    32  body            then zeros; that of an object may go on with the length (2) of its name and the name
 
 Every byte is under the checksum; a page that fails it is TORN, an untouched one BLANK. The checksum finds
 accidents. It is no signature: a page is taken for a header only where nothing but headers is written.
@@ -38,6 +38,8 @@ MAGIC = b"MCKVHEAD"
 NODE_BYTES_MAX = 63
 """Of a node's name (see StoreConfig)."""
 TIER_BYTES = 16
+NAME_BYTES_FIT = 3_072
+"""Of an object's name, besides everything else in the page; a longer one is not kept over a restart."""
 CHECKSUM_BYTES = 16
 NO_LAYOUT = 0
 """Bytes without a layout of ours, or one that only the key commits to."""
@@ -79,6 +81,8 @@ class ObjectHeader(msgspec.Struct, frozen=True, gc=False):
     codec: Codec = Codec.RAW
     stored_bytes: int = 0
     """Bytes on the medium; 0 when constructed = as many as the object has (RAW)."""
+    name: bytes = b""
+    """What it was put as, see kvstore.node.names; b"" = nothing that anybody lists."""
 
     def __post_init__(self) -> None:
         """Fill in `stored_bytes`."""
@@ -130,7 +134,7 @@ def encode_record(record: Record) -> bytes:
         record.slot,
         record.offset,
     )
-    return _seal(_KIND_RECORD, body)
+    return _seal(_KIND_RECORD, body + _encode_name(item.name))
 
 
 def decode_record(page: memoryview | bytes) -> Record | Unreadable:
@@ -145,8 +149,18 @@ def decode_record(page: memoryview | bytes) -> Record | Unreadable:
         return Unreadable.CODEC
     if not length or length != stored:
         return Unreadable.TORN  # never encoded by us
-    item = ObjectHeader(key, length, checksum, layout, Codec.RAW, stored)
+    item = ObjectHeader(key, length, checksum, layout, Codec.RAW, stored, _decode_name(found[_RECORD.size :]))
     return Record(item, tier, generation, segment, slot, offset)
+
+
+def _encode_name(name: bytes) -> bytes:
+    """Return what follows the fields; a program that was written before there were names skips it."""
+    return struct.pack("<H", len(name)) + name if 0 < len(name) <= NAME_BYTES_FIT else b""
+
+
+def _decode_name(rest: bytes) -> bytes:
+    length = int.from_bytes(rest[:2], "little")
+    return rest[2 : 2 + length] if length <= len(rest) - 2 else b""
 
 
 def encode_file(header: FileHeader) -> bytes:

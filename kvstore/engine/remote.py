@@ -96,7 +96,13 @@ class RemoteStore:
             self.release(held.lease_id)
 
     def acquire(
-        self, keys: Sequence[bytes], lease_s: float, wait_s: float = 0.0, deadline_s: float = ASK_S
+        self,
+        keys: Sequence[bytes],
+        lease_s: float,
+        wait_s: float = 0.0,
+        deadline_s: float = ASK_S,
+        *,
+        named: bool = False,
     ) -> Acquired:
         """Lease the longest prefix of `keys` that the store has complete; to be released, if any.
 
@@ -105,11 +111,12 @@ class RemoteStore:
             lease_s: how long the blocks must stay there.
             wait_s: let the store wait (at most its WAIT_S_MAX) for blocks in writing.
             deadline_s: for the answer; ASK_S more than `wait_s` is the most.
+            named: say also what the blocks are called.
 
         Raises:
             PeerError: the store is away or restarted.
         """
-        request = Acquire(list(keys), min(lease_s, LEASE_S_MAX), wait_s)
+        request = Acquire(list(keys), min(lease_s, LEASE_S_MAX), wait_s, named=named)
         held: Acquired = self._call.ask(request, Acquired, min(ASK_S + wait_s, deadline_s))
         if held.lease_id:
             try:

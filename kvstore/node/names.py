@@ -1,8 +1,7 @@
 """What the objects of one store are called, for those whose writers want them listed. Pure.
 
 A key is a hash: whoever lists or removes by pattern needs the names. They are told with the commit and
-forgotten with the last copy in any tier of this store. A copy that another store pulls has no name there:
-as long as this one lives its list has it.
+forgotten with the last copy in any tier of this store. They go with a copy, to another store and to the SSD.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +53,11 @@ class Names:
             # an object that came and went within one turn of the store's loop is no change to anybody
             self._names = {one: named for one, named in self._names.items() if self._is_there(one)}
             self._check_at = max(CHECK_MIN, 2 * len(self._names))
+
+    def of(self, key: bytes) -> bytes:
+        """Return what the object `key` is called, b"" if it has no name."""
+        named = self._names.get(key)
+        return named[1] if named else b""
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """These objects are gone."""

@@ -159,6 +159,11 @@ class SsdIndex:
         """Return every readable key, oldest first."""
         return list(self._entries)
 
+    def names(self) -> list[tuple[bytes, bytes]]:
+        """Return (key, name) of every object that has a name, oldest first."""
+        headers = ((key, entry.record.object) for key, entry in self._entries.items())
+        return [(key, header.name) for key, header in headers if header.name]
+
     def find(self, key: bytes) -> ObjectHeader | None:
         """Return what `key` is, without counting a hit."""
         entry = self._entries.get(key)

@@ -47,12 +47,13 @@ class SsdConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Put(msgspec.Struct, frozen=True):
-    """One object to store: `checksum` is block_checksum(key, view)."""
+    """One object to store: `checksum` is block_checksum(key, view), `name` what it is called."""
 
     key: bytes
     view: memoryview
     checksum: bytes
     layout: int = NO_LAYOUT
+    name: bytes = b""
 
 
 class Got(msgspec.Struct, frozen=True):

@@ -156,6 +156,11 @@ class SsdTier:
         with self._lock:
             return self._index.keys()
 
+    def names(self) -> list[tuple[bytes, bytes]]:
+        """Return (key, name) of every object that has a name."""
+        with self._lock:
+            return self._index.names()
+
     def get(self, key: bytes, view: memoryview) -> Got:
         """Read one object into `view`, which has its size."""
         return self.get_many([(key, view)])[0]
@@ -279,7 +284,7 @@ class SsdTier:
 
     def _place(self, item: Put) -> Record | MooncakeError | None:
         """Return where to write `item`; None = it is there."""
-        header = ObjectHeader(item.key, item.view.nbytes, item.checksum, item.layout)
+        header = ObjectHeader(item.key, item.view.nbytes, item.checksum, item.layout, name=item.name)
         with self._lock:
             found = self._index.reserve(self._clock(), header)
         if found is Refusal.FULL:

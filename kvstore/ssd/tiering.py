@@ -51,9 +51,11 @@ class Tiering:
         io: FileIO,
         limits: WriteBehindLimits | None = None,
         clock: Clock = time.monotonic,
+        name_of: Callable[[bytes], bytes] = lambda _: b"",
     ) -> None:
-        """Everything is open; `close` closes `tier` and `io`."""
+        """Everything is open; `close` closes `tier` and `io`. `name_of`: what a block is called."""
         self.tier = tier
+        self._name_of = name_of
         self.behind = WriteBehind(limits)
         self._node = node
         self._segment = segment
@@ -118,7 +120,8 @@ class Tiering:
             block = self._node.block_of(key)
             assert block is not None, "held"
             blocks.append(block)
-            puts.append(Put(key, self._segment.view(block.offset, block.size_bytes), block.checksum))
+            view = self._segment.view(block.offset, block.size_bytes)
+            puts.append(Put(key, view, block.checksum, name=self._name_of(key)))
         try:
             errors = await loop.run_in_executor(self._threads, self._write, puts)
         finally:

@@ -8,6 +8,7 @@ import structlog
 
 from kvstore.engine.remote import RemoteStore
 from kvstore.limits import ANSWER_S, PULL_WAIT_S_MAX, SERVICE
+from kvstore.node.names import Names
 from kvstore.node.node import Node
 from kvstore.store.peers import Peers
 from kvstore.store.pulls import CLOSE_S, Clock, Pulls, PullStats
@@ -54,7 +55,13 @@ class Outside:
         return cls(engine, engine.register(memory, location="cpu:0").address)
 
     def serve(
-        self, node: Node, name: str, handle: Handle, metadata: MetadataStore | None, clock: Clock
+        self,
+        node: Node,
+        name: str,
+        handle: Handle,
+        metadata: MetadataStore | None,
+        clock: Clock,
+        names: Names | None = None,
     ) -> None:
         """Answer the same requests as the rpc server, for peers that the engine has let in.
 
@@ -64,6 +71,7 @@ class Outside:
             handle: answers a request, on the loop that calls this.
             metadata: where the other stores register; None: nothing is copied from them.
             clock: monotonic seconds.
+            names: see Pulls.
         """
         self._name = name
         loop = asyncio.get_running_loop()
@@ -81,7 +89,7 @@ class Outside:
         self.engine.serve(SERVICE, answer)
         if metadata is not None:
             self._peers = Peers(metadata, self.engine, name).start()
-            self.pulls = Pulls(node, self.address, self._peers, clock)
+            self.pulls = Pulls(node, self.address, self._peers, clock, names)
 
     def hand_over(self, keys: Sequence[bytes], target: str) -> None:
         """Let the store of `target` copy blocks from here; if it cannot, it will when it needs them."""

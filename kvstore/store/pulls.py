@@ -16,10 +16,11 @@ import structlog
 
 from kvstore.engine.remote import RemoteStore
 from kvstore.limits import WAIT_S_MAX
+from kvstore.node.names import Names
 from kvstore.node.node import FULL, Node
 from kvstore.store.peers import Peers
 from mooncake.core.errors import CapacityError, MooncakeError
-from mooncake.core.messages import Block
+from mooncake.core.messages import Acquired, Block
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class _Place(msgspec.Struct, frozen=True):
     block: Block
     offset: int
     ticket: int
+    name: bytes
 
 
 class _Pull(msgspec.Struct):
@@ -77,8 +79,19 @@ class _Pull(msgspec.Struct):
 class Pulls:
     """Brings blocks of other stores into this one."""
 
-    def __init__(self, node: Node, segment_address: int, peers: Peers, clock: Clock) -> None:
-        """`segment_address`: of the segment's first byte, as registered with the engine of `peers`."""
+    def __init__(
+        self, node: Node, segment_address: int, peers: Peers, clock: Clock, names: Names | None = None
+    ) -> None:
+        """Copy nothing yet.
+
+        Args:
+            node: where the blocks go.
+            segment_address: of the segment's first byte, as registered with the engine of `peers`.
+            peers: the other stores.
+            clock: monotonic seconds.
+            names: learns what the copies are called; None: nobody wants to know.
+        """
+        self._names = names
         self.stats = PullStats()
         self._node = node
         self._address = segment_address
@@ -136,9 +149,9 @@ class Pulls:
         try:
             while left and (rest_s := end_s - self._clock()) > 0:
                 wait_s = min(wait_s, WAIT_S_MAX)
-                held = await self._in_thread(remote.acquire, left, rest_s, wait_s)
+                held = await self._in_thread(_acquire, remote, left, rest_s, wait_s)
                 try:
-                    if not await self._take(pull, remote, left[: len(held.blocks)], held.blocks, end_s):
+                    if not await self._take(pull, remote, left[: len(held.blocks)], held, end_s):
                         return
                 finally:
                     if held.lease_id:
@@ -153,18 +166,20 @@ class Pulls:
             self.stats.seconds += self._clock() - begun_s
 
     async def _take(
-        self, pull: _Pull, remote: RemoteStore, keys: list[bytes], blocks: list[Block], end_s: float
+        self, pull: _Pull, remote: RemoteStore, keys: list[bytes], held: Acquired, end_s: float
     ) -> bool:
-        """Copy `blocks`, leased at their owner; False: no room here, or bad bytes there."""
+        """Copy the blocks, leased at their owner; False: no room here, or bad bytes there."""
         piece: list[_Place] = []
         piece_bytes = 0
-        for key, block in zip(keys, blocks, strict=True):
+        Names.check(held.names, len(keys))
+        names = held.names or [b""] * len(keys)
+        for key, block, name in zip(keys, held.blocks, names, strict=True):
             room = self._node.reserve(self._clock(), WRITER, [key], block.size_bytes)
             if room.offsets[0] == FULL:
                 await self._read(pull, remote, piece, end_s)
                 return False
             if room.offsets[0] >= 0:  # else it came from somewhere else meanwhile
-                piece.append(_Place(key, block, room.offsets[0], room.tickets[0]))
+                piece.append(_Place(key, block, room.offsets[0], room.tickets[0], name))
                 piece_bytes += block.size_bytes
             if piece_bytes >= PIECE_BYTES:
                 if not await self._read(pull, remote, piece, end_s):
@@ -187,7 +202,10 @@ class Pulls:
             if bad := [place.ticket for place in piece[good:]]:
                 self._node.abandon(self._clock(), WRITER, bad)
         tickets = [place.ticket for place in piece[:good]]
-        self._node.commit(self._clock(), tickets, [block.checksum for block in blocks[:good]])
+        done = self._node.commit(self._clock(), tickets, [block.checksum for block in blocks[:good]]).done
+        for place, committed in zip(piece[:good], done, strict=True):
+            if committed and place.name and self._names is not None:
+                self._names.add(place.key, place.name)
         self._hold(pull, keys[:good])
         self.stats.blocks += good
         self.stats.bytes += sum(block.size_bytes for block in blocks[:good])
@@ -224,3 +242,7 @@ class Pulls:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _acquire(remote: RemoteStore, keys: list[bytes], lease_s: float, wait_s: float) -> Acquired:
+    return remote.acquire(keys, lease_s, wait_s, named=True)

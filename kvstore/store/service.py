@@ -192,11 +192,14 @@ class StoreService:
         self.node.table = Table(rows, whole=config.ssd is None)
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
+            await asyncio.to_thread(self._load_names, self.tiering)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
         if config.transfer is not None:
             self._outside = await asyncio.to_thread(Outside.open, config.transfer, self._segment)
-            self._outside.serve(self.node, config.node, self._handle, self._metadata, self._clock)
+            self._outside.serve(
+                self.node, config.node, self._handle, self._metadata, self._clock, self._names
+            )
         if config.metrics_port is not None:
             self._metrics = self._serve_metrics(config.metrics_port)
         record = StoreRecord(
@@ -232,6 +235,10 @@ class StoreService:
             return FileSegment.open(self.epoch, memory.path, self._capacity_bytes, memory.offset)
         return create_segment(self.epoch, self._capacity_bytes, self.config.hugepages, progress)
 
+    def _load_names(self, tiering: Tiering) -> None:
+        for key, name in tiering.tier.names():
+            self._names.add(key, name)
+
     def _open_tier(self, config: SsdConfig) -> Tiering:
         """Open the SSD tier with what it kept from earlier starts."""
         assert self._segment is not None
@@ -242,7 +249,7 @@ class StoreService:
             io.close()
             raise
         limits = WriteBehindLimits(age_s=self.config.ssd_age_s)
-        return Tiering(self.node, self._segment, tier, io, limits, self._clock)
+        return Tiering(self.node, self._segment, tier, io, limits, self._clock, self._names.of)
 
     def _serve_metrics(self, port: int) -> MetricsServer:
         registry = CollectorRegistry()
@@ -376,7 +383,11 @@ class StoreService:
             if request.source and (pulls := self.pulls):
                 rest_s = begun_s + min(request.wait_s, PULL_WAIT_S_MAX) - self._clock()
                 await pulls.fetch(request.keys, request.source, max(0.0, rest_s))
-            return self.node.acquire(self._clock(), request.keys, request.lease_s)
+            answer = self.node.acquire(self._clock(), request.keys, request.lease_s)
+            if request.named:
+                names = [self._names.of(key) for key in request.keys[: len(answer.blocks)]]
+                answer = Acquired(answer.lease_id, answer.blocks, names if any(names) else [])
+            return answer
         finally:
             self.node.release(self._clock(), held)
 

@@ -24,13 +24,15 @@ class Acquire(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acq")
     """Lease the longest prefix of `keys` that is complete. Answer: Acquired.
 
     `wait_s` > 0 waits (bounded by the node) for keys that are being written right now, and for those
-    that are fetched from the store of node `source` ("" = nowhere else), which is known to have them.
+    that are fetched from the store of node `source` ("" = nowhere else), which is known to have them. With
+    `named` the answer says what the blocks are called, for one who copies them.
     """
 
     keys: list[bytes]
     lease_s: float
     wait_s: float = 0.0
     source: str = ""
+    named: bool = False
 
 
 class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -42,10 +44,14 @@ class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Acquired(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acqd"):
-    """`blocks[i]` belongs to `keys[i]`; shorter than keys at the first miss. lease_id 0 = none."""
+    """`blocks[i]` belongs to `keys[i]`; shorter than keys at the first miss. lease_id 0 = none.
+
+    `names[i]`: as in Commit, where they were asked for.
+    """
 
     lease_id: int
     blocks: list[Block]
+    names: list[bytes] = []
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag="rel"):

@@ -59,6 +59,18 @@ def test_a_copy_task_ends_with_the_object_on_both_segments(pair) -> None:
     assert second.get("copied") == b"value of copied"
 
 
+def test_a_copy_is_found_by_its_name_when_the_first_one_is_gone(pair) -> None:
+    first, second = pair
+    put(first, "named/1", on=first)
+    task_id, _ = first.create_move_task("named/1", first.get_hostname(), second.get_hostname())
+    assert ended(first, task_id).status is TaskStatus.SUCCESS
+    first.close()
+    while node(first) in second._need().pool.nodes:
+        pass
+    assert second.remove_by_regex("^named/", True) == 1
+    assert second.get("named/1") == b""
+
+
 def test_a_copy_task_to_several_segments_is_one_task(pair, join) -> None:
     first, second = pair
     third = join("4MB", tenant_id="tasks")

@@ -3,6 +3,7 @@
 import struct
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 from xxhash import xxh3_128_digest
@@ -10,6 +11,7 @@ from xxhash import xxh3_128_digest
 from kvstore.header import (
     BLANK_PAGE,
     HEADER_BYTES,
+    NAME_BYTES_FIT,
     Codec,
     FileHeader,
     ObjectHeader,
@@ -28,11 +30,14 @@ def fixed(size: int) -> st.SearchStrategy[bytes]:
     return st.binary(min_size=size, max_size=size)
 
 
-objects = st.builds(ObjectHeader, fixed(32), st.integers(1, 2**64 - 1), fixed(16), u64)
+objects = st.builds(
+    ObjectHeader, fixed(32), st.integers(1, 2**64 - 1), fixed(16), u64, name=st.binary(max_size=300)
+)
 records = st.builds(Record, objects, fixed(16), u64, u32, u32, u64)
 names = st.text(st.sampled_from("abcXYZ019._-"), min_size=1, max_size=63)
 files = st.builds(FileHeader, fixed(16), names, u32, u64, u32)
 
+NAMED = ObjectHeader(b"k" * 32, 5, b"c" * 16, 7, name=b"name")
 RECORD = Record(ObjectHeader(b"k" * 32, 5, b"c" * 16, 7), b"t" * 16, 3, 1, 2, 8192)
 
 
@@ -111,7 +116,25 @@ def test_an_unknown_codec_is_named_not_served_as_raw():
 def test_fields_that_a_later_program_adds_at_the_end_are_skipped():
     body_bytes = struct.unpack_from("<I", encode_record(RECORD), 12)[0]
     longer = changed(encode_record(RECORD), 12, struct.pack("<I", body_bytes + 8))
-    assert decode_record(changed(longer, 32 + body_bytes, b"new here")) == RECORD
+    assert decode_record(changed(longer, 32 + body_bytes, b"\0\0newer")) == RECORD
+    named = Record(NAMED, *msgspec.structs.astuple(RECORD)[1:])
+    assert decode_record(changed(longer, 32 + body_bytes, b"\x04\0nameit")) == named
+
+
+@pytest.mark.parametrize("length", [0, 7, 65_535])
+def test_a_name_that_does_not_fit_its_body_is_none(length):
+    body_bytes = struct.unpack_from("<I", encode_record(RECORD), 12)[0]
+    longer = changed(encode_record(RECORD), 12, struct.pack("<I", body_bytes + 8))
+    page = changed(longer, 32 + body_bytes, struct.pack("<H", length) + b"abcdef")
+    assert decode_record(page) == RECORD
+
+
+def test_a_name_that_is_too_long_for_the_page_is_left_out():
+    longest = msgspec.structs.replace(RECORD.object, name=b"n" * NAME_BYTES_FIT)
+    record = msgspec.structs.replace(RECORD, object=longest)
+    assert decode_record(encode_record(record)) == record
+    longer = msgspec.structs.replace(RECORD.object, name=b"n" * (NAME_BYTES_FIT + 1))
+    assert decode_record(encode_record(msgspec.structs.replace(RECORD, object=longer))) == RECORD
 
 
 @pytest.mark.parametrize("body_bytes", [0, 1, 100, HEADER_BYTES - 31, 2**32 - 1])

@@ -14,7 +14,7 @@ from kvstore.ssd.model import SsdConfig
 from kvstore.store.config import StoreConfig
 from kvstore.store.service import StoreService
 from mooncake.core.keys import block_checksum
-from mooncake.core.messages import Acquire, Commit, Reserve
+from mooncake.core.messages import Acquire, Commit, DropKeys, ListNames, Reserve
 
 SIZE = 64 << 10
 MEMORY = 8 * SIZE
@@ -46,13 +46,14 @@ class World:
     def __init__(self, service: StoreService) -> None:
         self.service = service
 
-    async def put(self, *numbers: int) -> None:
+    async def put(self, *numbers: int, name: bytes = b"") -> None:
         for number in numbers:
             got = await self.service._handle(Reserve("w", [key(number)], SIZE))
             assert got.tickets[0], f"no room for {number}"
             self.service._segment.view(got.offsets[0], SIZE)[:] = content(number)
             checksum = block_checksum(key(number), content(number))
-            assert (await self.service._handle(Commit(got.tickets, [checksum]))).done == [True]
+            commit = Commit(got.tickets, [checksum], [name] if name else [])
+            assert (await self.service._handle(commit)).done == [True]
 
     async def get(self, *numbers: int) -> int:
         """Return how many of the prefix are served, all of them right."""
@@ -166,6 +167,32 @@ async def test_kv_is_served_after_a_restart(tmp_path):
     try:
         assert set(again.tiering.keys()) == {key(number) for number in range(6)}
         assert await World(again).get(*range(6)) == 6
+    finally:
+        await again.close()
+
+
+async def names_of(service: StoreService) -> list[bytes]:
+    return (await service._handle(ListNames())).names
+
+
+async def test_names_outlive_a_restart_and_go_with_their_objects(tmp_path):
+    first = StoreService(config(tmp_path))
+    await first.start()
+    world = World(first)
+    await world.put(1, name=b"one")
+    await world.put(2, name=b"two")
+    await world.put(3)
+    await world.copied(1, 2, 3)
+    await world.put(4, name=b"four")
+    await first.close()
+    again = StoreService(config(tmp_path))
+    await again.start()
+    try:
+        assert sorted(await names_of(again)) == [b"four", b"one", b"two"]
+        assert await World(again).get(2) == 1  # in memory again
+        assert sorted(await names_of(again)) == [b"four", b"one", b"two"]
+        await again._handle(DropKeys([key(2), key(4)]))
+        assert await names_of(again) == [b"one"]
     finally:
         await again.close()
 

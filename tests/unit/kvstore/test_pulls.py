@@ -20,6 +20,7 @@ from mooncake.core.messages import (
     Commit,
     DropKeys,
     HandOver,
+    ListNames,
     Pull,
     Release,
     Reserve,
@@ -50,13 +51,13 @@ class Store:
     async def ask(self, request):
         return await self.service._handle(request)
 
-    async def put(self, *numbers: int, size: int = SIZE) -> None:
+    async def put(self, *numbers: int, size: int = SIZE, name: bytes = b"") -> None:
         for number in numbers:
             got = await self.ask(Reserve("w", [key(number)], size))
             assert got.tickets[0], f"no room for {number}"
             self.service._segment.view(got.offsets[0], size)[:] = content(number, size)
             checksum = block_checksum(key(number), content(number, size))
-            assert (await self.ask(Commit(got.tickets, [checksum]))).done == [True]
+            assert (await self.ask(Commit(got.tickets, [checksum], [name] if name else []))).done == [True]
 
     async def get(self, *numbers: int, source: str = "", wait_s: float = WAIT_S) -> int:
         """Return how many of the prefix are served, all of them right."""
@@ -125,6 +126,21 @@ async def test_a_reader_gets_the_prefix_that_another_store_has(tmp_path):
         assert await b.get(*range(8), source="a") == 6
         assert await b.get(*range(8)) == 6, "they are here now"
         assert (b.stats.blocks, b.stats.bytes, b.stats.failures) == (6, 6 * SIZE, 0)
+
+
+@run
+async def test_names_go_with_copies(tmp_path):
+    async with stores(tmp_path, "a", "b") as (a, b):
+        await a.put(0, 1)
+        await a.put(2, name=b"two")
+        assert await b.get(0, source="a") == 1
+        assert (await b.ask(ListNames())).names == []
+        assert (await b.ask(Pull([key(1), key(2)], "a", WAIT_S))).held == [True, True]
+        page = await b.ask(ListNames())
+        assert (page.names, page.keys) == ([b"two"], key(2))
+        await b.ask(DropKeys([key(2)]))
+        assert (await b.ask(ListNames())).names == []
+        assert (await a.ask(ListNames())).names == [b"two"]
 
 
 @run
