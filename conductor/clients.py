@@ -1,6 +1,5 @@
 """What the dispatcher remembers of a request: no behaviour beyond naming and grouping."""
 
-import time
 from collections.abc import Sequence
 
 from conductor.http import HttpFate
@@ -116,6 +115,7 @@ def facts_of(
     first_token: bool,
     shared: bool,
     terms: Terms = DEFAULT_TERMS,
+    arrival_s: float,
 ) -> RequestFacts:
     """Return what the policy may know of `request`.
 
@@ -127,6 +127,7 @@ def facts_of(
         first_token: whether leg 1's own token may be streamed at all.
         shared: siblings share leg 1 (n > 1).
         terms: what it asks of its service.
+        arrival_s: when it came (monotonic).
     """
     tokens: Sequence[int] = request.prompt_token_ids or ()
     params = request.sampling_params
@@ -145,7 +146,7 @@ def facts_of(
         max_tokens=max_tokens,
         keys=keys,
         tail_key=tail,
-        arrival_s=time.monotonic(),
+        arrival_s=arrival_s,
         ttft_slo_s=terms.ttft_slo_s,
         tbt_slo_s=terms.tbt_slo_s,
         context_root=context_root,

@@ -142,10 +142,10 @@ class Dispatcher:
         request.priority = request.priority or terms.slo_class.priority
         family_id = family_of(request)
         family = self._family(family_id or request.request_id)
-        client = Client(request, self._machine(request, terms, family, ""), family, now_s, fate)
+        client = Client(request, self._machine(request, terms, family, now_s), family, now_s, fate)
 
         def place(at_s: float) -> Plan | Rejection:
-            client.machine, answer = self._plan(at_s, request, terms, family)
+            client.machine, answer = self._plan(at_s, client, terms)
             return answer
 
         prompt_len = len(request.prompt_token_ids or ())
@@ -206,14 +206,12 @@ class Dispatcher:
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
 
-    def _plan(
-        self, now_s: float, request: EngineCoreRequest, terms: Terms, family: Family
-    ) -> tuple[RequestMachine, Plan | Rejection]:
+    def _plan(self, now_s: float, client: Client, terms: Terms) -> tuple[RequestMachine, Plan | Rejection]:
         """Plan against every context that is alive, the most common first."""
         contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
         answer: Plan | Rejection | None = None
         for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
-            machine = self._machine(request, terms, family, root, block_size)
+            machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
             answer = self._scheduler.on_request(now_s, machine.facts)
             if isinstance(answer, Plan):
                 break
@@ -221,12 +219,19 @@ class Dispatcher:
         return machine, answer
 
     def _machine(
-        self, request: EngineCoreRequest, terms: Terms, family: Family, root: str, block_size: int = 1
+        self,
+        request: EngineCoreRequest,
+        terms: Terms,
+        family: Family,
+        arrival_s: float,
+        root: str = "",
+        block_size: int = 1,
     ) -> RequestMachine:
+        """Return the machine of a request; `root` "": before it is known where it may run."""
         shared = family.family_id != request.request_id
         facts = facts_of(
             request, root, block_size, self._adapters,
-            first_token=self._first_token, shared=shared, terms=terms,
+            first_token=self._first_token, shared=shared, terms=terms, arrival_s=arrival_s,
         )  # fmt: skip
         return RequestMachine(facts, family.group if shared else None)
 

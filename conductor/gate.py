@@ -17,6 +17,9 @@ from conductor.scheduler import RETRY_AFTER_MAX_S, RETRY_AFTER_S
 from conductor.terms import Terms
 from conductor.waiting import Left, Waiting, WaitingRoom, Why
 
+SHARE_MIN = 0.1
+"""Of its objective may be spent waiting, even if computing seems to take all of it: it may be cached."""
+
 Place = Callable[[float], Plan | Rejection]
 """Plans one request now (and charges its load), or says why not."""
 
@@ -60,8 +63,8 @@ class Gate:
             return place(now_s), []
         work_s = self._cost.prefill_s(prompt_len, 0)
         limit_s = self._config.wait_s if terms.ttft_slo_s is None else terms.ttft_slo_s
-        ahead_s = self._ahead_s(now_s)
-        if terms.ttft_slo_s is not None and ahead_s + work_s > limit_s and not self._overtakes(terms):
+        ahead_s = self._ahead_s(now_s, terms.slo_class.rank)
+        if terms.ttft_slo_s is not None and ahead_s + work_s > limit_s:
             retry_after_s = min(max(ahead_s + work_s - limit_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
             detail = f"predicted {ahead_s + work_s:.1f} s in the queue, objective {limit_s:.1f} s"
             return _rejection(request_id, Reason.TTFT_SLO, detail, retry_after_s), []
@@ -70,7 +73,7 @@ class Gate:
             tenant=terms.tenant,
             rank=terms.slo_class.rank,
             work=work_s,
-            deadline_s=now_s + limit_s,
+            deadline_s=now_s + max(limit_s - work_s, limit_s * SHARE_MIN),
             sheddable=terms.slo_class.sheddable,
             # half of its time may be spent waiting: the rest is for prefill, decode and mistakes
             promote_s=None if terms.job_s is None else now_s + terms.job_s / 2,
@@ -119,14 +122,10 @@ class Gate:
         loads = [load for record, load in self._cluster.alive() if record.role != "decode"]
         return [load.queue_s(now_s) + load.overdue_s(now_s) for load in loads]
 
-    def _ahead_s(self, now_s: float) -> float:
-        """Return when the gate will have opened for all that wait, if they share all instances."""
+    def _ahead_s(self, now_s: float, rank: int | None = None) -> float:
+        """Return when those who go before `rank` will have begun, if they share all instances."""
         queues = self._queues(now_s)
-        return (self._room.work() + sum(queues)) / len(queues) if queues else 0.0
-
-    def _overtakes(self, terms: Terms) -> bool:
-        """Whether most of those who wait would let it pass: then what is ahead says nothing."""
-        return self._room.ahead(terms.slo_class.rank) * 2 < len(self._room)
+        return (self._room.work(rank) + sum(queues)) / len(queues) if queues else 0.0
 
     def _left(self, now_s: float, left: Left) -> Rejection:
         reason = Reason.QUEUE_FULL if left.why is not Why.EXPIRED else Reason.QUEUE_TIME

@@ -326,9 +326,10 @@ class Scheduler:
         self, now_s: float, facts: RequestFacts, work: _Prefill, chosen: _Decode, decodes: list[_Worker]
     ) -> Rejection | None:
         """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
+        ttft_s = max(0.0, now_s - facts.arrival_s) + work.ttft_s  # it may have waited in the gate
         if self._config.admission is AdmissionMode.OBJECTIVES:
-            return self._over_objectives(facts, work.ttft_s, chosen.tbt_s)
-        if rejected := self._over_objectives(facts, work.ttft_s, 0.0):
+            return self._over_objectives(facts, ttft_s, chosen.tbt_s)
+        if rejected := self._over_objectives(facts, ttft_s, 0.0):
             return rejected
         kv_tokens = sum(w.record.kv_blocks * w.record.block_size for w in decodes)
         room = Room(len(decodes), max(1, kv_tokens))

@@ -69,7 +69,7 @@ class WaitingRoom:
         self._of_tenant: dict[str, int] = {}
         self._taken: dict[str, float] = {}  # work by weight, per tenant
         self._promotions: dict[str, Waiting] = {}
-        self._work = 0.0
+        self._work: dict[int, float] = {}  # by rank
 
     def __len__(self) -> int:
         return len(self._there)
@@ -78,14 +78,9 @@ class WaitingRoom:
         """Return how many of a tenant wait."""
         return self._of_tenant.get(tenant, 0)
 
-    def work(self) -> float:
-        """Return the work of all that wait."""
-        return self._work
-
-    def ahead(self, rank: int) -> int:
-        """Return how many wait whose rank is as good or better."""
-        queues = (self._queues[found] for found in self._queues if found <= rank)
-        return sum(len(queue) for tenants in queues for queue in tenants.values())
+    def work(self, rank: int | None = None) -> float:
+        """Return the work of those whose rank is as good as `rank` or better; None: of all."""
+        return sum(work for found, work in self._work.items() if rank is None or found <= rank)
 
     # ------------------------------------------------------------ in
 
@@ -171,13 +166,13 @@ class WaitingRoom:
 
     def _put(self, one: Waiting) -> None:
         self._there[one.request_id] = one
-        self._work += one.work
+        self._work[one.rank] = self._work.get(one.rank, 0.0) + one.work
         self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
         self._queues.setdefault(one.rank, {}).setdefault(one.tenant, deque()).append(one)
 
     def _remove(self, one: Waiting) -> None:
         del self._there[one.request_id]
-        self._work = self._work - one.work if self._there else 0.0  # rounding does not add up
+        self._work[one.rank] -= one.work
         self._promotions.pop(one.request_id, None)
         left = self._of_tenant[one.tenant] - 1
         if left:
@@ -194,3 +189,4 @@ class WaitingRoom:
             del tenants[one.tenant]
             if not tenants:
                 del self._queues[one.rank]
+                del self._work[one.rank]  # with what rounding has left

@@ -23,11 +23,13 @@ from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest
 from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
+from conductor.gate import Gate, GateConfig
 from conductor.index import PrefixIndex
 from conductor.plan import Abort, Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
 from conductor.planner import Member, Planner, PlannerConfig, Switch
 from conductor.request import RequestMachine
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
+from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import InstanceRecord, StoreRecord
 
@@ -37,6 +39,9 @@ MAX_TOKENS = 4096
 """Every request's limit: what the Conductor knows of an answer's length before it ends."""
 WAITING_MAX = 1 << 20
 """Nothing is turned away for the length of a queue unless the caller asks for it."""
+WAIT_S_MAX = 3600.0
+"""Nobody is sent away for waiting alone, unless an objective says so."""
+TICK_S = 0.25
 DRAINING = "draining"
 """Role of an instance on its way to another one: neither pool has it."""
 DRAIN_POLL_S = 0.5
@@ -51,6 +56,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     that prefills; None = as the profile says. decode_host_blocks: beside each that only decodes.
     admission, decode_s: see conductor.admission; objectives that are None are not enforced.
     planner: who changes roles; None = nobody does.
+    hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both).
     """
 
@@ -70,6 +76,8 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     reject_tbt_s: float | None = None
     waiting_max: int = WAITING_MAX
     planner: PlannerConfig | None = None
+    hold_s: float = 0.0
+    classes: tuple[str, ...] = ()
 
 
 class Entry:
@@ -82,6 +90,7 @@ class Entry:
         self.keys = [block.to_bytes(KEY_BYTES, "little") for block in trace.hash_ids]
         self.machine: RequestMachine | None = None
         self.plan: Plan | None = None
+        self.terms = DEFAULT_TERMS
         self.rejected = ""
         self.ttft_s = -1.0
         self.tbt: Tbt | None = None
@@ -141,6 +150,23 @@ class World:
         self.switches: list[tuple[float, str, str]] = []  # when, who, to which role
         self.block_bytes = BLOCK_TOKENS * profile.kv_token_bytes
         self.entries = [Entry(number, one) for number, one in enumerate(requests)]
+        if config.classes:
+            terms = [
+                Terms(slo_class=CLASSES[name], ttft_slo_s=config.reject_ttft_s) for name in config.classes
+            ]
+            for entry in self.entries:
+                entry.terms = terms[entry.number % len(terms)]
+        self.gate = Gate(
+            GateConfig(
+                hold_s=config.hold_s,
+                waiting_max=config.waiting_max,
+                tenant_max=config.waiting_max,
+                wait_s=WAIT_S_MAX,
+            ),
+            self.cost,
+            self.cluster,
+        )
+        self._pumping = False
         self.samples: list[Sample] = []
         self.active = 0
         self.fetches = 0
@@ -181,6 +207,7 @@ class World:
         """Let everything happen; `progress` hears how many requests have arrived, now and then."""
         self._arrive()
         self._sample()
+        self._tick()
         self._replan_roles()
         told = 0
         while self.time.step():
@@ -215,6 +242,14 @@ class World:
         self.samples.append(Sample(now_s, queue_s, tbt_s, batch))
         if self.active or self._next_arrival < len(self.entries):
             self.time.at(now_s + SAMPLE_S, self._sample)
+
+    def _tick(self) -> None:
+        """As the gateway's: deadlines pass without anybody giving load back."""
+        if not self.config.hold_s:
+            return
+        self._pump_soon()
+        if self.active or self._next_arrival < len(self.entries):
+            self.time.at(self.time.now_s + TICK_S, self._tick)
 
     # ------------------------------------------------------------ roles
 
@@ -273,17 +308,40 @@ class World:
             first_token=True,
             single_leg=trace.output_tokens == 1,
         )
-        answer = self.scheduler.on_request(self.time.now_s, facts)
+        prompt_len = trace.input_tokens
+        entry.machine = RequestMachine(facts)
+        answer, others = self.gate.offer(
+            self.time.now_s, facts.request_id, prompt_len, entry.terms,
+            lambda now_s: self.scheduler.on_request(now_s, facts),
+        )  # fmt: skip
+        self.active += 1
+        for other in others:
+            self._answered(other.request_id, other.answer)
+        if answer is not None:
+            self._answered(facts.request_id, answer)
+
+    def _answered(self, request_id: str, answer: Plan | Rejection) -> None:
+        entry = self.entries[int(request_id)]
+        assert entry.machine is not None
         if isinstance(answer, Rejection):
             entry.rejected = str(answer.reason)
-            entry.done = True
+            self._execute(entry, entry.machine.abort())
             return
-        self.active += 1
         entry.plan = answer
         if self.planner is not None:
-            self.planner.planned(answer, trace.input_tokens, self.cost.output_tokens(MAX_TOKENS))
-        entry.machine = RequestMachine(facts)
+            answer_tokens = self.cost.output_tokens(MAX_TOKENS)
+            self.planner.planned(answer, entry.trace.input_tokens, answer_tokens)
         self._execute(entry, entry.machine.start(answer))
+
+    def _pump(self) -> None:
+        self._pumping = False
+        for outcome in self.gate.pump(self.time.now_s):
+            self._answered(outcome.request_id, outcome.answer)
+
+    def _pump_soon(self) -> None:
+        if len(self.gate) and not self._pumping:
+            self._pumping = True
+            self.time.at(self.time.now_s, self._pump)
 
     def _execute(self, entry: Entry, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -292,6 +350,7 @@ class World:
                     self._send(entry, command)
                 case Release():
                     self.scheduler.release(self.time.now_s, command.ticket)
+                    self._pump_soon()
                 case Deliver():
                     if entry.ttft_s < 0:
                         entry.ttft_s = self.time.now_s - entry.trace.arrival_s

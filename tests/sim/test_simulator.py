@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.sim.engine import Engine, Job, Tbt, Work
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
-from benchmarks.sim.report import Summary, summarize
+from benchmarks.sim.report import Summary, summarize, within
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
 from benchmarks.sim.world import World, WorldConfig
@@ -272,3 +272,19 @@ def test_instances_change_roles_when_prompts_outgrow_their_pool_and_nothing_is_l
     assert roles.count("prefill") > 3
     assert planned.switches
     assert summarize(planned).attainment > summarize(fixed).attainment
+
+
+def test_under_overload_higher_classes_are_served_where_requests_wait_by_class() -> None:
+    mix = ("premium", "batch")
+    requests = synthesize(400, 12.0, 2)
+    attained = {}
+    for hold_s in (0.0, 1.0):
+        world = simulated(requests, prefill=2, decode=2, hold_s=hold_s, classes=mix, reject_ttft_s=10.0)
+        assert all(entry.done for entry in world.entries)
+        assert world.cluster.charged == 0
+        assert len(world.gate) == 0
+        for name in mix:
+            own = [within(e, 10.0, 0.1) for e in world.entries if e.terms.slo_class.name == name]
+            attained[hold_s, name] = sum(own) / len(own)
+    assert attained[1.0, "premium"] > attained[0.0, "premium"]
+    assert attained[1.0, "premium"] > attained[1.0, "batch"]

@@ -118,11 +118,12 @@ def test_who_waited_until_the_deadline_is_told_so():
     assert taken(waiting_room, 2) == ["early", ""]
 
 
-def test_those_ahead_of_a_rank_are_counted():
+def test_the_work_ahead_of_a_rank_is_known():
     waiting_room = room()
     for name, rank in (("a", 0), ("b", 2), ("c", 2), ("d", 3)):
-        waiting_room.add(one(name, rank=rank))
-    assert [waiting_room.ahead(rank) for rank in range(4)] == [1, 1, 3, 4]
+        waiting_room.add(one(name, rank=rank, work=2.0))
+    assert [waiting_room.work(rank) for rank in range(4)] == [2, 2, 6, 8]
+    assert waiting_room.work() == 8
 
 
 class Model(RuleBasedStateMachine):
