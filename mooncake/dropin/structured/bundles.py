@@ -80,9 +80,7 @@ class Bundles:
             buffers = dict(after.buffers) if after else {}
             for name, encoded in members.items():
                 buffers[name] = writing.member(encoded)
-            kept = (
-                writing.member(Encoded(Field(), [memoryview(meta).cast("B")])) if meta is not None else None
-            )
+            kept = None if meta is None else writing.member(Encoded(Field(), [memoryview(meta).cast("B")]))
             writing.flush()
             manifest = Manifest(object_id, 1, "bundle", buffers, dict(metadata), kept, shared)
             writing.put(manifests.key_of(self.prefix, object_id), manifests.encode(manifest))
@@ -92,9 +90,7 @@ class Bundles:
     def _undo(self, writing: "_Writing") -> None:
         left = self.wire.remove(writing.keys[::-1])  # the manifest first
         if left:
-            log.warning(
-                "mooncake.structured: a failed put has left objects", count=len(left), example=left[0]
-            )
+            log.warning("mooncake.structured: a failed put has left objects", count=len(left), one=left[0])
 
     # ------------------------------------------------------------ looking and removing
 
@@ -169,7 +165,8 @@ class Bundles:
 
     def _fill(self, bases: Sequence[str], readings: Sequence[Reading | None]) -> list[Any]:
         there = [(base, one) for base, one in zip(bases, readings, strict=True) if one is not None]
-        self.wire.read([want for base, one in there for want in _wants(base, one)])
+        wants = [want for base, one in there for want in _wants(base, one)]
+        self.wire.read(wants, [one.target for _, one in there if one.registered])
         return [one.finish() for _, one in there]
 
 

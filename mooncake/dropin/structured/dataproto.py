@@ -72,9 +72,11 @@ class DataProtoTransfer(ObjectTransfer):
         """
         _check_kind(type)
         sections = batches.split(batches.from_flat(data, field_schemas) if type == "dict" else data)
-        group = group_of(config) or f"structured-{uuid.uuid4().hex}"
+        group = group_of(config)
+        if group is None:
+            group = f"structured-{uuid.uuid4().hex}"
         empty = MooncakeDataProtoRef(
-            sections.rows(), {}, {}, {}, namespace, partition, _storage_group_id=group
+            sections.rows(), {}, {}, {}, namespace, partition, _storage_group_id=group or None
         )
         return self._add(empty, sections, stage, False, chunk_bytes, policy, field_schemas, config)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mooncake.core.errors import IntegrityError
 from mooncake.dropin.structured.manifest import Field, Payload
-from mooncake.dropin.structured.model import StructuredMemberSlice, TensorObject
+from mooncake.dropin.structured.model import RawMemory, StructuredMemberSlice, TensorObject
 from mooncake.dropin.structured.places import memory_at, place_for
 from mooncake.dropin.structured.tree import (
     IntArray,
@@ -119,6 +119,7 @@ class Reading(NamedTuple):
     ranges: list[Range]
     target: Any
     finish: Callable[[], Any]
+    registered: bool = False
 
 
 def rows_of(name: str, field: Field, some: StructuredMemberSlice | None) -> range | None:
@@ -224,7 +225,8 @@ def _dense(name: str, payload: Payload, rows: Rows | None, destination: Any) -> 
         target = np.empty(size, np.uint8)
         return Reading(payload, ranges, target, lambda: make(target))
     target, result = place_for(name, field, shape, size, destination)
-    return Reading(payload, ranges, target, lambda: make(target) if result is None else result)
+    registered = isinstance(destination, RawMemory) and destination.pre_registered
+    return Reading(payload, ranges, target, lambda: make(target) if result is None else result, registered)
 
 
 def _some_rows(payload: Payload, rows: Rows | None, starts: IntArray | None) -> Reading:

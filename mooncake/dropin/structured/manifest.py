@@ -19,7 +19,7 @@ from mooncake.dropin.structured.model import RemoteBundleRef
 MANIFEST_BYTES_MAX = 64 << 20
 MEMBERS_MAX = 1 << 14
 CHUNKS_MAX = 1 << 20
-"""Of a bundle: 8 TiB of 8 MiB chunks."""
+"""Of a bundle: 2 TiB of 2 MiB chunks."""
 SHARED_MAX = 1 << 10
 """Appends to one stage."""
 NAME_CHARS_MAX = 512

@@ -27,27 +27,10 @@ SIDE_MAX = 1 << 48
 SCALARS = frozenset({NoneType, bool, int, float, str, bytes})
 NUMBERS = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\d{0,9}[A-Za-zμ]{1,10}\])?")
 """Of numpy's dtypes, as text: no objects and no records."""
-TENSORS = frozenset(
-    [
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "complex64",
-        "complex128",
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-    ]
-)
+TENSORS = frozenset((
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128",
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+))  # fmt: skip
 """Of torch's dtypes: those that are their bytes and nothing else."""
 NODE = 1
 IntArray = np.ndarray[Any, np.dtype[np.int64]]

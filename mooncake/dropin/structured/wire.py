@@ -113,14 +113,18 @@ class Wire:
             raise failed(key, code)
         return bool(code)
 
-    def read(self, wants: Sequence[Want]) -> None:
+    def read(self, wants: Sequence[Want], registered: Sequence[Any] = ()) -> None:
         """Fill the targets.
+
+        Args:
+            wants: what is to be read.
+            registered: targets whose memory the caller has registered with the store.
 
         Raises:
             RequestError: an object is gone. PeerError: one could not be read.
         """
         with ExitStack() as stack:
-            for target in self._worth_registering(wants):
+            for target in self._worth_registering(wants, registered):
                 self._register(target, stack)
             whole: Any = getattr(self._store, "batch_get_into", None)
             parts = getattr(self._store, "get_into_ranges", None)
@@ -139,10 +143,10 @@ class Wire:
                 else:
                     self._read_by_get(some)
 
-    def _worth_registering(self, wants: Sequence[Want]) -> Iterable[Any]:
+    def _worth_registering(self, wants: Sequence[Want], registered: Sequence[Any]) -> Iterable[Any]:
         if not hasattr(self._store, "register_buffer"):
             return []
-        counts: dict[int, int] = {}
+        counts = {_address(target): -len(wants) for target in registered}
         targets: dict[int, Any] = {}
         for want in wants:
             start = _address(want.target)
@@ -151,7 +155,7 @@ class Wire:
         return [targets[start] for start, count in counts.items() if count >= REGISTER_FROM]
 
     def _register(self, target: Any, stack: ExitStack) -> None:
-        """Registered by the caller already: refused, and as good."""
+        """Let addresses in it be known; what the caller has registered is refused, and as good."""
         if self._store.register_buffer(_address(target), target.nbytes) == OK:
             stack.callback(self._store.unregister_buffer, _address(target))
 

@@ -3,6 +3,8 @@
 import enum
 import inspect
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -226,6 +228,17 @@ def test_what_upstream_would_pickle_is_refused_and_named(fake, transfer, value, 
     with pytest.raises(TypeError, match=where):
         transfer.put_object(value)
     assert not fake.objects
+
+
+def test_without_torch_everything_else_is_stored():
+    program = (
+        "import sys, numpy; sys.modules['torch'] = None\n"
+        "from mooncake.dropin.structured.tree import pack, unpack\n"
+        "import mooncake.structured_object_store, mooncake.dataproto_catalog\n"
+        "value = {'a': [numpy.arange(3).tolist(), ('b', None)]}\n"
+        "assert unpack(memoryview(b''.join(pack(value, 'x')))) == value\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
 def test_nesting_and_numbers_have_bounds(transfer):

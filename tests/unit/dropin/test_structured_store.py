@@ -5,7 +5,7 @@ import pytest
 
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
-from mooncake.structured_object_store import MooncakeBundleTransfer, export_dataproto_ref
+from mooncake.structured_object_store import MooncakeBundleTransfer, export_dataproto_ref, raw_destination
 from tests.unit.dropin.test_structured import objects, same
 
 torch = pytest.importorskip("torch")
@@ -50,6 +50,44 @@ def test_parts_are_read_into_registered_memory_of_the_caller(store, memory):
     transfer.materialize_into(spec, {"it": place.reshape(10, 100)})
     assert np.array_equal(place.reshape(10, 100), rows[5:35:3])
     assert store.unregister_buffer(address) == 0
+
+
+def test_memory_that_the_caller_says_is_registered_is_not_registered_again(store, memory, monkeypatch):
+    transfer = MooncakeBundleTransfer(store, default_chunk_bytes=100)
+    spec = transfer.read_spec(transfer.put_object({"it": np.arange(1000).astype(np.uint8)}))
+    place, address = memory(1000)
+    assert store.register_buffer(address, place.nbytes) == 0
+    calls: list = []
+    monkeypatch.setattr(store, "register_buffer", lambda *args: calls.append(args) or -600)
+    raw = raw_destination(address, place.nbytes, place, pre_registered=True)
+    read = transfer.materialize_into(spec, {"it": raw}).objects["it"]
+    assert not calls
+    assert np.array_equal(read, np.arange(1000) % 256)
+    assert store.unregister_buffer(address) == 0
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_all_parts_of_a_batch_are_one_group_also_of_its_appends(store, monkeypatch, given):
+    groups: list = []
+    put_batch = store.put_batch
+
+    def spy(keys, values, config):
+        groups.extend(config.group_ids)
+        assert (len(config.group_ids), config.with_hard_pin) == (len(keys), given is not None)
+        return put_batch(keys, values, config)
+
+    monkeypatch.setattr(store, "put_batch", spy)
+    config = None
+    if given:
+        config = ReplicateConfig()
+        config.group_ids, config.with_hard_pin = [given], True
+    transfer = MooncakeBundleTransfer(store, default_chunk_bytes=10)
+    ref = transfer.put_dataproto({"batch": {"a": np.arange(4)}}, config=config)
+    transfer.append_dataproto_fields(
+        export_dataproto_ref(ref), {"batch": {"b": np.arange(4)}}, stage="s", config=config
+    )
+    assert len(groups) == 2 * (4 + 1)
+    assert set(groups) == {given or ref._storage_group_id}
 
 
 def test_an_object_larger_than_the_pool_is_refused_and_nothing_is_left(store):
