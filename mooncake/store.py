@@ -20,8 +20,8 @@ import structlog
 
 from kvstore.store.config import FileMemory
 from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.dropin.client.counted import calls_of
 from mooncake.dropin.client.dummy import DummySettings, DummyStarted
-from mooncake.dropin.client.http import calls_of
 from mooncake.dropin.engine.start import log_to_stderr
 from mooncake.dropin.store.answers import answers_code, answers_codes
 from mooncake.dropin.store.buffers import (

@@ -54,7 +54,7 @@ from transfer.segment import Segment
 
 PORT = 50_052
 LOOPBACK = "127.0.0.1"
-CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 1024
 """Threads here; a dummy has one, and one more per thread of its own that is inside a call."""
 BACKLOG = 64
 REGIONS_MAX = 256

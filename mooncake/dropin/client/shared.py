@@ -23,7 +23,7 @@ from transfer.segment import PAGE_BYTES, Segment
 
 CONNECT_S = 5.0
 DEADLINE_S = 30.0
-IDLE_MAX = 16
+IDLE_MAX = 4
 """Connections that are kept for the next calls."""
 INVITATION_BYTES_MAX = 4096
 SLACK_S = 0.5

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mooncake.core.errors import ConfigError
 from mooncake.dropin.client.command import ClientOptions, RealClient
+from mooncake.dropin.client.counted import CountedCalls
 from mooncake.dropin.client.counters import BOUNDS_US, GET, Counters, Histogram
-from mooncake.dropin.client.http import CountedCalls
 from mooncake.dropin.store.calls import Calls
 from mooncake.dropin.store.start import Settings
 from mooncake.store import MooncakeDistributedStore
