@@ -1,47 +1,84 @@
-"""A vLLM engine with vLLM's own MooncakeStoreConnector on `mooncake.store`: a job on stdin, JSON on stdout.
+"""vLLM engines with vLLM's own MooncakeStoreConnector on `mooncake.store`: a job on stdin, JSON on stdout.
 
-Input: {"arguments": {...of LLM}, "prompts": [[ids]], "params": {...of SamplingParams}, "master": HOST:PORT}.
-The prompts are answered three times; in between the engine forgets what it has computed, and before the
-third time everything is removed from the pool.
+Input: {"arguments": {...of LLM}, "prompts": [[ids]], "params": {...of SamplingParams},
+"pools": [{"config": {...of MOONCAKE_CONFIG_PATH}, "metrics": URL of the master's}]}.
+vLLM is imported once; every engine is a fork, one after the other, with a pool of its own.
+
+An engine answers the prompts three times. In between it forgets what it has computed; before the third time
+everything is removed from the pool. The first time they come one by one, each after the blocks of the one
+before are on an SSD, if the pool has one: what is evicted from a small memory is not lost then.
 """
 
 import json
+import logging
 import os
 import sys
 import tempfile
 import time
+import traceback
+import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-SAVE_S = 60.0
-STEP_S = 0.02
-SEGMENT = "64MB"
+from mooncake.core.process import set_parent_death_signal
+
+SAVE_S = 90.0
+STEP_S = 0.05
+WORKER = "vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store.worker"
+TIERS = "Mooncake load tier summary"
 
 
-def _engine(work: dict[str, Any], folder: str) -> Any:
+def _engine(work: dict[str, Any], config: dict[str, Any], folder: str) -> Any:
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
     path = Path(folder, "mooncake.json")
-    settings = {
-        "metadata_server": "P2PHANDSHAKE", "master_server_address": work["master"], "protocol": "tcp",
-        "device_name": "", "global_segment_size": SEGMENT, "local_buffer_size": "16MB",
-    }  # fmt: skip
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps(config))
     os.environ["MOONCAKE_CONFIG_PATH"] = str(path)
-    config = KVTransferConfig(
+    transfer = KVTransferConfig(
         kv_connector="MooncakeStoreConnector",
         kv_role="kv_both",
         kv_connector_extra_config={"load_async": True},
     )
-    return LLM(kv_transfer_config=config, **work["arguments"])
+    return LLM(kv_transfer_config=transfer, **work["arguments"])
 
 
-def _generate(llm: Any, work: dict[str, Any]) -> list[dict[str, Any]]:
+class _Tiers(logging.Handler):
+    """Adds up what vLLM logs of the tiers its blocks have come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"memory": 0, "disk": 0, "unknown": 0, "failed": 0}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith(TIERS):
+            assert isinstance(record.args, tuple)
+            _, _, memory, disk, unknown, _, failed, _ = record.args
+            for name, more in (("memory", memory), ("disk", disk), ("unknown", unknown), ("failed", failed)):
+                self.counts[name] += more
+
+
+def _listen() -> _Tiers:
+    """Hear vLLM's log of the tiers; to be called once there is an engine, which sets all logging anew."""
+    logger, tiers = logging.getLogger(WORKER), _Tiers()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(tiers)
+    return tiers
+
+
+def _metrics(url: str) -> dict[str, float]:
+    """Return the master's metrics that have no labels."""
+    with urllib.request.urlopen(url + "/metrics", timeout=SAVE_S) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#") and "{" not in line)
+    return {name: float(value) for name, value in pairs}
+
+
+def _generate(llm: Any, work: dict[str, Any], prompts: list[list[int]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(**work["params"]), use_tqdm=False)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(given, SamplingParams(**work["params"]), use_tqdm=False)
     return [
         {"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens}
         for output in outputs
@@ -59,32 +96,68 @@ def _names() -> list[str]:
     return sorted(calls.pool.names())
 
 
-def _wait_for_saves(expected: int) -> list[str]:
+def _wait_for(count: int, url: str, on_ssd: bool) -> None:
+    """Return once so many blocks are saved, or on the SSD; the test says what is missing, if they are not."""
     end_s = time.monotonic() + SAVE_S
-    while len(names := _names()) < expected and time.monotonic() < end_s:
+    while time.monotonic() < end_s:
+        if (int(_metrics(url)["file_cache_nums_"]) if on_ssd else len(_names())) >= count:
+            return
         time.sleep(STEP_S)
-    return names
 
 
-def _run(work: dict[str, Any], folder: str) -> dict[str, Any]:
-    llm = _engine(work, folder)
-    first = _generate(llm, work)
-    names = _wait_for_saves(work["blocks"])
+def _run(work: dict[str, Any], pool: dict[str, Any], folder: str) -> dict[str, Any]:
+    os.environ["VLLM_MOONCAKE_STORE_TIER_LOG"] = "1"
+    llm = _engine(work, pool["config"], folder)
+    tiers, url = _listen(), pool["metrics"]
+    has_ssd = _metrics(url)["master_total_file_capacity_bytes"] > 0
+    first, blocks = [], 0
+    block_size = work["arguments"]["block_size"]
+    for prompt in work["prompts"]:
+        first += _generate(llm, work, [prompt])
+        blocks += len(prompt) // block_size
+        _wait_for(blocks, url, has_ssd)
+    names = _names()
     copies = _store().batch_get_replica_desc(names)
-    tiers = [copy.is_memory_replica() for each in copies.values() for copy in each]
+    before = _metrics(url)
     assert llm.reset_prefix_cache()
-    second = _generate(llm, work)
+    second = _generate(llm, work, work["prompts"])
+    after, loaded = _metrics(url), dict(tiers.counts)
     assert llm.reset_prefix_cache()
     removed = _store().remove_all(force=True)
-    third = _generate(llm, work)
+    third = _generate(llm, work, work["prompts"])
     return {
-        "first": first,
-        "second": second,
-        "third": third,
-        "names": names,
-        "tiers": tiers,
-        "removed": removed,
-    }
+        "first": first, "second": second, "third": third, "names": names, "removed": removed,
+        "in_memory": [any(copy.is_memory_replica() for copy in copies[name]) for name in names],
+        "before": before, "after": after, "loaded": loaded,
+    }  # fmt: skip
+
+
+def _child(work: dict[str, Any], pool: dict[str, Any], out: TextIO) -> None:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            json.dump(_run(work, pool, folder), out)
+        out.flush()
+    except BaseException:  # noqa: BLE001 - told by stderr, never back into the parent's code
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # no engine threads to wait for
+
+
+def _fork(work: dict[str, Any], pool: dict[str, Any]) -> Any:
+    mine, theirs = os.pipe()
+    parent = os.getpid()
+    if os.fork() == 0:
+        set_parent_death_signal(parent)
+        os.close(mine)
+        _child(work, pool, os.fdopen(theirs, "w"))
+    os.close(theirs)
+    with os.fdopen(mine) as answers:
+        text = answers.read()
+    os.wait()
+    if not text:
+        raise SystemExit("an engine has ended: see above")
+    return json.loads(text)
 
 
 def main() -> None:
@@ -92,10 +165,14 @@ def main() -> None:
     work = json.load(sys.stdin)
     answers_fd = os.dup(1)
     os.dup2(2, 1)  # vLLM logs to stdout: keep it for the answer
-    with tempfile.TemporaryDirectory() as folder, os.fdopen(answers_fd, "w") as out:
-        json.dump(_run(work, folder), out)
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker
+
+    assert vllm.v1.worker.cpu_worker is not None
+    with os.fdopen(answers_fd, "w") as out:
+        json.dump([_fork(work, pool) for pool in work["pools"]], out)
     sys.stderr.flush()
-    os._exit(0)  # no engine threads to wait for
+    os._exit(0)
 
 
 if __name__ == "__main__":
