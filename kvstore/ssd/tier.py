@@ -27,7 +27,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -332,6 +332,13 @@ class SsdTier:
         """Serve these objects no more; what is returned has to be given to `erase`. Does not block."""
         with self._lock:
             return [] if self._closed else self._index.remove(keys)
+
+    def forget_others(self, checksums: Mapping[bytes, bytes]) -> list[Record]:
+        """As `forget`, for those of these keys whose bytes here have another checksum."""
+        with self._lock:
+            found = ((key, self._index.find(key)) for key in checksums)
+            stale = [key for key, header in found if header and header.checksum != checksums[key]]
+            return self._index.remove(stale) if stale and not self._closed else []
 
     def erase(self, records: list[Record]) -> int:
         """Make sure that the next start does not find what was forgotten; returns how many these are."""

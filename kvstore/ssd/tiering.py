@@ -211,20 +211,15 @@ class Tiering:
 
     def replaced(self, keys: Sequence[bytes]) -> None:
         """These have just been committed: forget copies of other bytes under their keys."""
-        stale = []
-        for key in keys:
-            block, header = self._node.block_of(key), self.tier.find(key)
-            if block is not None and header is not None and header.checksum != block.checksum:
-                stale.append(key)
-        if records := self.tier.forget(stale) if stale else []:
+        blocks = {key: block for key in keys if (block := self._node.block_of(key)) is not None}
+        records = self.tier.forget_others({key: block.checksum for key, block in blocks.items()})
+        if records:
             task = asyncio.create_task(self._erase(records), name="store ssd erase")
             self._erasing.add(task)
             task.add_done_callback(self._erasing.discard)
-        now_s = self._clock()
-        for key in keys:
-            block = self._node.block_of(key)
-            if block is not None and key not in self.tier:
-                self.behind.stored(now_s, key, block.size_bytes)
+        for record in records:
+            key = record.object.key
+            self.behind.stored(self._clock(), key, blocks[key].size_bytes)
 
     async def _erase(self, records: list[Record]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self.tier.erase, records)

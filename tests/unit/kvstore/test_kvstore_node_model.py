@@ -57,10 +57,10 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.node = Node(CAPACITY, LIMITS)
-        self.tags = {}  # of complete blocks and those in writing, by key
+        self.tags = {}  # of complete blocks, by key
         self.hard = set()  # keys whose hard pin was granted
         self.quotas = {}
-        self.writes = {}  # ticket -> (writer, key, offset, size, expires_s)
+        self.writes = {}  # ticket -> (writer, key, offset, size, expires_s, tags)
         self.quarantine = []  # (offset, size, until_s)
         self.leases = {}  # lease_id -> ([(offset, size)], expires_s)
         self.complete = {}  # key -> (offset, size, checksum)
@@ -74,7 +74,7 @@ class Model(RuleBasedStateMachine):
         self.leases = {i: lease for i, lease in self.leases.items() if lease[1] > self.now_s}
 
     def give_up(self, ticket):
-        _, _, offset, size, _ = self.writes.pop(ticket)
+        _, _, offset, size, *_ = self.writes.pop(ticket)
         self.quarantine.append((offset, size, self.now_s + LIMITS.quarantine_s))
 
     def pinned_ranges(self):
@@ -140,26 +140,27 @@ class Model(RuleBasedStateMachine):
         wanted=st.lists(numbers, min_size=1, max_size=3),
         size=st.integers(1, 3 * PAGE),
         tags=HINTS,
+        replace=st.booleans(),
     )
-    def reserve(self, writer, wanted, size, tags):
+    def reserve(self, writer, wanted, size, tags, replace=False):
         pinned = self.pinned_ranges()
-        offered = {key(n) for n in wanted} & set(self.complete)
+        offered = set() if replace else {key(n) for n in wanted} & set(self.complete)
         before = None if offered else self.standing()
-        reserved = self.node.reserve(self.now_s, writer, [key(n) for n in wanted], size, tags)
+        names = [key(n) for n in wanted]
+        reserved = self.node.reserve(self.now_s, writer, names, size, tags, replace=replace)
         writing = {w[1] for w in self.writes.values()}
-        known = set(self.complete)
+        known = set() if replace else set(self.complete)
         self.forget_evicted(before)
         self.learn_hard_pins(offered, tags)
         for n, offset, ticket in zip(wanted, reserved.offsets, reserved.tickets, strict=True):
             if offset < 0:
                 assert ticket == 0
                 # a block that was complete at the start may have been evicted for an earlier key
-                assert offset == (PRESENT if key(n) in writing or key(n) in self.complete else FULL) or (
-                    offset == PRESENT and key(n) in known
-                )
+                there = key(n) in writing or (key(n) in self.complete and not replace)
+                assert offset == (PRESENT if there else FULL) or (offset == PRESENT and key(n) in known)
                 continue
             assert key(n) not in writing
-            assert key(n) not in self.complete
+            assert replace or key(n) not in self.complete
             assert offset % PAGE == 0
             assert offset + size <= CAPACITY
             for start, length in pinned:
@@ -168,8 +169,7 @@ class Model(RuleBasedStateMachine):
                 )
             pinned.append((offset, size))
             writing.add(key(n))
-            self.writes[ticket] = (writer, key(n), offset, size, self.now_s + LIMITS.write_s)
-            self.tags[key(n)] = tags
+            self.writes[ticket] = (writer, key(n), offset, size, self.now_s + LIMITS.write_s, tags)
 
     @rule(puts=st.lists(st.tuples(key_lists, st.integers(1, 3), HINTS), min_size=1, max_size=4))
     def put(self, puts):
@@ -190,8 +190,10 @@ class Model(RuleBasedStateMachine):
         assert done == [ticket in self.writes for ticket in tickets]
         for ticket, ok in zip(tickets, done, strict=True):
             if ok:
-                _, name, offset, size, _ = self.writes.pop(ticket)
+                _, name, offset, size, _, tags = self.writes.pop(ticket)
                 self.complete[name] = (offset, size, checksum)
+                self.tags[name] = tags
+                self.hard.discard(name)  # of what it replaces
                 self.learn_hard_pins([name], self.tags[name])
 
     def learn_hard_pins(self, names, tags):
