@@ -155,11 +155,16 @@ def index_reading(payload: Payload) -> Reading | None:
     field = payload.field
     if field.encoding not in ("rows", "nested_tensor"):
         return None
-    size = _index_bytes(field.rows)
-    if size > payload.bytes:
-        raise IntegrityError(f"{field.rows} rows in {payload.bytes} bytes")
+    size = _index_of(payload)
     target = np.empty(size, np.uint8)
     return Reading(payload, [(0, size)], target, lambda: _starts(target, field.rows, payload.bytes - size))
+
+
+def _index_of(payload: Payload) -> int:
+    size = _index_bytes(payload.field.rows)
+    if size > payload.bytes:
+        raise IntegrityError(f"{payload.field.rows} rows in {payload.bytes} bytes")
+    return size
 
 
 def _starts(index: Any, rows: int, data_bytes: int) -> IntArray:
@@ -230,7 +235,7 @@ def _dense(name: str, payload: Payload, rows: Rows | None, destination: Any) -> 
 
 
 def _some_rows(payload: Payload, rows: Rows | None, starts: IntArray | None) -> Reading:
-    field, skip = payload.field, _index_bytes(payload.field.rows)
+    field, skip = payload.field, _index_of(payload)
 
     def finish_rows(items: list[Any]) -> Any:
         return _nested(field, items) if field.encoding == "nested_tensor" else objects_of(items, [len(items)])

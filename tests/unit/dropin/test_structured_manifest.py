@@ -1,14 +1,17 @@
 """A manifest may have been written by anybody: it is checked before anything that it says is done."""
 
-import msgspec
-import pytest
+import contextlib
 
-from mooncake.core.errors import CapacityError, IntegrityError, PeerError, RequestError
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mooncake.core.errors import CapacityError, IntegrityError, MooncakeError, PeerError, RequestError
 from mooncake.dropin.structured import manifest as manifests
 from mooncake.structured_object_store import MooncakeBundleTransfer, RemoteBundleRef
-from tests.unit.dropin.test_structured import FakeStore
-
-np = pytest.importorskip("numpy")
+from tests.unit.dropin.test_structured import FakeStore, objects
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ HOSTILE = {
     "a tensor of no kind": of_field(encoding="torch_tensor", dtype="torch.load"),
     "a tensor that is an array": of_field(encoding="torch_tensor", dtype="<i8"),
     "more rows than bytes": of_field(encoding="rows", rows=1 << 50),
+    "an index longer than all bytes": of_field(encoding="rows", rows=3),
     "rows that are none": of_field(encoding="rows", rows=0),
     "a value that is none": of_field(encoding="value"),
 }
@@ -115,6 +119,29 @@ def test_a_hostile_manifest_removes_nothing(fake, transfer, name):
     with pytest.raises(IntegrityError):
         transfer.remove_bundle(RemoteBundleRef(ref.manifest_key, ref.manifest))
     assert fake.objects == before
+
+
+DATA = {
+    "array": np.arange(4).reshape(2, 2),
+    "column": objects(["a", [1, (2, None)], np.arange(3), np.float32(2)]),
+    "nested": [{"x": (1, 2.5)}, np.zeros(600), np.array([None, "a"], object)],
+    "bytes": b"abc",
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(which=st.integers(0, 4), at=st.floats(0, 0.999), byte=st.integers(0, 255), again=st.floats(0, 0.999))
+def test_damaged_bytes_are_read_or_refused_and_nothing_else(which, at, byte, again):
+    fake = FakeStore()
+    transfer = MooncakeBundleTransfer(fake)
+    ref = transfer.put_object(DATA)
+    key = list(fake.objects)[which]
+    damaged = bytearray(fake.objects[key])
+    for place in (at, again):
+        damaged[int(place * len(damaged))] = byte
+    fake.objects[key] = bytes(damaged)
+    with contextlib.suppress(MooncakeError):
+        transfer.get_object({"manifest_key": ref.manifest_key})
 
 
 def test_a_size_that_no_memory_has_is_an_error(transfer):
