@@ -19,6 +19,10 @@ WRITES_MAX = 65_536
 """Blocks in writing at once: 200 GB of 3 MB blocks, more than any host has in flight."""
 WRITE_S_MAX = 30.0
 """From reserve to commit. A prefill chunk takes seconds; upstream discards after 30 s too."""
+GRANT_S = 10.0
+"""A writer uses room that it was granted in advance so long, well before the store takes it back."""
+GRANT_SHARE_MAX = 4
+"""Part of a segment that may be granted in advance, to all writers together: one in so many bytes."""
 QUARANTINE_S = 60.0
 """How long the range of a lost writer rests: its late bytes land in memory that nobody uses.
 

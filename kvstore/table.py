@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.rings import is_read
 from mooncake.core.keys import KEY_BYTES
 
 ROW_BYTES = 64
@@ -84,7 +85,7 @@ class Table:
         if not most:
             self._lose(1)
             return
-        _PLACE.pack_into(memory, best + KEY_BYTES, checksum, offset, size_bytes | _USED)
+        memory[best + KEY_BYTES : best + ROW_BYTES] = _PLACE.pack(checksum, offset, size_bytes | _USED)
         memory[best : best + KEY_BYTES] = key
 
     def replace(self, key: bytes, offset: int, size_bytes: int, checksum: bytes) -> None:
@@ -124,8 +125,9 @@ class Table:
 class TableReader:
     """A reader's side. Thread-safe."""
 
-    def __init__(self, memory: memoryview) -> None:
-        """`memory` is a Table's, in this process or another one."""
+    def __init__(self, memory: memoryview, counters: memoryview | None = None) -> None:
+        """`memory` is a Table's, in this process or another one; `counters` those of kvstore.rings."""
+        self._counters = counters
         self._memory = memory.toreadonly()
         self._mask = _mask(memory.nbytes)
         self._rows = np.frombuffer(self._memory, "<u8", offset=HEADER_BYTES).reshape(-1, ROW_BYTES // 8)
@@ -138,8 +140,10 @@ class TableReader:
 
     @property
     def is_whole(self) -> bool:
-        """Whether what is not here is not in the store either."""
-        return not _HEAD.unpack_from(self._memory)[1]
+        """Whether what is not found *after this* is not in the store either."""
+        if _HEAD.unpack_from(self._memory)[1]:
+            return False
+        return self._counters is None or is_read(bytes(self._counters))
 
     def find(self, key: bytes) -> Row | None:
         """Return where the block lies; it may be about to go."""

@@ -1,14 +1,12 @@
-"""Our `mooncake.store`, called as upstream's: master, a process that owns the segment, and this client."""
+"""Our `mooncake.store`, called as upstream's: master, an owner of the segment or none, and this client."""
 
-import socket
-import subprocess
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
 import structlog
 
-from benchmarks.store_peers.upstream import MASTER_PORT, SEGMENT_POOLS, START_S_MAX, Upstream, client
+from benchmarks.store_peers.upstream import MASTER_PORT, Upstream
 from mooncake.dropin.store import start as store_start
 
 TTL_S = 3_600.0
@@ -18,25 +16,30 @@ TTL_S = 3_600.0
 class DropIn(Upstream):
     """The same calls of the same names; checksums are made and verified."""
 
+    def __init__(self, pool_bytes: int, folder: Path) -> None:
+        """See Contender."""
+        _prepare()
+        super().__init__(pool_bytes, folder)
+
     @classmethod
     def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
-        """Start the master and own the segment."""
-        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-        argv = [
-            sys.executable,
-            "-m",
-            "mooncake.dropin.master.command",
-            f"--rpc_port={MASTER_PORT}",
-            "--metrics_port=0",
-        ]
-        master = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end_s = time.monotonic() + START_S_MAX
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", MASTER_PORT)) == 0:
-                    break
-            if time.monotonic() > end_s or master.poll() is not None:
-                raise RuntimeError("the master did not start")
-            time.sleep(0.05)
-        store_start.SEGMENT_TTL_S = TTL_S
-        return {}, (client("127.0.0.1", SEGMENT_POOLS * pool_bytes, 16 << 20), master)
+        """See Upstream."""
+        _prepare()
+        return super().own(pool_bytes)
+
+    @classmethod
+    def master(cls) -> list[str]:
+        """See Upstream."""
+        ports = [f"--rpc_port={MASTER_PORT}", "--metrics_port=0"]
+        return [sys.executable, "-m", "mooncake.dropin.master.command", *ports]
+
+
+class DropInEmbedded(DropIn):
+    """See UpstreamEmbedded."""
+
+    embedded = True
+
+
+def _prepare() -> None:
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    store_start.SEGMENT_TTL_S = TTL_S

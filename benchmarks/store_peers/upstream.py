@@ -1,4 +1,4 @@
-"""Mooncake's C++ store over TCP: master, a process that owns the segment, and this client.
+"""Mooncake's C++ store over TCP: master, a process that owns the segment or none, and this client.
 
 Its processes listen on every address: run it in its own network.
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.store_peers.base import Go, StoreContender
 
@@ -34,23 +34,23 @@ def client(name: str, segment_bytes: int, buffer_bytes: int) -> Any:
 class Upstream(StoreContender):
     """put_from and get_into for one object, batch_* for more; memory is registered."""
 
+    embedded: ClassVar[bool] = False
+    """Whether the segment is this client's, not another process's."""
+
     def __init__(self, pool_bytes: int, folder: Path) -> None:
         """See Contender."""
         super().__init__(pool_bytes, folder)
         self.start_owner()
-        self.store = client("127.0.0.1", 0, LOCAL_BUFFER_BYTES)
+        segment_bytes = SEGMENT_POOLS * pool_bytes if self.embedded else 0
+        self.store = client("127.0.0.1", segment_bytes, LOCAL_BUFFER_BYTES)
         self.base = self.local.ctypes.data
         if code := self.store.register_buffer(self.base, self.local.size):
             raise RuntimeError(f"register_buffer: {code}")
 
     @classmethod
     def own(cls, pool_bytes: int) -> tuple[dict[str, Any], object]:
-        """Start the master and own the segment."""
-        binary = shutil.which("mooncake_master", path=str(Path(sys.executable).parent))
-        if binary is None:
-            raise RuntimeError("no mooncake_master")
-        argv = [binary, f"--rpc_port={MASTER_PORT}"]
-        master = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        """Start the master and, unless the client does, own the segment."""
+        master = subprocess.Popen(cls.master(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end_s = time.monotonic() + START_S_MAX
         while True:
             with socket.socket() as probe:
@@ -59,7 +59,16 @@ class Upstream(StoreContender):
             if time.monotonic() > end_s or master.poll() is not None:
                 raise RuntimeError("the master did not start")
             time.sleep(0.05)
-        return {}, (client("127.0.0.1", SEGMENT_POOLS * pool_bytes, 16 << 20), master)
+        owner = None if cls.embedded else client("127.0.0.1", SEGMENT_POOLS * pool_bytes, 16 << 20)
+        return {}, (owner, master)
+
+    @classmethod
+    def master(cls) -> list[str]:
+        """Return the master's command line."""
+        binary = shutil.which("mooncake_master", path=str(Path(sys.executable).parent))
+        if binary is None:
+            raise RuntimeError("no mooncake_master")
+        return [binary, f"--rpc_port={MASTER_PORT}"]
 
     def put(self, keys: Sequence[str], at: Sequence[int], size: int) -> Go:
         """See StoreContender."""
@@ -109,3 +118,9 @@ class Upstream(StoreContender):
         """See StoreContender."""
         for key in keys:
             self.store.remove(key, True)
+
+
+class UpstreamEmbedded(Upstream):
+    """The segment is in the process that puts and gets, as most integrations have it."""
+
+    embedded = True

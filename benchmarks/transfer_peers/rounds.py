@@ -80,6 +80,7 @@ class Sample:
     gb_s: float
     us: float
     cpu_s_gb: float
+    p99_us: float = 0.0  # 0 = not measured
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Worker:
         self.signal(signal.SIGSTOP)
         gigabytes = got["count"] * cell.pages * cell.size / 1e9
         rate, cpu = gigabytes / got["seconds"], got["cpu_s"] / gigabytes
-        return Sample(turn, str(cell), self.contender.name, rate, got["median_s"] * 1e6, cpu)
+        late_us = got.get("p99_s", 0.0) * 1e6
+        return Sample(turn, str(cell), self.contender.name, rate, got["median_s"] * 1e6, cpu, late_us)
 
     def signal(self, number: int) -> None:
         """Signal the whole group, if there is any left."""

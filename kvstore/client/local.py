@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import structlog
 
+from kvstore.client.desk import Desk
 from kvstore.client.lookup import Lookup
 from kvstore.client.model import Hints, Look, Outcome, Result, Sink, checksum_of, copy
 from kvstore.engine.client import PoolClient
@@ -76,9 +77,14 @@ class LocalStore:
         known = link is not None and link.record.epoch == record.epoch
         self._link = link if known else None
         self._lookup = Lookup.open(link.record, link.segment) if link is not None and known else None
+        self._desk = Desk(client, link, writer, self._lookup.rings) if link and self._lookup else None
+        if link and self._desk:
+            link.when_idle(self._desk.give_back)
 
     def close(self) -> None:
         """Let go of the store; views that are in use stay valid."""
+        if self._desk:
+            self._desk.give_back()
         if self._lookup:
             self._lookup.close()
         self._client.close()
@@ -108,8 +114,8 @@ class LocalStore:
     def sizes(self, keys: Sequence[bytes], end_s: float) -> list[int]:
         """Return the size of each of `keys`, 0 for what is not there, by the shortest way; raises as find."""
         if (rows := self._rows()) is not None:
-            found = rows.sizes(keys)
-            if rows.is_whole or 0 not in found:
+            whole, found = rows.is_whole, rows.sizes(keys)
+            if whole or 0 not in found:
                 return found
         sizes = self._client.call(Find(b"".join(keys)), Findings, left_s(end_s))[1].sizes
         return [int(size) for size in np.frombuffer(sizes, "<i8")]
@@ -141,12 +147,13 @@ class LocalStore:
         table, link = self._rows(), self._link
         if table is None or link is None:
             return rows
+        whole = table.is_whole
         places = table.find_all(keys if len(rows) == len(keys) else [keys[row] for row in rows])
         found = [(row, place) for row, place in zip(rows, places, strict=True) if place is not None]
         ask: list[int] = []
         if len(found) == len(rows):
             pass
-        elif table.is_whole:
+        elif whole:
             link.used([b""] * (len(rows) - len(found)))
         else:
             ask = [row for row, place in zip(rows, places, strict=True) if place is None]
@@ -217,9 +224,9 @@ class LocalStore:
         table, link, lookup = self._rows(), self._link, self._lookup
         if table is None or link is None or lookup is None:
             return None
-        place = table.find(key)
+        whole, place = table.is_whole, table.find(key)
         if place is None:
-            if not table.is_whole:
+            if not whole:
                 return None
             link.used((b"",))
             return Result(Outcome.MISSING)
@@ -322,6 +329,8 @@ class LocalStore:
                 answer to the commit itself was lost.
         """
         sizes = [sum(part.nbytes for part in source) for source in sources]
+        if (shown := self._put_shown(keys, sources, sizes, hints, end_s)) is not None:
+            return shown
         tickets: list[int] = [0] * len(keys)
         offsets: list[int] = [0] * len(keys)
         link = None
@@ -350,6 +359,35 @@ class LocalStore:
             put_result(self.node, offset, committed.get(row), size)
             for row, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
         ]
+
+    def _put_shown(
+        self,
+        keys: Sequence[bytes],
+        sources: Sequence[Sequence[memoryview]],
+        sizes: Sequence[int],
+        hints: Hints,
+        end_s: float,
+    ) -> list[Result] | None:
+        """Put objects of one size that are new, by room that was granted before; None: it takes more."""
+        desk, link, table = self._desk, self._link, self._rows()
+        if desk is None or link is None or table is None or not hints.are_plain or not keys:
+            return None
+        size = sizes[0]
+        fits = 0 < size <= link.segment.size_bytes and sizes.count(size) == len(sizes)
+        if not fits or any(table.sizes(keys)):
+            return None
+        slots = desk.take(size, len(keys), left_s(end_s))
+        if slots is None:
+            return None
+        filled = False
+        try:
+            offsets = [slot.offset for slot in slots]
+            sums = self._write(link, keys, sources, sizes, offsets, range(len(keys)), end_s)
+            filled = desk.fill(slots, keys, sums, hints.names_of(keys), left_s(end_s))
+        finally:
+            if not filled:
+                desk.put_back(size, slots)
+        return [Result(Outcome.DONE, size, self.nodes)] * len(keys) if filled else None
 
     def _write(
         self,

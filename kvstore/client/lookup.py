@@ -11,7 +11,8 @@ import time
 
 import structlog
 
-from kvstore.table import TableReader
+from kvstore.rings import COUNTERS_READ, RINGS_BYTES
+from kvstore.table import TableReader, table_bytes
 from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import StoreRecord
 from transfer.fdpass import fetch_segment, peer_uid
@@ -29,7 +30,9 @@ class Lookup:
     def __init__(self, table: Segment, memory: memoryview, watch: socket.socket) -> None:
         """Use `open`."""
         self.memory = memory
-        self._reader = TableReader(table.view(0, table.size_bytes))
+        rows = table_bytes(memory.nbytes)
+        self.rings = table.view(rows, RINGS_BYTES)
+        self._reader = TableReader(table.view(0, rows), self.rings[:COUNTERS_READ])
         self._table = table
         self._watch = watch
         self._ended = select.epoll()
@@ -54,7 +57,8 @@ class Lookup:
         try:
             watch.settimeout(FETCH_S)
             watch.connect(record.door)
-            if table.name == record.epoch and peer_uid(watch) == os.getuid():
+            fits = table.size_bytes == table_bytes(segment.size_bytes) + RINGS_BYTES
+            if table.name == record.epoch and fits and peer_uid(watch) == os.getuid():
                 return cls(table, segment.view(0, segment.size_bytes), watch)
         except OSError as error:
             log.info("pool.no_table", node=record.node, error=str(error))

@@ -64,6 +64,11 @@ class Hints(msgspec.Struct, frozen=True):
     names: Mapping[bytes, bytes] = {}
     replace: bool = False
 
+    @property
+    def are_plain(self) -> bool:
+        """Whether nothing but names travels with it."""
+        return not (self.tenant or self.group or self.soft_pin_s or self.hard_pin or self.replace)
+
     def names_of(self, keys: Sequence[bytes]) -> list[bytes]:
         """Return the names that go with a commit of `keys`."""
         return [self.names.get(key, b"") for key in keys] if self.names else []

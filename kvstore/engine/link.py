@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -140,6 +140,16 @@ class StoreLink:
             self.send(request)
         else:
             self._door.tell(request)
+
+    def ring(self) -> None:
+        """Wake the store, without waiting."""
+        if self._door is not None:
+            self._door.ring()
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Have `call` called, in a thread, when nothing was told or used for a while."""
+        if self._door is not None:
+            self._door.on_idle = call
 
     def used(self, keys: Sequence[bytes]) -> None:
         """Tell of reads by the table, b"" for a miss, with the next `ask` or soon."""

@@ -25,7 +25,14 @@ from hashlib import sha256
 
 import msgspec
 
-from kvstore.limits import EVICTIONS_PER_KEY_MAX, WRITER_CHARS_MAX, NodeLimits, check_count, check_keys
+from kvstore.limits import (
+    EVICTIONS_PER_KEY_MAX,
+    GRANT_SHARE_MAX,
+    WRITER_CHARS_MAX,
+    NodeLimits,
+    check_count,
+    check_keys,
+)
 from kvstore.node.ages import AgeHistogram
 from kvstore.node.allocator import OffsetAllocator, aligned
 from kvstore.node.blocks import Entry, Write
@@ -34,6 +41,7 @@ from kvstore.node.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
 from kvstore.node.reads import Reads
 from kvstore.table import Table
 from mooncake.core.errors import CapacityError, RequestError
+from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
 
 CHECKSUM_BYTES = 16
@@ -96,6 +104,8 @@ class Node:
         self._leases = Leases(self.limits, self.policy, self._complete)
         self._writes: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first
         self._writing: dict[bytes, int] = {}  # key -> ticket
+        self._granted: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first; without a key
+        self.granted_bytes = 0
         self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
         self._reads = Reads()
@@ -249,6 +259,102 @@ class Node:
         self.commits += len(written)
         return Committed(done)
 
+    def grant(
+        self, now_s: float, writer: str, size_bytes: int, count: int, count_max: int
+    ) -> tuple[list[int], list[int]]:
+        """Allocate room for objects that get their keys when they are complete.
+
+        Args:
+            now_s: see the module.
+            writer: whose it is.
+            size_bytes: of each.
+            count: for these others are evicted.
+            count_max: beyond `count` only what is free and not needed soon.
+
+        Returns:
+            Offsets and tickets of `count` to `count_max`, or none at all.
+
+        Raises:
+            RequestError: malformed writer or sizes.
+        """
+        self.tick(now_s)
+        _check_writer(writer)
+        capacity = self._allocator.capacity_bytes
+        if not 0 < size_bytes <= capacity or not 0 < count <= count_max <= self.limits.keys_max:
+            raise RequestError(f"{count} to {count_max} times {size_bytes} bytes: they could never fit")
+        size = aligned(size_bytes)
+        spare = capacity // GRANT_SHARE_MAX - self.granted_bytes
+        spare = min(spare, self._allocator.free_bytes - capacity // 8)
+        wanted = max(count, min(count_max, spare // size))
+        offsets: list[int] = []
+        while len(offsets) < wanted and len(self._granted) + len(offsets) < self.limits.writes_max:
+            more = len(offsets) >= count
+            offset = self._allocator.allocate(size_bytes) if more else self._place(size_bytes)
+            if offset is None:
+                break
+            offsets.append(offset)
+        if len(offsets) < count:
+            for offset in offsets:
+                self._allocator.free(offset, size_bytes)
+            return [], []
+        size_bytes = self._shared_size(size_bytes)
+        tickets = list(itertools.islice(self._ids, len(offsets)))
+        expires_s = self._now_s + self.limits.write_s
+        for ticket, offset in zip(tickets, offsets, strict=True):
+            self._granted[ticket] = Write(
+                ticket, writer, b"", offset, size_bytes, expires_s, PLAIN, None, None
+            )
+        self.granted_bytes += size * len(offsets)
+        return offsets, tickets
+
+    def give_back(self, writer: str, tickets: Sequence[int]) -> None:
+        """Take back granted room in which its writer writes no more; others' is left alone."""
+        for ticket in tickets:
+            grant = self._granted.get(ticket)
+            if grant is not None and grant.writer == writer:
+                self._end_grant(grant)
+                self._allocator.free(grant.offset, grant.size_bytes)
+
+    def fill(self, ticket: int, key: bytes, checksum: bytes) -> bool:
+        """Make an object in granted room visible; False: the ticket is over, or somebody else has the key.
+
+        Nothing that is due is done before: what was written in time counts.
+
+        Raises:
+            RequestError: a malformed key or checksum.
+        """
+        if len(key) != KEY_BYTES or len(checksum) != CHECKSUM_BYTES:
+            raise RequestError("a key or a checksum of an odd size")
+        self.puts_begun += 1
+        grant = self._granted.get(ticket)
+        if grant is None:
+            self.puts_discarded += 1
+            return False
+        self._end_grant(grant)
+        offset, size_bytes = grant.offset, grant.size_bytes
+        if key in self._complete or key in self._writing:
+            self._allocator.free(offset, size_bytes)
+            self.puts_refused += 1
+            return False
+        if self._now_s >= self._second + 1:
+            self._second = math.floor(self._now_s)
+        self._complete[key] = Entry(offset, size_bytes, checksum, self._second)
+        if self.table is not None:
+            self.table.add(key, offset, size_bytes, checksum)
+        self._note(key, stored=True)
+        self.policy.bulk.insert(key, aligned(size_bytes))
+        self.commits += 1
+        return True
+
+    def _end_grant(self, grant: Write) -> None:
+        del self._granted[grant.ticket]
+        self.granted_bytes -= aligned(grant.size_bytes)
+
+    def _rest(self, write: Write) -> None:
+        """Use the room of a writer again only when nothing can come there any more."""
+        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
+        self.quarantined_bytes += aligned(write.size_bytes)
+
     def abandon(self, now_s: float, writer: str, tickets: Sequence[int]) -> None:
         """Give up `tickets` of `writer`, or all of them if none are named; others' are left alone.
 
@@ -262,6 +368,11 @@ class Node:
             write = self._writes.get(ticket)
             if write is not None and write.writer == writer:
                 self._give_up(write)
+        for ticket in list(tickets) or list(self._granted):
+            grant = self._granted.get(ticket)
+            if grant is not None and grant.writer == writer:
+                self._end_grant(grant)
+                self._rest(grant)
 
     # ------------------------------------------------------------ pins and quotas
 
@@ -418,6 +529,9 @@ class Node:
             self._free(self._leases.expire(now_s))
         while self._writes and (write := next(iter(self._writes.values()))).expires_s <= now_s:
             self._give_up(write)
+        while self._granted and (grant := next(iter(self._granted.values()))).expires_s <= now_s:
+            self._end_grant(grant)
+            self._rest(grant)
         while self._quarantine and self._quarantine[0][0] <= now_s:
             _, offset, size_bytes = self._quarantine.popleft()
             self.quarantined_bytes -= aligned(size_bytes)
@@ -591,8 +705,7 @@ class Node:
         del self._writing[write.key]
         self._note_writing(write.tags.tenant, -1, write.size_bytes)
         self.puts_discarded += 1
-        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
-        self.quarantined_bytes += aligned(write.size_bytes)
+        self._rest(write)
 
     def _note(self, key: bytes, *, stored: bool) -> None:
         # a key that came and went (or went and came) since the last drain has no net change

@@ -29,7 +29,8 @@ from kvstore.node.events import EventPublisher, Snapshots
 from kvstore.node.finding import find, split_keys
 from kvstore.node.keeping import pin, set_quota, tags_of
 from kvstore.node.names import Names
-from kvstore.node.node import Node, NodeEvents, id_base
+from kvstore.node.node import CHECKSUM_BYTES, Node, NodeEvents, id_base
+from kvstore.rings import RINGS_BYTES, Fill, Rings
 from kvstore.ssd.model import SsdConfig
 from kvstore.ssd.tier import SsdTier
 from kvstore.ssd.tiering import Tiering
@@ -44,7 +45,7 @@ from kvstore.store.recheck import Recheck
 from kvstore.table import Table, table_bytes
 from mooncake.core import wire
 from mooncake.core.election import Fence
-from mooncake.core.errors import ConfigError, NotLeader, RequestError
+from mooncake.core.errors import ConfigError, MooncakeError, NotLeader, RequestError
 from mooncake.core.messages import (
     Abandon,
     Acquire,
@@ -54,6 +55,8 @@ from mooncake.core.messages import (
     DropKeys,
     Find,
     Findings,
+    Grant,
+    Granted,
     HandOver,
     KeysDropped,
     ListNames,
@@ -85,6 +88,11 @@ from transfer.hugepages import create_segment
 from transfer.segment import Progress, Segment
 
 log = structlog.get_logger(__name__)
+
+RINGS_EVERY_S = 0.005
+"""How late an object that was put by a ring may come into the table and the events, while rings are used."""
+RINGS_WATCH_S = 1.0
+"""So long after the last one; then a writer has to wake the store."""
 
 
 class StoreService:
@@ -119,6 +127,9 @@ class StoreService:
         self._clock = clock
         self._segment: Segment | None = None
         self._table: Segment | None = None
+        self._rings: Rings | None = None
+        self._watch_until_s = 0.0
+        self._watching: asyncio.TimerHandle | None = None
         self._fd_server: FdServer | None = None
         self._table_server: FdServer | None = None
         self._door: Door | None = None
@@ -146,6 +157,7 @@ class StoreService:
             Release: self._release,
             Used: self._used,
             Reserve: self._reserve,
+            Grant: self._grant,
             Pin: lambda request: pin(self.node, self._clock(), request),
             SetQuota: lambda request: set_quota(self.node, self._clock(), request),
             Commit: self._commit,
@@ -187,9 +199,10 @@ class StoreService:
         run_dir = await asyncio.to_thread(private_dir, config.run_dir)
         self._segment = await asyncio.to_thread(self._open_segment, progress)
         self._recheck.open(self._segment)
-        self._table = await asyncio.to_thread(Segment.create, self.epoch, table_bytes(self._capacity_bytes))
-        rows = self._table.view(0, self._table.size_bytes)
-        self.node.table = Table(rows, whole=config.ssd is None)
+        rows_bytes = table_bytes(self._capacity_bytes)
+        self._table = await asyncio.to_thread(Segment.create, self.epoch, rows_bytes + RINGS_BYTES)
+        self.node.table = Table(self._table.view(0, rows_bytes), whole=config.ssd is None)
+        self._rings = Rings(self._table.view(rows_bytes, RINGS_BYTES))
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
             await asyncio.to_thread(self._load_names, self.tiering)
@@ -283,7 +296,11 @@ class StoreService:
         """Stop serving and give the memory back (idempotent)."""
         if self.node.table:
             self.node.table.close()
+            self._read_rings()
             self.node.table = None
+        if self._watching:
+            self._watching.cancel()
+        self._watching = self._rings = None
         if self._beat:
             self._beat.cancel()
             await asyncio.gather(self._beat, return_exceptions=True)
@@ -322,6 +339,7 @@ class StoreService:
         """Expire what is due; heartbeat."""
         beat_s = self._clock()
         while True:
+            self._read_rings()
             self.node.tick(self._clock())
             if self.node.table:
                 self.node.table.live(time.monotonic())
@@ -349,6 +367,7 @@ class StoreService:
 
     def _now(self, request: StoreRequest) -> Any | None:
         """Return the answer of a request that needs not wait for anything; None: `_handle` will answer."""
+        self._read_rings()
         if isinstance(request, Find):  # changes nothing that others wait for
             return self._find(request) if self._in_memory(request) else None
         handler = self._handlers.get(type(request))
@@ -360,6 +379,7 @@ class StoreService:
             self._after_change()
 
     async def _handle(self, request: StoreRequest) -> Any:
+        self._read_rings()
         try:
             if (waiting := self._waiting_handlers.get(type(request))) is not None:
                 return await waiting(request)
@@ -474,6 +494,56 @@ class StoreService:
         self.node.release(self._clock(), request.lease_id)
         return Ok()
 
+    def _grant(self, request: Grant) -> Granted:
+        self.node.give_back(request.writer, request.returned)
+        if not request.count:
+            return Granted(-1, [], [])
+        ring = self._rings.lend(request.writer, time.monotonic()) if self._rings else -1
+        if ring < 0:
+            return Granted(-1, [], [])
+        room = (request.size_bytes, request.count, request.count_max)
+        return Granted(ring, *self.node.grant(self._clock(), request.writer, *room))
+
+    def _read_rings(self) -> None:
+        """Take in what writers have put, before anything else is answered or expires."""
+        rings = self._rings
+        if rings is None or rings.is_read:
+            return
+        for fill in rings.read(time.monotonic()):
+            try:
+                self._fill(fill)
+            except MooncakeError as error:
+                log.warning("store.not_filled", error=str(error))
+        rings.done()
+        self._after_change()
+        self._watch_until_s = time.monotonic() + RINGS_WATCH_S
+        if self._watching is None:
+            rings.watch(on=True)
+            self._watching = asyncio.get_running_loop().call_later(RINGS_EVERY_S, self._watch)
+
+    def _watch(self) -> None:
+        """Look into the rings every few milliseconds, as long as they are used."""
+        self._watching = None
+        self._read_rings()
+        if self._watching is not None or self._rings is None:
+            return
+        if time.monotonic() < self._watch_until_s:
+            self._watching = asyncio.get_running_loop().call_later(RINGS_EVERY_S, self._watch)
+        else:
+            self._rings.watch(on=False)
+            self._read_rings()  # what was written before the writer could see that
+
+    def _fill(self, fill: Fill) -> None:
+        rows = len(fill.tickets)
+        keys = split_keys(fill.keys)
+        if len(keys) != rows or len(fill.checksums) != CHECKSUM_BYTES * rows:
+            raise RequestError(f"{len(keys)} keys for {rows} tickets")
+        Names.check(fill.names, rows)
+        for row, (ticket, key) in enumerate(zip(fill.tickets, keys, strict=True)):
+            checksum = fill.checksums[CHECKSUM_BYTES * row : CHECKSUM_BYTES * (row + 1)]
+            if self.node.fill(ticket, key, checksum) and fill.names and fill.names[row]:
+                self._names.add(key, fill.names[row])
+
     def _used(self, request: Used) -> Ok:
         self.node.used(self._clock(), split_keys(request.keys), request.misses)
         return Ok()
@@ -501,6 +571,8 @@ class StoreService:
         return self.node.block_of(key) is not None or bool(self.tiering and key in self.tiering.tier)
 
     def _abandon(self, request: Abandon) -> Ok:
+        if self._rings and not request.tickets:
+            self._rings.end(request.writer)
         self.node.abandon(self._clock(), request.writer, request.tickets)
         return Ok()
 

@@ -146,6 +146,27 @@ class Committed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cmt
     done: list[bool]
 
 
+class Grant(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="grt"):
+    """Allocate room for `count` objects that have no names yet, and a ring to show them by. Answer: Granted.
+
+    If there is room to spare it is for up to `count_max`. `returned`: tickets that nobody will use.
+    """
+
+    writer: str
+    size_bytes: int
+    count: int
+    count_max: int
+    returned: list[int] = []
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="grtd"):
+    """`ring`: see kvstore.rings, -1 = none is free, and no room either. No room at all: Reserve tells why."""
+
+    ring: int
+    offsets: list[int]
+    tickets: list[int]
+
+
 class Abandon(msgspec.Struct, frozen=True, array_like=True, tag="abn"):
     """Give up tickets; empty list = all of `writer`'s (it restarted). Answer: Ok."""
 
@@ -314,6 +335,7 @@ StoreRequest = (
     | Used
     | Release
     | Reserve
+    | Grant
     | Commit
     | Abandon
     | ReportBad
@@ -330,6 +352,7 @@ StoreReply = (
     Acquired
     | Findings
     | Reserved
+    | Granted
     | Committed
     | Pulled
     | KeysDropped

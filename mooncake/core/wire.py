@@ -1,5 +1,6 @@
 """The one codec: msgspec msgpack, typed on both sides, bounded in size. No pickle anywhere."""
 
+import threading
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,12 +17,15 @@ DECODERS_MAX = 256
 """Types that are decoded in one process: a few dozen."""
 
 _encoder = msgspec.msgpack.Encoder()
+_making = threading.Lock()
+"""Seen under load with msgspec 0.22: two threads made decoders of one type, the garbage collector crashed."""
 
 
 @lru_cache(DECODERS_MAX)
 def _decoder(kind: Any) -> "msgspec.msgpack.Decoder[Any]":
     """Return the decoder of `kind`: to make one for a union takes 18 us, 70 times as long as to use it."""
-    return msgspec.msgpack.Decoder(kind)
+    with _making:
+        return msgspec.msgpack.Decoder(kind)
 
 
 def encode(message: Any) -> bytes:
