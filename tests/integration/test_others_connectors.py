@@ -1,6 +1,7 @@
 """Other projects' own connectors run on our package as on upstream's: SGLang, LMCache, LMDeploy and more.
 
-Their Python files lie where scripts/connector-parts puts them, in the versions of
+vLLM's run in engines, in test_mooncake_connector.py and test_mooncake_store_connector.py; here only those of
+its encoder cache. The others' Python files lie where scripts/connector-parts puts them, in the versions of
 requirements/connectors.txt. What of them is replaced, and by what, is said in tests/integration/others/.
 """
 
@@ -58,6 +59,24 @@ def others(master: MasterThread, tmp_path: Path) -> Others:
 
 def versions(project: str) -> list[str]:
     return [name for name in PACKAGES if name.startswith(project + "-")]
+
+
+# ------------------------------------------------------------ vLLM
+
+
+def test_vllms_encoder_cache_is_shared_through_the_store_and_pushed_by_the_engine(
+    others: Others, master: MasterThread
+) -> None:
+    config = {
+        "metadata_server": "P2PHANDSHAKE", "master_server_address": master.address, "protocol": "tcp",
+        "global_segment_size": "16MB", "local_buffer_size": "16MB",
+    }  # fmt: skip
+    assert others.run("vllm_encoder_cache", config=config) == {
+        "store": {"before": 0, "loaded": True, "same": True, "other shape": 0},
+        "transfer": {
+            "registered": 0, "same": True, "refused": True, "released": [True, True], "unregistered": True,
+        },
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------ SGLang
