@@ -491,6 +491,13 @@ class Node:
             raise RequestError(f"unless_read_s={read_s}: must not be negative")
         return self._reads.since(self._now_s - read_s, keys)
 
+    def pass_through(self, keys: Sequence[bytes], reads: int) -> None:
+        """Give complete blocks up first, until they were read `reads` times."""
+        for key in keys:
+            entry = self._complete.get(key)
+            if entry is not None and key not in self._leases.held:
+                self.policy.pass_through(key, aligned(entry.size_bytes), reads)
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of complete blocks that needs no lease: it is over already."""
         for key in keys:

@@ -2,7 +2,8 @@
 
 `Guarded` holds every evictable block in one of four places and gives them up in this order:
 
-    lapsed   soft pins whose time ran out without a hit: longer unused than most, oldest first
+    lapsed   soft pins whose time ran out without a hit: longer unused than most, oldest first; and what only
+             passes through on its way from the SSD
     plain    no pin, in the order of the policy it is made with; tenants over quota first
     soft     pinned for a time that each hit starts anew: only when nothing else is left
     hard     never
@@ -117,6 +118,7 @@ class _Block(msgspec.Struct, gc=False):
     ttl_s: float = 0.0
     until_s: float = 0.0
     timer_s: float = math.inf  # when the timer that counts rings; others of this key are superseded
+    reads_left: int = 0  # until it is worth its place
     place: EvictionPolicy | None = None  # None while leased
 
 
@@ -205,6 +207,8 @@ class Guarded:
         assert block.size_bytes == size_bytes, "another size"
         self._refresh(block)
         self._enter(key, block, depth, below)
+        if not block.reads_left:
+            self._spare(key, block)
 
     def touch(self, key: bytes, below: int | None = None) -> None:
         """See EvictionPolicy. A hit starts the time of a soft pin anew; a lapsed one stays lapsed."""
@@ -222,6 +226,15 @@ class Guarded:
         block.place.touch(key, below)
         if (own := self._own(block)) is not None:
             own.touch(key, below)
+
+    def pass_through(self, key: bytes, size_bytes: int, reads: int) -> None:
+        """Give a plain block up first until it was used `reads` times: there is a copy of it elsewhere."""
+        block = self._known(key, size_bytes)
+        if block.pin is Pin.NONE and block.place is self._plain:
+            self._blocks[key] = block
+            self._leave(key, block)
+            block.reads_left = reads + 1  # to come in is no use
+            self._enter(key, block, None, None)
 
     def remove(self, key: bytes) -> None:
         """See EvictionPolicy. Counts as a hit: it is what a lease begins with."""
@@ -433,7 +446,7 @@ class Guarded:
 
     def _spare(self, key: bytes, block: _Block) -> None:
         """End the record of a block that is like any other now."""
-        plain = block.pin is Pin.NONE and block.place is not self._lapsed
+        plain = block.pin is Pin.NONE and block.place is not self._lapsed and not block.reads_left
         if plain and block.tenant is None and block.group is None:
             del self._blocks[key]
 
@@ -443,7 +456,8 @@ class Guarded:
 
     def _enter(self, key: bytes, block: _Block, depth: int | None, below: int | None) -> None:
         places = {Pin.NONE: self._plain, Pin.SOFT: self._soft, Pin.HARD: self._hard}
-        block.place = places[block.pin]
+        block.reads_left = max(0, block.reads_left - 1)
+        block.place = self._lapsed if block.reads_left and block.pin is Pin.NONE else places[block.pin]
         block.place.insert(key, block.size_bytes, depth, below)
         if (own := self._own(block)) is not None:
             own.insert(key, block.size_bytes, depth, below)

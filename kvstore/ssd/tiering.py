@@ -52,8 +52,13 @@ class Tiering:
         limits: WriteBehindLimits | None = None,
         clock: Clock = time.monotonic,
         name_of: Callable[[bytes], bytes] = lambda _: b"",
+        reads: int = 1,
     ) -> None:
-        """Everything is open; `close` closes `tier` and `io`. `name_of`: what a block is called."""
+        """Everything is open; `close` closes `tier` and `io`. `name_of`: what a block is called.
+
+        `reads`: of a block until it is worth a place in DRAM as others are; before, it is the first to go.
+        """
+        self._reads = reads
         self.tier = tier
         self._name_of = name_of
         self.behind = WriteBehind(limits)
@@ -200,6 +205,9 @@ class Tiering:
         good = [place for place, hit in zip(places, hits, strict=True) if hit]
         bad = [place[1] for place, hit in zip(places, hits, strict=True) if not hit]
         node.commit(self._clock(), [place[1] for place in good], [place[2].checksum for place in good])
+        if self._reads > 1:
+            cold = [place[0] for place, got in zip(places, results, strict=True) if not got.promote]
+            node.pass_through(cold, self._reads)
         if bad:  # their room rests in quarantine: a disk that hangs may still write there
             node.abandon(self._clock(), WRITER, bad)
             log.warning("ssd.not_fetched", blocks=len(bad))

@@ -43,6 +43,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         evict_ratio: of the memory, evicted below that in one go.
         ssd: the SSD tier below the memory; None = none.
         ssd_age_s: a block is copied there once it is that old, or earlier when memory runs short.
+        ssd_reads: of a block from there until it is kept in memory like any other; before, it goes first.
         transfer: settings of the transfer engine through which engines of other hosts read and write;
             None = this host only.
         hugepages: auto, off or require: transfer.hugepages says what they mean.
@@ -63,6 +64,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     evict_ratio: float = EVICT_RATIO
     ssd: SsdConfig | None = None
     ssd_age_s: float = AGE_S
+    ssd_reads: int = 1
     hugepages: str = "auto"
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("evict_above_ratio", "evict_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: 0 to 1")
+        if self.ssd_reads < 1:
+            raise ConfigError(f"ssd_reads={self.ssd_reads}: at least 1")
         self.policy(self.capacity_bytes)
 
     def policy(self, capacity_bytes: int) -> Guarded:

@@ -262,7 +262,8 @@ class StoreService:
             io.close()
             raise
         limits = WriteBehindLimits(age_s=self.config.ssd_age_s)
-        return Tiering(self.node, self._segment, tier, io, limits, self._clock, self._names.of)
+        reads = self.config.ssd_reads
+        return Tiering(self.node, self._segment, tier, io, limits, self._clock, self._names.of, reads)
 
     def _serve_metrics(self, port: int) -> MetricsServer:
         registry = CollectorRegistry()

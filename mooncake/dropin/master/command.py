@@ -43,6 +43,7 @@ USAGE = """usage: mooncake_master [--flag=value ...]
 
   --rpc_port=50051                      where clients register (also --port)
   --rpc_address=127.0.0.1               address to listen at
+  --rpc_interface=                      network interface whose address that is
   --metrics_port=9003                   HTTP: health, keys, segments, drain jobs, quotas, metrics
   --metrics_host=                       address of it; as --rpc_address
   --enable_http_metadata_server=false   serve GET | PUT | DELETE /metadata as well
@@ -56,6 +57,8 @@ USAGE = """usage: mooncake_master [--flag=value ...]
   --eviction_ratio=0.05                 how far below that
   --enable_offload=false                an SSD tier for clients that know a place for it
   --offload_on_evict=false              copy to the SSD only when memory runs short
+  --promotion_on_hit=true               false: what the SSD gave to memory is the first to go
+  --promotion_admission_threshold=1     reads until it stays like any other
   --enable_multi_tenants=false          only tenants with a quota write, and none beyond it
   --tenant_quota_connector_uri=         the file of quotas
   --config_path=                        a JSON or YAML file of flags
@@ -104,7 +107,8 @@ class Master:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options, env = self.options, environment()
-        host = f"[{options.rpc_address}]" if ":" in options.rpc_address else options.rpc_address
+        address = options.address
+        host = f"[{address}]" if ":" in address else address
         quotas_path = options.tenant_quota_connector_uri if options.enable_multi_tenants else ""
         quotas_now = read_quotas(quotas_path) if quotas_path else {}
         server = MetadataServer(check_endpoint(f"tcp://{host}:{options.rpc_port}"))
@@ -119,7 +123,7 @@ class Master:
         coordinator = Coordinator(directory, server.store)
         stack.push_async_callback(coordinator.close)
         await coordinator.start()
-        engine = EngineConfig(host=options.rpc_address, secret=env.secret)
+        engine = EngineConfig(host=address, secret=env.secret)
         pool = await asyncio.to_thread(Pool, self.endpoint, engine=engine, touch=False)
         stack.push_async_callback(asyncio.to_thread, pool.close)
         token = os.environ.get(TOKEN_ENV, "").strip()
@@ -128,8 +132,7 @@ class Master:
             await quotas.start()
             stack.push_async_callback(quotas.close)
         api = MasterHttp(pool, coordinator, quotas)
-        address = options.metrics_host or options.rpc_address
-        http = AdminServer(api.answer, address, options.metrics_port, token)
+        http = AdminServer(api.answer, options.metrics_host or address, options.metrics_port, token)
         stack.push_async_callback(asyncio.to_thread, http.close)
         self.url = http.start()
         if options.enable_http_metadata_server:

@@ -35,9 +35,7 @@ _EVENTS = "stores publish events, `mooncake conductor` subscribes to them; upstr
 _CXL = "memory of the host only"
 _NOF = "there is no NVMe-oF pool"
 _REPLICATION = "hot keys are replicated when `mooncake pool` or the Conductor asks for it"
-_PROMOTION = (
-    "always on: what is read from an SSD goes through memory and stays there as long as there is room"
-)
+_PROMOTION = "what is read from an SSD goes through memory with the read itself: nothing is queued"
 _OFFLOAD = "copies to the SSD are paced by the disk itself"
 _DISK = "each client's tier has a size of its own: MOONCAKE_OFFLOAD_TOTAL_SIZE_LIMIT_BYTES"
 _SHARED_FS = "there is no tier in a shared file system"
@@ -62,7 +60,10 @@ _ACTS = {
     "metrics_port": "where the HTTP listens",
     "offload_on_evict": "blocks go to the SSD only when memory runs short, not once they are 2 s old",
     "port": "as --rpc_port",
+    "promotion_admission_threshold": "reads until what an SSD gave to memory stays there; 1 if not given",
+    "promotion_on_hit": "false: what an SSD gave to memory is always the first to go; true if not given",
     "rpc_address": "where clients register; loopback if not given",
+    "rpc_interface": "its IPv4 address instead of --rpc_address",
     "rpc_port": "where clients register",
     "tenant_quota_connector_type": "file",
     "tenant_quota_connector_uri": "the file of quotas, which changes by HTTP are written to",
@@ -127,7 +128,7 @@ _IGNORED = {
     ),
     **dict.fromkeys(
         (
-            *("promotion_on_hit", "promotion_admission_threshold", "promotion_max_per_heartbeat"),
+            "promotion_max_per_heartbeat",
             "promotion_queue_limit",
         ),
         _PROMOTION,
@@ -172,7 +173,6 @@ _WARNED = {
     "kv_events_bind_endpoint": _EVENTS,
     "quota_bytes": _DISK,
     "root_fs_dir": _SHARED_FS,
-    "rpc_interface": "give its address as --rpc_address",
     "tryfromenv": _GFLAGS,
 }
 FLAGS: Mapping[str, Flag] = dict(

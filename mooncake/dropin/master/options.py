@@ -2,17 +2,21 @@
 
 import importlib
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from mooncake.core.config import fail
 from mooncake.dropin.store.start import SEGMENT_TTL_S, MasterSettings
 
 LOOPBACK = "127.0.0.1"
 DAY_MS = 86_400_000
+READS_NEVER = 1 << 30
+"""No object is read as often before something else needs its place."""
 DOCUMENT_BYTES_MAX = 16 << 20
 """Of a config file or one of quotas."""
 _DURATION = re.compile(r"([0-9]+)(ms|s|m|h|)")
@@ -24,6 +28,7 @@ class MasterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     rpc_port: int = 50_051
     rpc_address: str = LOOPBACK
+    rpc_interface: str = ""
     metrics_port: int = 9_003
     metrics_host: str = ""
     enable_http_metadata_server: bool = False
@@ -37,6 +42,8 @@ class MasterOptions(msgspec.Struct, frozen=True, kw_only=True):
     eviction_ratio: float = 0.05
     enable_offload: bool = False
     offload_on_evict: bool = False
+    promotion_on_hit: bool = True
+    promotion_admission_threshold: int = 1
     enable_multi_tenants: bool = False
     tenant_quota_connector_type: str = "file"
     tenant_quota_connector_uri: str = ""
@@ -56,11 +63,27 @@ class MasterOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise fail(name, getattr(self, name), "must be 0 to 1")
         if not 1 <= self.client_ttl <= DAY_MS / 1000:
             raise fail("client_ttl", self.client_ttl, "seconds, at least 1")
+        if not 1 <= self.promotion_admission_threshold <= READS_NEVER:
+            raise fail("promotion_admission_threshold", self.promotion_admission_threshold, "at least 1")
         if self.tenant_quota_connector_type != "file":
             raise fail("tenant_quota_connector_type", self.tenant_quota_connector_type, "file")
         if self.enable_multi_tenants and not self.tenant_quota_connector_uri:
             raise fail("tenant_quota_connector_uri", "", "--enable_multi_tenants needs a file of quotas")
-        self.settings  # noqa: B018 - raises
+        self.settings, self.address  # noqa: B018 - raise
+
+    @property
+    def address(self) -> str:
+        """Where to listen: --rpc_address, or the IPv4 address of --rpc_interface.
+
+        Raises:
+            ConfigError: there is no such interface, or it has no such address.
+        """
+        if not self.rpc_interface:
+            return self.rpc_address
+        for one in psutil.net_if_addrs().get(self.rpc_interface, []):
+            if one.family is socket.AF_INET:
+                return str(one.address)
+        raise fail("rpc_interface", self.rpc_interface, "no interface of this host with an IPv4 address")
 
     @property
     def settings(self) -> MasterSettings:
@@ -74,6 +97,7 @@ class MasterOptions(msgspec.Struct, frozen=True, kw_only=True):
             evict_soft_pins=self.allow_evict_soft_pinned_objects,
             offload=self.enable_offload,
             offload_on_evict=self.offload_on_evict,
+            ssd_reads=self.promotion_admission_threshold if self.promotion_on_hit else READS_NEVER,
             multi_tenants=self.enable_multi_tenants,
         )
 

@@ -84,6 +84,7 @@ class MasterSettings(msgspec.Struct, frozen=True):
     evict_soft_pins: bool = True
     offload: bool = False
     offload_on_evict: bool = False
+    ssd_reads: int = 1
     multi_tenants: bool = False
 
     def tuned(self, config: StoreConfig) -> StoreConfig:
@@ -95,6 +96,7 @@ class MasterSettings(msgspec.Struct, frozen=True):
             evict_soft_pins=self.evict_soft_pins,
             quota_needed=self.multi_tenants,
             ssd_age_s=AGE_NEVER_S if self.offload_on_evict else config.ssd_age_s,
+            ssd_reads=self.ssd_reads,
         )
 
 
@@ -343,6 +345,7 @@ class Background:
             config = self.master_settings.tuned(self._config)
             if self._offload and (self._offload.wanted or self.master_settings.offload):
                 ssd = stack.enter_context(self._offload.tier())
+                ssd = msgspec.structs.replace(ssd, promote_hits=config.ssd_reads)
                 config = msgspec.structs.replace(config, ssd=ssd)
             service = StoreService(config, metadata=metadata, memory=self._memory)
             record = await service.start()
@@ -402,7 +405,7 @@ class Started:
             self.background = Background(master, config, settings.offload)
             stack.callback(self.background.close)
             self.background.start()
-            self.pool = Pool(master, engine=self.engine)
+            self.pool = Pool(master, engine=self.engine, sure=True)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
         self._env = env

@@ -63,11 +63,11 @@ def test_what_clients_have_to_know_is_what_flags_say() -> None:
         "--default_kv_lease_ttl=500ms", "--default_kv_soft_pin_ttl=2m", "--client_ttl=30",
         "--eviction_high_watermark_ratio=0.9", "--eviction_ratio=0.1",
         "--allow_evict_soft_pinned_objects=false", "--enable_offload", "--offload_on_evict",
-        "--enable_multi_tenants", "--tenant_quota_connector_uri=/x",
+        "--enable_multi_tenants", "--tenant_quota_connector_uri=/x", "--promotion_admission_threshold=3",
     ]  # fmt: skip
     assert read_flags(words)[0].settings == MasterSettings(
         kv_lease_ttl_s=0.5, soft_pin_ttl_s=120.0, client_ttl_s=30.0, evict_above_ratio=0.9, evict_ratio=0.1,
-        evict_soft_pins=False, offload=True, offload_on_evict=True, multi_tenants=True,
+        evict_soft_pins=False, offload=True, offload_on_evict=True, ssd_reads=3, multi_tenants=True,
     )  # fmt: skip
 
 
@@ -112,6 +112,8 @@ def test_what_is_only_switched_off_is_not_worth_a_word() -> None:
         (["--eviction_ratio=nan"], "eviction_ratio"),
         (["--eviction_high_watermark_ratio=90"], "watermark"),
         (["--client_ttl=0"], "client_ttl"),
+        (["--promotion_admission_threshold=0"], "promotion_admission_threshold"),
+        (["--rpc_interface=no-such-interface"], "rpc_interface"),
         (["--enable_multi_tenants"], "tenant_quota_connector_uri"),
         (["--tenant_quota_connector_type=etcd"], "tenant_quota_connector_type"),
         (["--config_path=/nowhere"], "config_path"),
@@ -122,6 +124,11 @@ def test_bad_values_are_named(words, named, capsys, quiet) -> None:
         read_flags(words)
     assert main(words) == 2
     assert named in capsys.readouterr().err
+
+
+def test_the_address_may_be_an_interface_s() -> None:
+    assert MasterOptions(rpc_interface="lo", rpc_address="10.0.0.1").address == "127.0.0.1"
+    assert MasterOptions(rpc_address="10.0.0.1").address == "10.0.0.1"
 
 
 def test_an_address_beyond_loopback_needs_a_secret(capsys, monkeypatch, quiet) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -16,8 +15,8 @@ from mooncake.dropin.store.start import Settings
 from mooncake.store import MooncakeDistributedStore
 
 from .conftest import MasterThread, client
+from .master_http import ask_json, numbers, until
 
-PATIENCE_S = 30.0
 MB = 1 << 20
 TIER_BYTES = 48 * MB
 
@@ -27,16 +26,6 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for tiers of TIER_BYTES."""
     monkeypatch.setenv(LIMIT_ENV, str(TIER_BYTES))
     return tmp_path
-
-
-def until(holds) -> None:
-    """Return when `holds()`; it depends on a store's clock, not on ours."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE_S / 0.02)):
-        if holds():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it never came")
 
 
 def joined(master: MasterThread, disk: Path, segment: int = 8 * MB, **more) -> MooncakeDistributedStore:
@@ -225,3 +214,55 @@ def test_a_place_that_another_process_has_is_passed_over_until_it_is_free(tmp_pa
         assert [Path(one.path).name for one in (first, second)] == ["tier-0", "tier-1"]
     with offload.tier() as third:
         assert third.path == first.path
+
+
+# ---------------------------------------------------------------- what operators see, and promotion
+
+
+def filled(master, disk) -> MooncakeDistributedStore:
+    """Return a client whose 8 MB hold eight objects, with eight older ones on the disk alone."""
+    store = joined(master, disk)
+    for n in range(16):
+        assert store.put(f"k{n}", value(n)) == 0
+        if n % 4 == 3:
+            until(lambda: waits_for_disk(store) == 0)
+    return store
+
+
+def test_the_master_shows_disks_and_what_came_from_them(disk) -> None:
+    master = MasterThread()
+    store = filled(master, disk)
+    try:
+        cold = next(f"k{n}" for n in range(16) if kinds(store, f"k{n}") == [True])
+        found = ask_json(master, f"/batch_query_keys?keys={cold}")[1]["data"][cold]
+        assert found["values"] is None
+        assert [copy["size_"] for copy in found["local_disk_values"]] == [MB]
+        before = numbers(master)
+        assert before["master_total_file_capacity_bytes"] > TIER_BYTES // 2
+        assert before["file_cache_nums_"] >= 8
+        assert store.get(cold) == value(int(cold[1:]))
+        until(lambda: numbers(master)["file_cache_hit_nums_"] == before["file_cache_hit_nums_"] + 1)
+        assert numbers(master)["file_cache_hit_bytes_total"] >= MB
+    finally:
+        store.close()
+        master.stop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "stays"),
+    [({}, True), ({"promotion_on_hit": False}, False), ({"promotion_admission_threshold": 2}, False)],
+)
+def test_what_one_read_brought_from_the_disk_stays_in_memory_or_goes_first(disk, flags, stays) -> None:
+    master = MasterThread(**flags)
+    store = filled(master, disk)
+    try:
+        cold = next(f"k{n}" for n in range(16) if kinds(store, f"k{n}") == [True])
+        assert store.get(cold) == value(int(cold[1:]))
+        until(lambda: kinds(store, cold) == [False])
+        assert store.put("one more", value(99)) == 0
+        assert store.get("one more") == value(99)
+        assert (kinds(store, cold) == [False]) is stays
+        assert store.get(cold) == value(int(cold[1:])), "from where it is now"
+    finally:
+        store.close()
+        master.stop()

@@ -182,3 +182,46 @@ def test_no_sequence_of_puts_takes_a_tenant_beyond_its_strict_quota(puts):
         used = node.policy.tenants()
         assert used.get("a", 0) <= 3 * SIZE
         assert used.get("b", 0) <= 2 * SIZE
+
+
+# ---------------------------------------------------------------- what only passes through
+
+
+def read(node: Node, number: int) -> None:
+    node.release(0, node.acquire(0, keys(number), 5.0).lease_id)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_what_came_from_the_ssd_goes_first_until_it_was_read_often_enough(reads):
+    node = make(4)
+    put(node, 0, 1)
+    put(node, 2)
+    node.pass_through(keys(2), reads)
+    for n in range(reads):
+        assert node.evict_ahead(0, 0, 0, lambda _: False) == 0
+        assert node.policy.victims(SIZE) == keys(2), f"after {n} reads"
+        read(node, 2)
+    assert node.policy.victims(SIZE) == keys(0)
+    assert node.policy.victims(3 * SIZE) == keys(0, 1, 2), "as any other, the last one read last"
+
+
+def test_what_passes_through_can_be_pinned_dropped_and_put_again():
+    node = make(4)
+    put(node, 0, 1)
+    node.pass_through(keys(0, 1, 7), 2)
+    node.pin(0, keys(0), 60)
+    assert node.policy.victims(2 * SIZE) == keys(1, 0), "a pin is stronger"
+    node.drop(0, keys(0, 1))
+    put(node, 0, 1, 2)
+    assert node.policy.victims(SIZE) == keys(0), "nothing is left of it"
+
+
+def test_what_is_being_read_or_pinned_does_not_pass_through():
+    node = make(4)
+    put(node, 0)
+    put(node, 1, soft_pin_s=60)
+    lease = node.acquire(0, keys(0), 5.0)
+    node.pass_through(keys(0, 1), 2)
+    node.release(0, lease.lease_id)
+    put(node, 2)
+    assert node.policy.victims(2 * SIZE) == keys(0, 2)
