@@ -170,12 +170,26 @@ def _as_schema(name: str, array: Any, schema: FieldSchema) -> Any:
     fits = FITS.get(schema.codec)
     if fits is None:
         raise ValueError(f"field {name!r}: unsupported schema codec: {schema.codec!r}; one of {sorted(FITS)}")
-    if schema.codec == "ndarray" and "dtype" in schema.metadata and len(values) == len(array):
-        return np.asarray(array, _number(name, schema.metadata["dtype"]))
+    if schema.codec in ("ndarray", "typed_ragged") and "dtype" in schema.metadata:
+        return _cast(name, array, _number(name, schema.metadata["dtype"]))
     other = next((value for value in values if not fits(value)), None) if array.dtype == object else None
     if other is not None:
         raise ValueError(f"field {name!r}: a {type(other).__name__} among its rows is not {schema.codec}")
     return array
+
+
+def _cast(name: str, array: Any, dtype: "np.dtype[Any]") -> Any:
+    """Return numbers of this kind, arrays as arrays and lists as lists."""
+    try:
+        if array.dtype != object:
+            return np.asarray(array, dtype)
+        rows = [None if row is None else np.asarray(row, dtype) for row in array]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"field {name!r} is not of {dtype}: {error}") from error
+    kept = zip(rows, array, strict=True)
+    return column(
+        name, [new if new is None or isinstance(old, np.ndarray) else new.tolist() for new, old in kept]
+    )
 
 
 def _number(name: str, given: Any) -> "np.dtype[Any]":

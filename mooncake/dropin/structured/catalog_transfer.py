@@ -45,7 +45,7 @@ class DataProtoCatalogTransfer:
             catalog_call: called as (method, *args, **kwargs); calls that method of a DataProtoCatalog.
         """
         self.transfer = transfer
-        self._call = catalog_call
+        self._catalog_call = catalog_call
         self._lock = threading.RLock()
         self._open: dict[str, Publication] = {}
 
@@ -111,7 +111,7 @@ class DataProtoCatalogTransfer:
         ref, previous = normalized(handle)
         if ref.partition != text(partition, "partition"):
             raise ValueError("DataProto handle partition does not match Catalog partition")
-        known = self._call("resolve", partition, rows, list(ref.field_index))["handles"]
+        known = self._catalog_call("resolve", partition, rows, list(ref.field_index))["handles"]
         if known.get(text(fragment_id, "fragment_id")) != previous:
             raise ValueError(f"stale DataProto append handle: {fragment_id!r}")
         appended = export_dataproto_ref(
@@ -153,14 +153,14 @@ class DataProtoCatalogTransfer:
         with self._lock:
             self._open.pop(operation, None)
         try:
-            self._call("ack_publication", operation)
+            self._catalog_call("ack_publication", operation)
         except LINK_FAILED as error:  # the catalog forgets it some day by itself
             log.warning("mooncake.catalog: publication not acknowledged", reason=str(error))
 
     def _tried(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         for left in reversed(range(TRIES)):
             try:
-                return cast(dict[str, Any], self._call(method, *args, **kwargs))
+                return cast(dict[str, Any], self._catalog_call(method, *args, **kwargs))
             except LINK_FAILED as error:
                 if not left:
                     raise
@@ -183,11 +183,11 @@ class DataProtoCatalogTransfer:
         self, partition: str, keys: Sequence[str], fields: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Return where rows are, pinned until release_read; see DataProtoCatalog.resolve."""
-        return cast(dict[str, Any], self._call("resolve", partition, keys, fields, pin=True))
+        return cast(dict[str, Any], self._catalog_call("resolve", partition, keys, fields, pin=True))
 
     def release_read(self, token: int) -> None:
         """End a read."""
-        self._remove_retired(self._call("release_read", token))
+        self._remove_retired(self._catalog_call("release_read", token))
 
     def attach_results(self, output: Any, results: Sequence[Any]) -> None:
         """Remember with `output` what it was made of, for release_result."""
@@ -207,13 +207,13 @@ class DataProtoCatalogTransfer:
 
     def list(self, partition: str | None = None) -> dict[str, dict[str, Any]]:
         """Return the tags of all rows."""
-        return cast(dict[str, dict[str, Any]], self._call("list", partition))
+        return cast(dict[str, dict[str, Any]], self._catalog_call("list", partition))
 
     # ------------------------------------------------------------ removing
 
     def remove(self, partition: str, keys: Sequence[str]) -> None:
         """Forget rows; batches that nobody needs any more are removed from the store."""
-        self._remove_retired(self._call("remove", partition, keys))
+        self._remove_retired(self._catalog_call("remove", partition, keys))
 
     def drain(self) -> None:
         """End the catalog and remove all that it managed.
@@ -244,7 +244,7 @@ class DataProtoCatalogTransfer:
                 log.warning("mooncake.catalog: retired fragment not removed", reason=str(error))
         if removed:
             try:
-                self._call("ack_retired", removed)
+                self._catalog_call("ack_retired", removed)
             except LINK_FAILED as error:
                 failures += 1
                 log.warning("mooncake.catalog: removal not acknowledged", reason=str(error))
@@ -252,6 +252,7 @@ class DataProtoCatalogTransfer:
 
 
 def _check_rows(data: Any, rows: int) -> None:
-    count = split(data).rows()
+    sized = hasattr(data, "__len__") and not isinstance(data, Mapping)
+    count = len(data) if sized else split(data).rows()
     if count != rows:
         raise ValueError(f"DataProto batch size {count} does not match {rows} logical keys")

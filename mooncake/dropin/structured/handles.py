@@ -20,6 +20,8 @@ from mooncake.dropin.structured.model import (
 )
 
 KIND = "bundle_stages"
+VERSION_WITH_GROUP = 2
+VERSIONS = (DATAPROTO_REF_HANDLE_VERSION, VERSION_WITH_GROUP)
 STAGES_MAX = 1 << 10
 ROWS_MAX = 1 << 40
 
@@ -37,7 +39,7 @@ class _Location(msgspec.Struct):
 
 
 class _Handle(msgspec.Struct):
-    version: Literal[1, 2]  # 2: a group is named
+    version: int
     kind: Literal["bundle_stages"]
     batch_size: Annotated[int, msgspec.Meta(ge=0, le=ROWS_MAX)]
     stage_refs: Annotated[dict[Text, _Stage], msgspec.Meta(max_length=STAGES_MAX)]
@@ -93,11 +95,13 @@ def import_dataproto_ref(handle: Mapping[str, Any]) -> MooncakeDataProtoRef:
     """
     if not is_dataproto_ref_handle(handle):
         raise ValueError("not a Mooncake DataProto ref handle")
+    if handle.get("version") not in VERSIONS:
+        raise ValueError(f"unsupported DataProto ref handle version: {handle.get('version')!r}")
     try:
         plain = msgspec.convert(dict(handle), _Handle)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"DataProto ref handle: {error}") from error
-    if plain.version != DATAPROTO_REF_HANDLE_VERSION and plain.storage_group_id is None:
+    if plain.version == VERSION_WITH_GROUP and plain.storage_group_id is None:
         raise ValueError("DataProto ref handle has invalid storage_group_id")
     lost = [name for name, at in plain.field_index.items() if at.stage not in plain.stage_refs]
     if lost:

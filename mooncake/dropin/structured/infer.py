@@ -101,6 +101,9 @@ KINDS = (
 """The first that all rows fit is theirs."""
 FITS: dict[str, Callable[[Any], bool]] = {
     **{kind.codec: kind.fits for kind in KINDS},
+    "typed_ragged": lambda value: (
+        _is_numeric(value) or (isinstance(value, np.ndarray) and value.dtype == bool)
+    ),
     "media_bytes": _is_bytes,
     "json_ragged": lambda _: True,
     "auto": lambda _: True,

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.dropin.structured.bundles import Bundles, Member, Ref
+from mooncake.dropin.structured.bundles import Bundles, Member
 from mooncake.dropin.structured.fields import encode, rows_of
 from mooncake.dropin.structured.manifest import MEMBERS_MAX, NAME_CHARS_MAX, Manifest
 from mooncake.dropin.structured.model import (
@@ -149,11 +149,3 @@ def read(
         members.append(bundles.member(manifest, name, rows, (destinations or {}).get(name)))
     metadata = metadata_of(bundles, manifest)
     return StructuredObjectResult(metadata, dict(zip(names, bundles.read(members), strict=True)))
-
-
-def get(bundles: Bundles, ref: Ref) -> Any:
-    """Return an object that put_object stored."""
-    result = read(bundles, StructuredObjectReadSpec(ref), None)
-    if result.metadata.get(WRAPPED):
-        return result.objects["value"]
-    return result.objects

@@ -36,7 +36,8 @@ class ObjectTransfer:
         Args:
             store: MooncakeDistributedStore, or what has its put, get, remove and is_exist.
             key_prefix: what all names begin with.
-            default_chunk_bytes: size of one object of the store at most.
+            default_chunk_bytes: size of one object of the store at most; more than its default gains
+                nothing and makes reads of rows slow, so that it is the most that is used.
             buffer_pool: not used: what is read is the caller's own memory.
 
         Raises:
@@ -58,7 +59,8 @@ class ObjectTransfer:
         max_inflight_put: int | None = None,
     ) -> int:
         (policy or BundleTransferPolicy()).check(max_inflight_put)
-        return objects.check_chunk_bytes(self.default_chunk_bytes if chunk_bytes is None else chunk_bytes)
+        given = objects.check_chunk_bytes(self.default_chunk_bytes if chunk_bytes is None else chunk_bytes)
+        return min(given, DEFAULT_BUNDLE_CHUNK_BYTES)
 
     def put_bundle(
         self,
@@ -128,7 +130,8 @@ class ObjectTransfer:
 
     def get_object(self, ref: Ref) -> Any:
         """Return what put_object stored; raises as materialize."""
-        return objects.get(self._bundles, ref)
+        result = self.materialize(self.read_spec(ref))
+        return result.objects["value"] if result.metadata.get(objects.WRAPPED) else result.objects
 
     def read_spec(self, ref: Ref) -> StructuredObjectReadSpec:
         """Return a spec of all of an object, to be narrowed; nothing is read."""

@@ -161,8 +161,26 @@ def test_a_schema_says_which_section_a_field_is_of(transfer):
     ref = transfer.put(data, type="dict", field_schemas=with_section)
     read = transfer.get(ref, type="dict")
     assert read["names"] == ["a", "b"]
-    assert read["ids"].dtype == np.int32
+    assert read["ids"] == [1, 2]
     assert ref.field_index["ones"].section == "batch"
+
+
+def test_a_schema_with_a_dtype_casts_numbers_and_leaves_lists_lists(transfer):
+    rows = {
+        "arrays": [np.arange(3), np.zeros((1, 2, 2))],
+        "lists": [[1, 2], [3.0]],
+        "nulls": [None, [1]],
+        "flags": [np.array([True]), np.array([False, True])],
+        "dense": np.arange(2),
+    }
+    schema = FieldSchema("typed_ragged", metadata={"section": "non_tensor_batch", "dtype": "int32"})
+    flags = FieldSchema("typed_ragged", metadata={"section": "non_tensor_batch"})
+    schemas = {**dict.fromkeys(rows, schema), "flags": flags}
+    read = transfer.get(transfer.put(rows, type="dict", field_schemas=schemas), type="dict")
+    assert [row.dtype for row in read["arrays"]] == [np.int32] * 2
+    assert (read["lists"], read["nulls"]) == ([[1, 2], [3]], [None, [1]])
+    assert read["dense"].dtype == np.int32
+    assert [row.dtype for row in read["flags"]] == [bool] * 2
 
 
 @pytest.mark.parametrize(
@@ -176,6 +194,8 @@ def test_a_schema_says_which_section_a_field_is_of(transfer):
         ({"a": [1]}, {"a": FieldSchema("pickle")}, "unsupported"),
         ({"a": [1]}, {"a": FieldSchema("ndarray", metadata={"dtype": "O"})}, "numeric"),
         ({"a": [1]}, {"a": FieldSchema("ndarray", metadata={"dtype": "zz"})}, "dtype"),
+        ({"a": ["x"]}, {"a": FieldSchema("ndarray", metadata={"dtype": "int8"})}, "int8"),
+        ({"a": [[300]]}, {"a": FieldSchema("typed_ragged", metadata={"dtype": "int8"})}, "int8"),
     ],
 )
 def test_a_flat_dict_that_is_not_clear_or_not_as_its_schema_says_is_refused(

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mooncake.core.errors import CapacityError, PeerError, PeerGone, RequestError
 from mooncake.dataproto_catalog import DataProtoCatalog, DataProtoCatalogTransfer
 from mooncake.dropin.structured import catalog as catalogs
-from mooncake.structured_object_store import MooncakeBundleTransfer
+from mooncake.structured_object_store import MooncakeBundleTransfer, import_dataproto_ref
 from tests.unit.dropin.test_structured import FakeStore, objects
 
 
@@ -486,6 +486,14 @@ def test_a_removal_that_could_not_be_acknowledged_is_acknowledged_by_a_later_cal
     both.remove("p", ["x", "y"])
     both.put(batch(a="12"), partition="p", keys=["x", "y"])
     assert link.catalog.ack_retired([])["retired_handles"] == []
+
+
+def test_a_batch_may_be_anything_that_has_a_length_and_that_the_transfer_stores(link):
+    stored = import_dataproto_ref(handle(1, rows=3))
+    both = DataProtoCatalogTransfer(SimpleNamespace(put=lambda data, **options: stored), link)
+    assert both.put([1, 2, 3], partition="p", keys=["x", "y", "z"])["fields"] == ["a", "b"]
+    with pytest.raises(ValueError, match="does not match"):
+        both.put([1, 2], partition="p", keys=["x", "y", "z"])
 
 
 def test_results_are_released_with_what_was_made_of_them(both):
