@@ -2,7 +2,8 @@
 
 A directory answers in one message. Without one, or when all of them are away or out of step, every store is
 asked at once with one message each, ASK_STORES_MAX of them at most: fine for tens of hosts, and the reason
-to run a directory for more.
+to run a directory for more. A directory learns of a put some milliseconds later: who must not miss what was
+just put on another host has its word confirmed (`sure`).
 """
 
 import threading
@@ -43,9 +44,10 @@ class Holders(msgspec.Struct):
 class Locator:
     """Thread-safe; keeps one connection per directory."""
 
-    def __init__(self, members: Members) -> None:
-        """Ask what `members` knows at the time of each call."""
+    def __init__(self, members: Members, sure: bool = False) -> None:
+        """Ask what `members` knows at the time of each call; `sure`: see Pool."""
         self._members = members
+        self._sure = sure
         self._lock = threading.Lock()
         self._clients: dict[str, BlockingRpcClient] = {}
         self._away: dict[str, float] = {}
@@ -76,7 +78,17 @@ class Locator:
             return asked
         found = Holders([[] for _ in keys], [0] * len(keys))
         self._add(found, reply, without)
+        if self._sure:
+            self._confirm(keys, found, end_s, without)
         return found
+
+    def _confirm(self, keys: Sequence[bytes], found: Holders, end_s: float, without: Sequence[str]) -> None:
+        """Ask the stores for what a directory knows nothing of; its word counts for those that are away."""
+        rows = [row for row, nodes in enumerate(found.nodes) if not nodes]
+        if rows:
+            asked = self._ask_stores([keys[row] for row in rows], end_s, without)
+            for row, nodes, size in zip(rows, asked.nodes, asked.sizes, strict=True):
+                found.nodes[row], found.sizes[row] = nodes, size
 
     def _add(self, found: Holders, reply: Located, without: Sequence[str]) -> None:
         """Add a directory's word, behind that of the stores themselves."""

@@ -67,6 +67,7 @@ class Pool:
         touch: bool = True,
         start_s: float = START_S,
         members: Members | None = None,
+        sure: bool = False,
     ) -> None:
         """Find the stores, attach to those of this host.
 
@@ -80,6 +81,8 @@ class Pool:
             touch: fill this process's page tables for local stores now (0.1 s per GiB).
             start_s: longest wait for the metadata store.
             members: who is in the pool, where somebody else has found out; closed here. It takes an `engine`.
+            sure: find what was put a moment ago on any host: where directories know of nobody, every store is
+                asked. Else such an object may be MISSING until a directory has heard of it, milliseconds.
 
         Raises:
             PeerTimeout: the metadata store did not answer; ConfigError: settings that cannot work.
@@ -90,7 +93,7 @@ class Pool:
         else:
             self._engine = engine
         self._members = members or Members(self._engine, writer or f"pool-{secrets.token_hex(6)}", touch)
-        self._locator = Locator(self._members)
+        self._locator = Locator(self._members, sure)
         try:
             for record in stores:
                 self._members.join(record)

@@ -1,18 +1,23 @@
 """Dummy clients beside a real one, as processes: the objects of other hosts, and what a killed one leaves."""
 
+import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from kvstore.leader.admin_http import TOKEN_ENV
 from mooncake.core.errors import PeerError
+from mooncake.core.secret import SECRET_ENV
 from mooncake.dropin.store.types import RPC_FAIL
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
+from tests.integration.hosts import HERE, SECRET, THERE, no_second_host, second_host
 from tests.integration.pool_processes import WAIT_S, PoolProcesses, content, key, until
 from tests.integration.ports import lasting_port
 
@@ -174,3 +179,79 @@ def test_a_killed_dummy_leaves_no_memory_and_its_objects_stay(
     until(lambda: host.shared_maps() == before)
     assert dummy.get("by-the-dummy") == b"x" * (1 << 20)
     assert dummy.put("next", b"y" * 100, on_far()) == 0
+
+
+# ---------------------------------------------------------------- two hosts
+
+WHY_NOT = no_second_host()
+TOKEN = "a token of an operator"
+ALONE = 'mount -t tmpfs tmpfs /tmp && exec "$@"'
+"""Nothing of what this host has in /tmp, its stores' sockets above all, is to be seen there."""
+READER = """
+import sys
+from mooncake.store import MooncakeDistributedStore
+store = MooncakeDistributedStore()
+assert store.setup_dummy(1 << 20, 1 << 20, sys.argv[1]) == 0
+data = store.get("here")
+assert store.put("there", data[::-1]) == 0
+print(len(data), flush=True)
+"""
+
+
+class Processes(PoolProcesses):
+    """Programs of two hosts."""
+
+    def __init__(self, folder: Path, space: str) -> None:
+        super().__init__(folder, metadata="none")
+        self._space = space
+
+    def start(self, name: str, words: list[str], before: Sequence[str] = (), **kwargs) -> subprocess.Popen:
+        return self._spawn(name, [*before, sys.executable, *words], **kwargs)
+
+    @property
+    def there(self) -> list[str]:
+        """What makes a program one of the other host."""
+        return ["ip", "netns", "exec", self._space, "unshare", "--mount", "sh", "-c", ALONE, "sh"]
+
+    def beside(self, name: str) -> list[str]:
+        """What makes a program one of the host of another."""
+        return ["nsenter", "--target", str(self._processes[name].pid), "--mount", "--net"]
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_dummies_need_no_secret_to_use_what_two_hosts_have(
+    tmp_path: Path,
+) -> None:
+    port, data = lasting_port(), content(key(7), SIZE)
+    bare = dict(os.environ)
+    with second_host() as space, contextlib.ExitStack() as stack:
+        processes = Processes(tmp_path, space)
+        stack.callback(processes.close)
+        armed = {**bare, SECRET_ENV: SECRET, TOKEN_ENV: TOKEN}
+        master = ["-m", "mooncake.dropin.master.command", f"--rpc_address={HERE}", f"--rpc_port={port}"]
+        processes.start("master", [*master, "--metrics_port=0"], env=armed)
+        ports = {HERE: lasting_port(), THERE: lasting_port()}
+        until(lambda: _listens(HERE, port))
+        for host in (HERE, THERE):
+            flags = [f"--host={host}", f"--port={ports[host]}", f"--master_server_address={HERE}:{port}"]
+            words = ["-m", "mooncake.dropin.client.command", *flags, "--global_segment_size=64MB"]
+            processes.start(f"real-{host}", words, processes.there if host == THERE else (), env=armed)
+        dummy = MooncakeDistributedStore()
+        stack.callback(dummy.close)
+        until(lambda: dummy.setup_dummy(1 << 20, 1 << 20, f"127.0.0.1:{ports[HERE]}") == 0)
+        until(lambda: len(dummy._calls.pool.nodes) == 2)
+        near = sorted(store.near for store in dummy._calls.pool._members.stores.values())
+        assert near == [False, True]
+        assert dummy.put("here", data) == 0
+        address = f"127.0.0.1:{ports[THERE]}"
+        beside = processes.beside(f"real-{THERE}")
+        reader = processes.start("reader", ["-c", READER, address], beside, env=bare, stdout=subprocess.PIPE)
+        assert reader.stdout
+        said = reader.stdout.readline()
+        assert said == b"%d\n" % SIZE, processes.log_tail("reader")
+        assert dummy.get("there") == data[::-1]
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0

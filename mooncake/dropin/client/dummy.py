@@ -132,9 +132,12 @@ class LedMembers(Members):
                     line.close()
                     self._relay.lost()
                     line = None
+                    self.directories = {}  # what they do not know may be on stores that cannot be asked now
                     if not self._over.is_set():
                         log.warning("mooncake.store: the real client is away", reason=str(error))
                 self._over.wait(RETRY_S)
+        if line is not None:
+            line.close()
 
     def _take(self, news: Neighbours) -> None:
         for record in news.stores:
@@ -206,7 +209,7 @@ class DummyStarted(Started):
             self.settings = msgspec.structs.replace(settings, tenant_id=members.welcome.tenant)
             self.asked = settings
             self.background = DummyBackground(members, relay)
-            self.pool = Pool(engine=self.engine, members=members)
+            self.pool = Pool(engine=self.engine, members=members, sure=True)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
 

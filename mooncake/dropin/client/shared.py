@@ -111,13 +111,9 @@ class RelayEngine:
         return bool(self._session)
 
     def close(self) -> None:
-        """Hang up and let go of the memory; what views of it remain stays valid (idempotent)."""
+        """Hang up (idempotent). Memory stays mapped while this object is there: calls may be under way."""
         self._closed = True
         self.lost()
-        with self._sharing:
-            segments, self._segments = self._segments, {}
-        for segment in segments.values():
-            segment.close()
 
     def _drop_idle(self) -> None:
         while True:

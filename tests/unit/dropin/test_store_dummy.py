@@ -114,6 +114,26 @@ def test_what_a_dummy_puts_others_get_and_the_other_way_round(
     assert [desc.get_memory_descriptor() for desc in dummy.get_replica_desc("there")]
 
 
+@pytest.mark.parametrize("light", [True, False])
+def test_what_another_host_has_just_stored_is_there(
+    master: MasterThread, dummy: MooncakeDistributedStore, far: MooncakeDistributedStore, light: bool
+) -> None:
+    reader = dummy if light else client(master, 0)
+    try:
+        until(lambda: len(reader._calls.pool.nodes) == 2)
+        until(lambda: reader._calls.pool.directories)
+        for number in range(20):  # a directory alone knows one in five in time
+            assert far.put(f"k{number}", b"x" * 100, on(far)) == 0
+            assert reader.get(f"k{number}") == b"x" * 100
+            assert far.put(f"e{number}", b"x" * 100, on(far)) == 0
+            assert reader.is_exist(f"e{number}") == 1
+            assert reader.put(f"e{number}", b"y" * 100) == 0
+            assert reader.get(f"e{number}") == b"x" * 100
+    finally:
+        if not light:
+            reader.close()
+
+
 def test_removing_reaches_other_hosts_and_keeps_what_was_just_read(
     dummy: MooncakeDistributedStore, far: MooncakeDistributedStore
 ) -> None:
@@ -197,6 +217,15 @@ def test_closing_leaves_nothing_in_the_real_client(make_dummy, real: RealClient)
         assert store.close() == 0
     until(lambda: not real.relay.dummies and len(real.started.engine.buffers) == buffers)
     assert stores[0].put("k", b"x") == INVALID_PARAMS
+
+
+def test_a_call_that_is_under_way_at_the_end_still_has_its_memory(make_dummy) -> None:
+    store = make_dummy()
+    address = store.alloc_from_mem_pool(BIG)
+    ctypes.memset(address, 7, BIG)
+    calls = store._calls
+    assert store.close() == 0
+    assert bytes(calls.memory(address, BIG)) == b"\7" * BIG
 
 
 def test_setting_up_twice_changes_nothing(make_dummy, real: RealClient) -> None:
