@@ -13,6 +13,8 @@ from math import inf, isfinite, sqrt
 
 import msgspec
 
+from conductor.lengths import OutputLengths
+
 FORGETTING = 0.98
 """Weight of the past per observation: the last ~50 decide, so a load change shows within seconds."""
 PRIOR_SPREAD = 100.0
@@ -36,8 +38,12 @@ REMOTE_BYTES_S = 1e9
 BYTES_S_MIN = 1e6
 """Slowest believable bandwidth: keeps one stalled transfer from forbidding all others."""
 OUTPUT_TOKENS_PRIOR = 256.0
+OUTPUT_SHARE = 0.9
+"""Share of answers that fit the KV room looked for: one that runs out of it is computed again."""
 SECONDS_MIN = 1e-6
 """No prediction is zero or below: ratios stay finite."""
+MAX_TOKENS = 1 << 30
+"""Of a request whose limit is not known: none."""
 
 
 Triple = tuple[float, float, float]
@@ -53,6 +59,8 @@ class CostErrors(msgspec.Struct, frozen=True):
     transfer_ratio: float
     transfer_count: int
     rejected_count: int
+    output_ratio: float
+    output_count: int
 
 
 class _Error:
@@ -128,6 +136,8 @@ class CostModel:
         self._bytes_s = {False: local_bytes_s, True: remote_bytes_s}
         self._transfer_error = _Error()
         self._output_tokens = OUTPUT_TOKENS_PRIOR
+        self._output_error = _Error()
+        self._lengths = OutputLengths()
         self._rejected = 0
 
     def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
@@ -162,14 +172,39 @@ class CostModel:
         if self._credible(seconds):
             self._tbt.observe((1.0, batch, kv_tokens), seconds)
 
-    def output_tokens(self, max_tokens: int) -> int:
-        """Predict how many tokens a request with this limit will emit: the moving mean, capped."""
-        return min(max_tokens, max(1, round(self._output_tokens)))
+    def output_tokens(
+        self, max_tokens: int, tenant: str = "", slo_class: str = "", emitted_n: int = 0
+    ) -> int:
+        """Predict how many tokens a request will emit in all: the mean of its like, capped.
 
-    def observe_output(self, tokens: int) -> None:
-        """Learn from one finished request."""
-        if tokens > 0:
-            self._output_tokens += (tokens - self._output_tokens) * EWMA_WEIGHT
+        Args:
+            max_tokens: its limit.
+            tenant: whose it is.
+            slo_class: its class of service; "" = unknown, then the moving mean of all answers is taken.
+            emitted_n: tokens it has emitted already.
+        """
+        mean = self._lengths.mean(tenant, slo_class, emitted_n) if slo_class else None
+        return min(max_tokens, max(1, round(self._output_tokens if mean is None else mean)))
+
+    def output_tokens_high(
+        self, max_tokens: int, tenant: str = "", slo_class: str = "", emitted_n: int = 0
+    ) -> int:
+        """Predict what OUTPUT_SHARE of such requests will not exceed; see `output_tokens`."""
+        high = self._lengths.quantile(tenant, slo_class, OUTPUT_SHARE, emitted_n) if slo_class else None
+        if high is None:
+            return self.output_tokens(max_tokens, tenant, slo_class, emitted_n)
+        return min(max_tokens, max(1, round(high)))
+
+    def observe_output(
+        self, tokens: int, tenant: str = "", slo_class: str = "", max_tokens: int = MAX_TOKENS
+    ) -> None:
+        """Learn from one finished request; see `output_tokens`."""
+        if tokens <= 0:
+            return
+        self._output_error.add(self.output_tokens(max_tokens, tenant, slo_class), tokens)
+        self._output_tokens += (tokens - self._output_tokens) * EWMA_WEIGHT
+        if slo_class:
+            self._lengths.observe(tenant, slo_class, tokens)
 
     def prefill_coefficients(self) -> Triple:
         """Return (a, b, c) in seconds, seconds per token, seconds per token pair."""
@@ -189,6 +224,8 @@ class CostModel:
             self._transfer_error.ratio,
             self._transfer_error.count,
             self._rejected,
+            self._output_error.ratio,
+            self._output_error.count,
         )
 
     def _credible(self, seconds: float) -> bool:

@@ -20,6 +20,7 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     single_leg: one leg is the whole answer (max_tokens == 1, pooling, prompt embeddings, ...).
     first_token: leg 1's token is exact and is delivered at once; leg 2 goes on from prompt + 1.
     ttft_slo_s, tbt_slo_s: the request's own objectives; None = the Conductor's.
+    tenant, slo_class: whose it is, and its class of service; "" = not known.
     """
 
     request_id: str
@@ -33,6 +34,8 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     context_root: str = ""
     single_leg: bool = False
     first_token: bool = False
+    tenant: str = ""
+    slo_class: str = ""
 
 
 class Need(StrEnum):

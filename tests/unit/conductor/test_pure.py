@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PURE = ("admission", "plan", "index", "cost", "cluster", "scheduler", "request")
+PURE = ("lengths", "admission", "plan", "index", "cost", "cluster", "scheduler", "request")
 ALLOWED = {"collections.abc", "enum", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {
     "mooncake.core.context",
