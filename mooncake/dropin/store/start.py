@@ -405,7 +405,7 @@ class Started:
             self.background = Background(master, config, settings.offload)
             stack.callback(self.background.close)
             self.background.start()
-            self.pool = Pool(master, engine=self.engine)
+            self.pool = Pool(master, engine=self.engine, sure=True)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
         self._env = env
