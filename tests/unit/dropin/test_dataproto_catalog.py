@@ -307,7 +307,7 @@ class Retiring(RuleBasedStateMachine):
 
 
 TestRetiring = Retiring.TestCase
-TestRetiring.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestRetiring.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 
 
 # ------------------------------------------------------------ with a store

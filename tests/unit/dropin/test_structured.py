@@ -150,14 +150,14 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(value=values, chunk_bytes=st.integers(1, 5000))
 def test_any_nested_value_comes_back_with_its_types_dtypes_and_shapes(value, chunk_bytes):
     transfer = MooncakeBundleTransfer(FakeStore(), default_chunk_bytes=max(chunk_bytes, 64))
     assert same(transfer.get_object(transfer.put_object(value)), value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(values, max_size=6),
     chosen=st.lists(st.integers(0, 5), max_size=6),

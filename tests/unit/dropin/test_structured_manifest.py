@@ -129,7 +129,7 @@ DATA = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(which=st.integers(0, 4), at=st.floats(0, 0.999), byte=st.integers(0, 255), again=st.floats(0, 0.999))
 def test_damaged_bytes_are_read_or_refused_and_nothing_else(which, at, byte, again):
     fake = FakeStore()
