@@ -22,6 +22,7 @@ from kvstore.client.stage import Stage
 from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
 from kvstore.engine.client import PoolClient
 from kvstore.leader.placement import Placer, Room
+from kvstore.leader.task_book import drain_key
 from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout
 from mooncake.core.messages import STORES_PREFIX, MetaEntry, StoreRecord
 from mooncake.core.metadata import MetadataStore
@@ -173,16 +174,25 @@ class Members:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         store = metadata()
         try:
-            for prefix, take in ((DIRECTORIES_PREFIX, self._on_directory), (STORES_PREFIX, self._on_store)):
+            for prefix, take in self._takers:
                 for entry in await self._list(store, prefix):
                     await asyncio.to_thread(take, entry.key.removeprefix(prefix), entry.value)
             self._listed.set()
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._follow(store, STORES_PREFIX, self._on_store))
-                group.create_task(self._follow(store, DIRECTORIES_PREFIX, self._on_directory))
+                for prefix, take in self._takers:
+                    group.create_task(self._follow(store, prefix, take))
                 group.create_task(self._ask_rooms())
         finally:
             await store.close()
+
+    @property
+    def _takers(self) -> tuple[tuple[str, Take], ...]:
+        """What is followed, in the order in which it has to be known."""
+        return (
+            (DIRECTORIES_PREFIX, self._on_directory),
+            (drain_key(""), self._on_drain),
+            (STORES_PREFIX, self._on_store),
+        )
 
     async def _list(self, store: MetadataStore, prefix: str) -> list[MetaEntry]:
         while True:
@@ -204,6 +214,11 @@ class Members:
             self.join(record)
         else:
             self.leave(name)
+
+    def _on_drain(self, node: str, value: bytes | None) -> None:
+        """Place nothing more on a node that is emptied, until somebody says otherwise."""
+        with self.placing:
+            self.placer.drain(node, on=value is not None)
 
     def _on_directory(self, name: str, value: bytes | None) -> None:
         record = _decoded(value, DirectoryRecord, name)

@@ -442,6 +442,7 @@ class Node:
         victims = self.policy.bulk.victims(used_bytes - down_to_bytes)[:AHEAD_MAX]
         chosen = [key for key in victims if may_go is None or may_go(key)]
         self._evict(chosen)
+        self.eviction_attempts += bool(chosen)
         self.eviction_successes += bool(chosen)
         return len(chosen)
 

@@ -76,6 +76,12 @@ def test_a_drained_segment_is_empty_and_every_object_is_elsewhere(pool) -> None:
                 (copy,) = second.get_replica_desc(name)
                 assert copy.get_memory_descriptor().buffer_descriptor.transport_endpoint != left
                 assert second.get(name) == bytes([n]) * MB
+            for n in range(8):
+                assert first.put(f"new {n}", bytes(5000)) == 0
+            copies = [copy for n in range(8) for copy in first.get_replica_desc(f"new {n}")]
+            assert len(copies) == 8
+            for copy in copies:
+                assert copy.get_memory_descriptor().buffer_descriptor.transport_endpoint != left
             cancelled = ask_json(pool, f"{JOBS}/cancel?job_id={job_id}", "POST")
             assert cancelled == (409, BUSY), "it has ended"
 

@@ -60,7 +60,8 @@ def test_above_the_watermark_the_oldest_go_until_the_lower_mark_is_reached():
     assert node.evict_ahead(0, 8 * SIZE, 6 * SIZE, None) == 3
     assert there(node) == [3, 4, 5, 6, 7, 8]
     stats = node.stats()
-    assert (stats.evictions, stats.evicted_bytes, stats.eviction_successes) == (3, 3 * SIZE, 1)
+    assert (stats.evictions, stats.evicted_bytes) == (3, 3 * SIZE)
+    assert stats.eviction_attempts == stats.eviction_successes == 1
 
 
 def test_what_is_read_or_hard_pinned_stays_whatever_the_watermark():
