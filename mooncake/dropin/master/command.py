@@ -6,7 +6,8 @@ entry of a block lives here only: killed and started again it knows all within s
 meanwhile.
 
 It listens on loopback unless --rpc_address says otherwise, and beyond loopback only with a shared secret
-(MOONCAKE_SECRET_FILE) and an admin token (MOONCAKE_ADMIN_TOKEN).
+(MOONCAKE_SECRET_FILE) and an admin token (MOONCAKE_ADMIN_TOKEN). Without a secret 0.0.0.0, which upstream's
+examples give, means loopback, with a warning; an address of one interface is refused.
 """
 
 import asyncio
@@ -31,13 +32,14 @@ from mooncake.dropin.engine.start import environment
 from mooncake.dropin.flags import asks_for_help, parse_flags
 from mooncake.dropin.master.flags import asks_for_nothing, warnings
 from mooncake.dropin.master.http import MasterHttp
-from mooncake.dropin.master.options import MasterOptions, config_words
+from mooncake.dropin.master.options import LOOPBACK, MasterOptions, config_words
 from mooncake.dropin.master.quotas import Quotas, read_quotas
 from mooncake.dropin.store.start import MASTER_KEY, QUOTAS_KEY
 from mooncake.http_metadata_server import KVBootstrapServer
 from transfer.config import EngineConfig
 
 EXIT_USAGE = 2
+EVERYWHERE = ("0.0.0.0", "::")
 ALIASES = {"port": "rpc_port"}
 USAGE = """usage: mooncake_master [--flag=value ...]
 
@@ -107,7 +109,7 @@ class Master:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options, env = self.options, environment()
-        address = options.address
+        address = _listens_at("rpc_address", options.address, env.secret)
         host = f"[{address}]" if ":" in address else address
         quotas_path = options.tenant_quota_connector_uri if options.enable_multi_tenants else ""
         quotas_now = read_quotas(quotas_path) if quotas_path else {}
@@ -132,19 +134,32 @@ class Master:
             await quotas.start()
             stack.push_async_callback(quotas.close)
         api = MasterHttp(pool, coordinator, quotas)
-        http = AdminServer(api.answer, options.metrics_host or address, options.metrics_port, token)
+        http_host = _listens_at("metrics_host", options.metrics_host or address, env.secret)
+        http = AdminServer(api.answer, http_host, options.metrics_port, token)
         stack.push_async_callback(asyncio.to_thread, http.close)
         self.url = http.start()
         if options.enable_http_metadata_server:
-            metadata = KVBootstrapServer(
-                options.http_metadata_server_port, options.http_metadata_server_host, env.secret
-            )
+            given = options.http_metadata_server_host
+            metadata_host = _listens_at("http_metadata_server_host", given, env.secret)
+            metadata = KVBootstrapServer(options.http_metadata_server_port, metadata_host, env.secret)
             await asyncio.to_thread(metadata.run)
             stack.push_async_callback(asyncio.to_thread, metadata.close)
 
     async def close(self) -> None:
         """Stop serving (idempotent)."""
         await self._stack.aclose()
+
+
+def _listens_at(flag: str, host: str, secret: bytes) -> str:
+    """Return where to listen: "everywhere" without a secret is this host."""
+    if host not in EVERYWHERE or secret:
+        return host
+    log.warning(
+        "mooncake_master: only this host can connect: to be reached from others set MOONCAKE_SECRET_FILE on "
+        "all hosts, and MOONCAKE_ADMIN_TOKEN here",
+        flag=flag, value=host,
+    )  # fmt: skip
+    return LOOPBACK
 
 
 async def _serve(options: MasterOptions) -> int:
