@@ -4,9 +4,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
+
 from mooncake.dropin.store.start import Settings
 from mooncake.store import MooncakeDistributedStore
-from tests.unit.dropin.conftest import MasterThread
+from tests.unit.dropin.conftest import MasterThread, client
 
 REQUIRED = {"local_hostname": "127.0.0.1", "metadata_server": "P2PHANDSHAKE"}
 
@@ -57,3 +59,20 @@ def test_a_program_that_closes_nothing_ends_quietly_and_takes_its_segments_with_
     assert "Traceback" not in ended.stderr
     store = join(0)
     assert store.is_exist("unclosed") == 0
+
+
+def test_a_master_that_is_to_listen_everywhere_without_a_secret_serves_this_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("MOONCAKE_SECRET", "MOONCAKE_SECRET_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    everywhere = {"rpc_address": "0.0.0.0", "metrics_host": "0.0.0.0", "http_metadata_server_host": "0.0.0.0"}
+    master = MasterThread(enable_http_metadata_server=True, http_metadata_server_port=0, **everywhere)
+    try:
+        assert master.address.startswith("127.0.0.1:")
+        assert master.url.startswith("http://127.0.0.1:")
+        store = client(master)
+        assert store.put("from this host", b"value") == 0
+        store.close()
+    finally:
+        master.stop()
