@@ -256,6 +256,7 @@ def doctor(
 ) -> None:
     """Look whether this machine can run Mooncake; exit code 1 if not."""
     import msgspec
+    from rich.markup import escape
     from rich.table import Table
 
     from mooncake.doctor import FAIL, examine
@@ -267,7 +268,8 @@ def doctor(
         styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
         table = Table("check", "state", "found", "what to do", box=None)
         for row in rows:
-            table.add_row(row.name, f"[{styles[row.state]}]{row.state}[/]", row.found, row.advice)
+            state = f"[{styles[row.state]}]{row.state}[/]"
+            table.add_row(row.name, state, escape(row.found), escape(row.advice))
         _console().print(table)
     raise typer.Exit(any(row.state == FAIL for row in rows))
 
