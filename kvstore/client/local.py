@@ -500,6 +500,7 @@ def reserve_request(writer: str, keys: list[bytes], size_bytes: int, hints: Hint
         soft_pin_s=hints.soft_pin_s,
         hard_pin=hints.hard_pin,
         replace=hints.replace,
+        keep=True,
     )
 
 

@@ -110,6 +110,7 @@ class Node:
         self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
         self._reads = Reads()
         self.quarantined_bytes = 0
+        self.below: Callable[[bytes], bool] = lambda _: False  # whether a slower tier has a block
         self.retired = False  # then nothing more is taken, and what is there is read as ever
         self.table = table
         self._second = 0
@@ -172,11 +173,13 @@ class Node:
         tags: Tags = PLAIN,
         *,
         replace: bool = False,
+        keep: bool = False,
     ) -> Reserved:
         """Allocate `size_bytes` for each key, evicting as needed.
 
         `tags` hold for the blocks once they are committed; pins also for those that are there already. With
-        `replace` a block that is there is no reason to allocate nothing: the commit takes its place.
+        `replace` a block that is there is no reason to allocate nothing: the commit takes its place. With
+        `keep` a block that is only `below` is there.
 
         Raises:
             RequestError: malformed keys, writer or tags; a size that could never fit.
@@ -201,9 +204,11 @@ class Node:
                     policy.touch(key, below)
                 if tags is not PLAIN:
                     self._pin(key, entry.size_bytes, tags)
-            elif key not in self._writing and not self._makes_way(tags.tenant, size_bytes):
+            elif key in self._writing or (keep and not replace and self.below(key)):
+                pass
+            elif not self._makes_way(tags.tenant, size_bytes):
                 offset = OVER_QUOTA
-            elif key not in self._writing:
+            else:
                 found = None if full else self._place(size_bytes)
                 # once one did not fit, the others of this request will not either
                 full = found is None
@@ -332,7 +337,7 @@ class Node:
             return False
         self._end_grant(grant)
         offset, size_bytes = grant.offset, grant.size_bytes
-        if key in self._complete or key in self._writing:
+        if key in self._complete or key in self._writing or self.below(key):
             self._allocator.free(offset, size_bytes)
             self.puts_refused += 1
             return False

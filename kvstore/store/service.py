@@ -205,6 +205,7 @@ class StoreService:
         self._rings = Rings(self._table.view(rows_bytes, RINGS_BYTES))
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
+            self.node.below = self._is_below
             await asyncio.to_thread(self._load_names, self.tiering)
         self._events = EventPublisher(config.events, config.node, self.epoch)
         self._rpc = RpcServer(config.endpoint, StoreRequest, self._handle)
@@ -552,8 +553,9 @@ class StoreService:
     def _reserve(self, request: Reserve) -> Reserved:
         tags = tags_of(request)
         return self.node.reserve(
-            self._clock(), request.writer, request.keys, request.size_bytes, tags, replace=request.replace
-        )
+            self._clock(), request.writer, request.keys, request.size_bytes, tags,
+            replace=request.replace, keep=request.keep,
+        )  # fmt: skip
 
     def _commit(self, request: Commit) -> Committed:
         tickets, names = request.tickets, request.names
@@ -569,7 +571,10 @@ class StoreService:
         return answer
 
     def _is_there(self, key: bytes) -> bool:
-        return self.node.block_of(key) is not None or bool(self.tiering and key in self.tiering.tier)
+        return self.node.block_of(key) is not None or self._is_below(key)
+
+    def _is_below(self, key: bytes) -> bool:
+        return self.tiering is not None and key in self.tiering.tier
 
     def _abandon(self, request: Abandon) -> Ok:
         if self._rings and not request.tickets:

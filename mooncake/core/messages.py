@@ -104,7 +104,8 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
     keys[i] stands at depth + i of its prompt (-1 = unknown); a soft pin lasts until the block was not hit
     for soft_pin_s (0 = none), a hard pin until it is unpinned; a pin that has no room is not given.
 
-    `replace`: also for what is there, which stays readable until the commit takes its place.
+    `replace`: also for what is there, which stays readable until the commit takes its place. `keep`: what
+    only a slower tier has is there, too; without it that is written anew, which is quicker than to bring it.
     """
 
     writer: str
@@ -116,6 +117,7 @@ class Reserve(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsv")
     soft_pin_s: float = 0.0
     hard_pin: bool = False
     replace: bool = False
+    keep: bool = False
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="rsvd"):

@@ -1,12 +1,14 @@
 """An object takes the place of another one in one step: no reader finds neither, or a mixture."""
 
 import asyncio
+import itertools
 import threading
 
 import pytest
 
 from kvstore.client.model import Outcome
 from kvstore.node.node import PRESENT
+from kvstore.ssd.model import SsdConfig
 from kvstore.store.service import StoreService
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Commit, DropKeys, Reserve
@@ -187,6 +189,34 @@ async def test_after_a_restart_the_new_one_is_found(tmp_path):
     await service.start()
     assert service.tiering.tier.find(block_key(1)).checksum == checksum
     await service.close()
+
+
+def test_a_put_of_what_only_the_ssd_has_leaves_it(tmp_path, start_node, open_pool):
+    ssd = SsdConfig(
+        node="n1", path=str(tmp_path / "ssd"), capacity_bytes=16 << 20, segment_bytes=1 << 20, object_bytes=BLOCK
+    )
+    store = start_node("n1", ssd=ssd, ssd_age_s=0.0, capacity_bytes=8 * BLOCK)
+    pool = open_pool(store.record)
+    names = [f"{number}" for number in range(8)]
+    values = [content(number) for number in range(8)]
+    assert outcomes(pool.put(names, values, deadline_s=PATIENCE_S)) == [Outcome.DONE] * 8
+    while pool.stats("n1").ssd_blocks < 8:
+        pass
+    fresh = itertools.count(100)
+    while any(place.in_memory for (place,) in pool.places(names)):  # others push them out
+        number = next(fresh)
+        pool.put([f"{number}"], [content(number)], deadline_s=PATIENCE_S)
+    assert all(result.ok for result in pool.put(names, [bytes(BLOCK)] * 8, deadline_s=PATIENCE_S))
+    assert [found(pool, name) for name in names] == values
+    (replaced,) = pool.put(names[:1], [b"new"], replace=True, deadline_s=PATIENCE_S)
+    assert replaced.outcome is Outcome.DONE
+    assert found(pool, names[0]) == b"new"
+
+
+def found(pool, name: str) -> bytes | None:
+    """Read it, as often as a busy disk asks for."""
+    values = (pool.get([name], deadline_s=PATIENCE_S)[0] for _ in range(100))
+    return next((value for value in values if value is not None), None)
 
 
 async def test_what_is_dropped_while_it_is_copied_is_not_on_the_ssd_afterwards(world, monkeypatch):
