@@ -1,0 +1,167 @@
+"""Why a request runs where it runs, or does not: what the scheduler compared, in numbers. Pure.
+
+No prompt, no token, no block key is in it: names of instances, counts and seconds only.
+"""
+
+from collections import deque
+from heapq import nsmallest
+
+import msgspec
+
+from conductor.plan import Plan, Rejection, RequestFacts
+
+DECISIONS_MAX = 256
+"""Records that are kept: the last seconds of a busy gateway, some 2 MB with OPTIONS_MAX instances each."""
+OPTIONS_MAX = 32
+"""Instances listed per record, the best ones: who was 33rd explains nothing, and a log line stays short."""
+
+
+class PrefillOption(msgspec.Struct, frozen=True):
+    """What prefilling on one instance would take: ttft_s = queue_s + work_s, a fetch overlapping the queue.
+
+    hit_blocks: leading blocks expected without computing, of which fetch_blocks come from fetch_node.
+    """
+
+    instance: str
+    queue_s: float
+    hit_blocks: int
+    fetch_blocks: int
+    fetch_node: str
+    work_s: float
+    ttft_s: float
+
+
+class DecodeOption(msgspec.Struct, frozen=True):
+    """What decoding on one instance would be like, this request included, and the room there is."""
+
+    instance: str
+    tbt_s: float
+    requests: int
+    requests_max: int
+    kv_tokens: int
+    kv_tokens_max: int
+
+
+class Trail:
+    """What was priced since it was cleared: a scheduler that has one leaves here what it looks at."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.prefills: dict[str, PrefillOption] = {}
+        self.decodes: dict[str, DecodeOption] = {}
+
+    def clear(self) -> None:
+        """Forget it, before the next question."""
+        self.prefills.clear()
+        self.decodes.clear()
+
+    def prefill(self, option: PrefillOption) -> None:
+        """Note a price; a later one of the same instance replaces it."""
+        self.prefills[option.instance] = option
+
+    def decode(self, option: DecodeOption) -> None:
+        """Note a price; a later one of the same instance replaces it."""
+        self.decodes[option.instance] = option
+
+
+class Why(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer of the Conductor's. Its numbers are predictions, as they were then.
+
+    at_s: seconds since 1970. waited_s: since the request came. client_id: the id in the client's answer.
+    kind: how a plan came about (plan.Decision), or "rejected"; then `reason` and `detail` say why.
+    prefill, decode: the instances chosen; decode alone does both legs.
+    output_tokens: the answer's expected length. emitted_tokens: of it the client has (a leg placed again).
+    prefills, decodes: what was compared, best first, at most OPTIONS_MAX of *_count; empty where nothing was.
+    """
+
+    request_id: str
+    client_id: str
+    at_s: float
+    waited_s: float
+    kind: str
+    reason: str
+    detail: str
+    prefill: str | None
+    decode: str | None
+    ttft_s: float
+    tbt_s: float
+    ttft_slo_s: float | None
+    tbt_slo_s: float | None
+    slo_class: str
+    tenant: str
+    prompt_tokens: int
+    prompt_blocks: int
+    output_tokens: int
+    emitted_tokens: int
+    index_mode: str
+    prefills: list[PrefillOption]
+    prefill_count: int
+    decodes: list[DecodeOption]
+    decode_count: int
+
+
+REJECTED = "rejected"
+
+
+def explain(
+    at_s: float,
+    facts: RequestFacts,
+    answer: Plan | Rejection,
+    trail: Trail,
+    *,
+    client_id: str = "",
+    waited_s: float = 0.0,
+    output_tokens: int = 0,
+    emitted_tokens: int = 0,
+    index_mode: str = "",
+) -> Why:
+    """Return the record of `answer`, to a question since which `trail` was not cleared; others: see Why."""
+    plan = answer if isinstance(answer, Plan) else None
+    rejection = answer if isinstance(answer, Rejection) else None
+    return Why(
+        request_id=facts.request_id,
+        client_id=client_id,
+        at_s=at_s,
+        waited_s=waited_s,
+        kind=REJECTED if plan is None else str(plan.decision),
+        reason="" if rejection is None else str(rejection.reason),
+        detail="" if rejection is None else rejection.detail,
+        prefill=None if plan is None else plan.prefill,
+        decode=None if plan is None else plan.decode,
+        ttft_s=0.0 if plan is None else plan.predicted_ttft_s,
+        tbt_s=0.0 if plan is None else plan.predicted_tbt_s,
+        ttft_slo_s=facts.ttft_slo_s,
+        tbt_slo_s=facts.tbt_slo_s,
+        slo_class=facts.slo_class,
+        tenant=facts.tenant,
+        prompt_tokens=facts.prompt_len,
+        prompt_blocks=len(facts.keys),
+        output_tokens=output_tokens,
+        emitted_tokens=emitted_tokens,
+        index_mode=index_mode,
+        prefills=nsmallest(OPTIONS_MAX, trail.prefills.values(), key=lambda one: (one.ttft_s, one.instance)),
+        prefill_count=len(trail.prefills),
+        decodes=nsmallest(OPTIONS_MAX, trail.decodes.values(), key=lambda one: (one.tbt_s, one.instance)),
+        decode_count=len(trail.decodes),
+    )
+
+
+class Decisions:
+    """The last records, newest first."""
+
+    def __init__(self, records_max: int = DECISIONS_MAX) -> None:
+        """Keep at most `records_max`."""
+        self._records: deque[Why] = deque(maxlen=records_max)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, why: Why) -> None:
+        """Keep a record; the oldest goes when there are too many."""
+        self._records.appendleft(why)
+
+    def last(self, request_id: str = "") -> list[Why]:
+        """Return the records, newest first; only those of `request_id` (ours or the client's), if given."""
+        return [
+            one for one in self._records if not request_id or request_id in (one.request_id, one.client_id)
+        ]
