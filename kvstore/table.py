@@ -46,6 +46,7 @@ _FREE = b"\0"
 
 Row = tuple[bytes, int, int]
 """(checksum, offset, size_bytes)"""
+_NONE: Row = (bytes(16), 0, 0)
 
 
 def table_bytes(capacity_bytes: int) -> int:
@@ -170,6 +171,15 @@ class TableReader:
             (sums[16 * at : 16 * at + 16], offsets[at], sizes[at]) if found else None
             for at, found in enumerate(there.tolist())
         ]
+
+    def columns(self, keys: Sequence[bytes]) -> tuple[list[int], list[int], bytes]:
+        """Return offsets, sizes (0 for what is not there) and checksums, 16 bytes each."""
+        if len(keys) < MANY:
+            rows = [self.find(key) or _NONE for key in keys]
+            return [row[1] for row in rows], [row[2] for row in rows], b"".join([row[0] for row in rows])
+        found, there = self._find_all(keys)
+        sizes = ((found[:, 7] & np.uint64(_SIZE_MASK)) * there).tolist()
+        return found[:, 6].tolist(), sizes, found[:, 4:6].tobytes()
 
     def sizes(self, keys: Sequence[bytes]) -> list[int]:
         """Return the size of each block, 0 for what is not there."""

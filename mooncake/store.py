@@ -427,6 +427,7 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         parts = [calls.memory(metadata_buffer_ptr, metadata_size), calls.memory(buffer_ptr, size)]
         return calls.put(_texts([key]), [parts], config)[0]
 
+    @answers_codes
     def batch_put_from(
         self,
         keys: Sequence[str],
@@ -435,6 +436,9 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         config: ReplicateConfig | None = None,
     ) -> list[int]:
         """Store memory of this process; one code each."""
+        calls = self._calls if config is None else None
+        if calls and (put := calls.put_straight(_texts(keys), buffer_ptrs, sizes)) is not None:
+            return put
         return self.batch_put_from_multi_buffers(keys, _each(buffer_ptrs), _each(sizes), config)
 
     @answers_codes
@@ -467,10 +471,13 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         """Read an object into memory of this process; return its size, -600: `size` is too small."""
         return self.batch_get_into([key], [buffer_ptr], [size])[0]
 
+    @answers_codes
     def batch_get_into(
         self, keys: Sequence[str], buffer_ptrs: Sequence[int], sizes: Sequence[int]
     ) -> list[int]:
         """As get_into, for several; memory of one that failed may have been written to."""
+        if self._calls and (read := self._calls.get_straight(_texts(keys), buffer_ptrs, sizes)) is not None:
+            return read
         return self.batch_get_into_multi_buffers(keys, _each(buffer_ptrs), _each(sizes))
 
     @answers_codes

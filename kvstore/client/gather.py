@@ -24,7 +24,7 @@ class Gather:
         self._members = members
         self._locator = locator
         self._verify = verify
-        self._end_s = end_s
+        self.end_s = end_s
 
     def read(self, keys: list[bytes], sink: Sink) -> list[Result]:
         """Read what can be read into `sink`; one answer per key."""
@@ -36,7 +36,7 @@ class Gather:
         for access in near:
             ask = pending
             if self._verify and isinstance(access, LocalStore):
-                ask = access.read_shown(keys, pending, sink, results, self._end_s)
+                ask = access.read_shown(keys, pending, sink, results, self.end_s)
             if ask:
                 self._read_from(access, keys, ask, sink, results, reasons)
             pending = [row for row in pending if results[row] is None]
@@ -45,7 +45,7 @@ class Gather:
         unsure = ""
         if pending and len(near) < len(stores):
             holders = self._locator.locate(
-                [keys[row] for row in pending], self._end_s, without=[access.node for access in near]
+                [keys[row] for row in pending], self.end_s, without=[access.node for access in near]
             )
             unsure = holders.unsure
             self._read_around(keys, pending, holders, sink, results, reasons)
@@ -91,9 +91,9 @@ class Gather:
     ) -> None:
         """Read from one store what it has of `rows`; note why it could not."""
         for _ in range(SSD_LOOKS_MAX):
-            lease_s = max(0.0, self._end_s - time.monotonic()) + SLACK_S
+            lease_s = max(0.0, self.end_s - time.monotonic()) + SLACK_S
             try:
-                look = access.find([keys[row] for row in rows], self._end_s, lease_s)
+                look = access.find([keys[row] for row in rows], self.end_s, lease_s)
                 try:
                     rows = self._take(access, look, rows, sink, results, reasons)
                 finally:
@@ -104,7 +104,7 @@ class Gather:
                     if results[row] is None:
                         reasons[row] = f"{access.node}: {error}"
                 return
-            if not rows or time.monotonic() > self._end_s:
+            if not rows or time.monotonic() > self.end_s:
                 return
 
     def _take(
@@ -121,7 +121,7 @@ class Gather:
         there = [at for at, size in enumerate(sizes) if size and offsets[at] != ELSEWHERE]
         nodes = (access.node,)
         if there:
-            said = access.read(look, there, [rows[at] for at in there], sink, self._verify, self._end_s)
+            said = access.read(look, there, [rows[at] for at in there], sink, self._verify, self.end_s)
             for at in there:
                 if reason := said[at]:
                     reasons[rows[at]] = reason
@@ -135,11 +135,11 @@ class Gather:
 
     def here(self, keys: list[bytes]) -> list[int] | None:
         """Return the size of each object, 0 = missing, if a store of this host can tell alone, as usual."""
-        access = self._nearest()
+        access = self.nearest()
         if access is None:
             return None
         try:
-            found = access.sizes(keys, self._end_s)
+            found = access.sizes(keys, self.end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
@@ -147,17 +147,18 @@ class Gather:
 
     def one(self, key: bytes, target: memoryview) -> Result | None:
         """Read one object from a store of this host, by the shortest way; None: `read` has to do it."""
-        access = self._nearest()
+        access = self.nearest()
         if access is None:
             return None
         try:
-            result = access.get_one(key, target, self._verify, self._end_s)
+            result = access.get_one(key, target, self._verify, self.end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return None
         return result if result is None or result.ok or len(self._members.stores) == 1 else None
 
-    def _nearest(self) -> LocalStore | None:
+    def nearest(self) -> LocalStore | None:
+        """Return a store of this host."""
         for access in self._members.stores.values():
             if isinstance(access, LocalStore):
                 return access
@@ -172,7 +173,7 @@ class Gather:
         asked = []
         for access in [one for one in stores.values() if one.near]:
             try:
-                sizes = _sizes_at(access, [keys[row] for row in pending], self._end_s)
+                sizes = _sizes_at(access, [keys[row] for row in pending], self.end_s)
             except MooncakeError as error:
                 unsure = f"{access.node}: {error}"
                 continue
@@ -191,7 +192,7 @@ class Gather:
     def _look_around(
         self, keys: list[bytes], pending: list[int], asked: list[str], results: list[Result | None]
     ) -> str:
-        holders = self._locator.locate([keys[row] for row in pending], self._end_s, without=asked)
+        holders = self._locator.locate([keys[row] for row in pending], self.end_s, without=asked)
         for at, row in enumerate(pending):
             for node in holders.nodes[at]:
                 size = holders.sizes[at] or self._size_at(node, keys[row])
@@ -204,7 +205,7 @@ class Gather:
         """Ask the holder itself: a directory knows no sizes, and may be late."""
         access = self._members.stores.get(node)
         try:
-            return access.find([key], self._end_s).sizes[0] if access else 0
+            return access.find([key], self.end_s).sizes[0] if access else 0
         except MooncakeError as error:
             assert access
             self._members.lost(access, error)

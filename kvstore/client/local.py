@@ -77,14 +77,14 @@ class LocalStore:
         known = link is not None and link.record.epoch == record.epoch
         self._link = link if known else None
         self._lookup = Lookup.open(link.record, link.segment) if link is not None and known else None
-        self._desk = Desk(client, link, writer, self._lookup.rings) if link and self._lookup else None
-        if link and self._desk:
-            link.when_idle(self._desk.give_back)
+        self.desk = Desk(client, link, writer, self._lookup.rings) if link and self._lookup else None
+        if link and self.desk:
+            link.when_idle(self.desk.give_back)
 
     def close(self) -> None:
         """Let go of the store; views that are in use stay valid."""
-        if self._desk:
-            self._desk.give_back()
+        if self.desk:
+            self.desk.give_back()
         if self._lookup:
             self._lookup.close()
         self._client.close()
@@ -124,6 +124,12 @@ class LocalStore:
         """Return the store's table if it can be believed now."""
         return self._lookup.rows if self._lookup is not None else None
 
+    def shown(self) -> tuple[TableReader, StoreLink, memoryview] | None:
+        """Return the store's table, its link and its memory, if the table can be believed now."""
+        if (table := self._rows()) is None or self._lookup is None or self._link is None:
+            return None
+        return table, self._link, self._lookup.memory
+
     def read_shown(
         self,
         keys: Sequence[bytes],
@@ -158,7 +164,7 @@ class LocalStore:
         else:
             ask = [row for row, place in zip(rows, places, strict=True) if place is None]
         total = sum(place[2] for _, place in found) if len(found) > 1 else 0
-        for failed in self._in_lanes(lambda some: self._take(keys, some, sink, results, end_s), found, total):
+        for failed in self.in_lanes(lambda some: self._take(keys, some, sink, results, end_s), found, total):
             ask += failed
         if read := [keys[row] for row, _ in found if results[row] is not None]:
             link.used(read)
@@ -262,7 +268,7 @@ class LocalStore:
         pairs = list(zip(rows, into, strict=True))
         total = sum(look.sizes[row] for row in rows) if len(rows) > 1 else 0
         reasons: dict[int, str] = {}
-        for said in self._in_lanes(lambda some: self._read(look, some, sink, verify, end_s), pairs, total):
+        for said in self.in_lanes(lambda some: self._read(look, some, sink, verify, end_s), pairs, total):
             reasons |= said
         return reasons
 
@@ -369,7 +375,7 @@ class LocalStore:
         end_s: float,
     ) -> list[Result] | None:
         """Put objects of one size that are new, by room that was granted before; None: it takes more."""
-        desk, link, table = self._desk, self._link, self._rows()
+        desk, link, table = self.desk, self._link, self._rows()
         if desk is None or link is None or table is None or not hints.are_plain or not keys:
             return None
         size = sizes[0]
@@ -416,10 +422,10 @@ class LocalStore:
                 sums.append(block_checksum(keys[row], target))
             return sums
 
-        parts = self._in_lanes(fill, rows, sum(sizes[row] for row in rows))
+        parts = self.in_lanes(fill, rows, sum(sizes[row] for row in rows))
         return [one for part in parts for one in part]
 
-    def _in_lanes(self, work: Callable[[Sequence[T]], R], items: Sequence[T], total_bytes: int) -> list[R]:
+    def in_lanes(self, work: Callable[[Sequence[T]], R], items: Sequence[T], total_bytes: int) -> list[R]:
         """Return what `work` answers to parts of `items`, in order; several at once where that pays.
 
         Nothing is under way any more when this returns or raises: memory may be given up then.

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import structlog
 
+from kvstore.client import straight
 from kvstore.client.gather import Gather
 from kvstore.client.local import LocalStore
 from kvstore.client.locate import Locator
@@ -31,6 +32,7 @@ from kvstore.client.model import Bytes, Hints, Into, Place, Result, parts_of
 from kvstore.client.object_names import key_of, keys_of, object_key
 from kvstore.client.removal import Removal
 from kvstore.client.scatter import Scatter
+from kvstore.client.straight import Pieces
 from kvstore.client.view import Views
 from kvstore.leader.placement import COPIES_MAX
 from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX, WRITE_S_MAX
@@ -323,6 +325,37 @@ class Pool:
             results = gather.read(some, sink)
             values += [value if one.ok else None for value, one in zip(sink.values, results, strict=True)]
         return values
+
+    def get_straight(
+        self, keys: Sequence[Name], pieces: Pieces, *, tenant: str = "", deadline_s: float = DEADLINE_S
+    ) -> bool:
+        """Read objects whose sizes are known into pieces of one memory, by the shortest way.
+
+        Returns:
+            Whether all were read; if not, `get_into` reads what can be read.
+        """
+        gather = self._gather(deadline_s)
+        access = gather.nearest() if 0 < len(keys) <= BATCH_KEYS_MAX else None
+        return access is not None and straight.get(access, _keys(keys, tenant), pieces, gather.end_s)
+
+    def put_straight(
+        self, keys: Sequence[Name], pieces: Pieces, *, listed: bool = False, deadline_s: float = DEADLINE_S
+    ) -> bool:
+        """Store objects of one size that lie in pieces of one memory, by the shortest way.
+
+        Returns:
+            Whether all were stored; if not, none was, and `put_scattered` tells why, or does it.
+        """
+        gather = self._gather(min(deadline_s, WRITE_S_MAX))
+        access = gather.nearest() if 0 < len(keys) <= BATCH_KEYS_MAX else None
+        if access is None or len(self._members.stores) > 1:
+            return False
+        names = [name.encode() if isinstance(name, str) else b"" for name in keys] if listed else []
+        try:
+            return straight.put(access, _keys(keys, ""), pieces, names, gather.end_s)
+        except MooncakeError as error:
+            self._members.lost(access, error)
+            return False
 
     def view(
         self,

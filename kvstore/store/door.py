@@ -45,9 +45,11 @@ WAIT_STEP_S = 0.1
 
 TELL_S = 0.05
 """How late what was told is sent when no call follows: a lease that lies idle so long harms nobody."""
+TOLD_S = 0.5
+"""How long a store may need to take it in; then it is dropped."""
 TOLD_MAX = 64
-USED_MAX = 1024
-"""Reads by the table that are told of together: 32 KiB."""
+USED_MAX = 2048
+"""Reads by the table that are told of together: 64 KiB."""
 IDLE_TELLS = 20
 """Looks for something to tell before its thread ends: a second."""
 
@@ -278,6 +280,7 @@ class DoorClient:
         self._teller: threading.Thread | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
 
     def call(self, request: Any, deadline_s: float) -> Any:
         """Return the store's answer to `request`.
@@ -289,6 +292,8 @@ class DoorClient:
             MooncakeError: whatever the store raised.
         """
         end_s = time.monotonic() + deadline_s
+        if self._telling.locked() and self._telling.acquire(timeout=max(0.0, min(deadline_s, TOLD_S))):
+            self._telling.release()
         line = self._take(end_s)
         try:
             line.send(self._take_told() + _frame(request, 1), end_s)
@@ -321,8 +326,15 @@ class DoorClient:
 
     def ring(self) -> None:
         """Wake the store: it looks for itself what there is to do."""
-        self._told.append(_frame(Used(b""), 0))
-        self._tell_now()
+        end_s = time.monotonic() + TELL_S
+        with contextlib.suppress(MooncakeError):
+            line = self._take(end_s)
+            try:
+                line.send(_frame(Used(b""), 0), end_s)
+            except BaseException:
+                line.close()
+                raise
+            self._give(line)
 
     def _tell_soon(self) -> None:
         with self._lock:
@@ -341,11 +353,15 @@ class DoorClient:
         return b"".join(frames)
 
     def _tell_now(self) -> None:
-        end_s = time.monotonic() + TELL_S
-        with contextlib.suppress(MooncakeError):
+        """Send it, and wait until the store has taken it in: no later call of ours may overtake it."""
+        end_s = time.monotonic() + TOLD_S
+        with contextlib.suppress(MooncakeError), self._telling:
+            if not (frames := self._take_told()):
+                return
             line = self._take(end_s)
             try:
-                line.send(self._take_told(), end_s)
+                line.send(frames + _frame(Used(b""), 1), end_s)
+                line.receive(end_s)
             except BaseException:
                 line.close()
                 raise
