@@ -152,6 +152,7 @@ def facts_of(
         context_root=context_root,
         single_leg=single,
         first_token=first_token and not single and exact_first(request, 2 if shared else 1),
+        session=terms.session,
         tenant=terms.tenant,
         slo_class=terms.slo_class.name,
     )

@@ -20,6 +20,7 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     single_leg: one leg is the whole answer (max_tokens == 1, pooling, prompt embeddings, ...).
     first_token: leg 1's token is exact and is delivered at once; leg 2 goes on from prompt + 1.
     ttft_slo_s, tbt_slo_s: the request's own objectives; None = the Conductor's.
+    session: what the client says it belongs to; "" = nothing.
     tenant, slo_class: whose it is, and its class of service; "" = not known.
     """
 
@@ -32,6 +33,7 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     ttft_slo_s: float | None = None
     tbt_slo_s: float | None = None
     context_root: str = ""
+    session: str = ""
     single_leg: bool = False
     first_token: bool = False
     tenant: str = ""
@@ -56,6 +58,7 @@ class Decision(StrEnum):
     LEAST_LOAD = "least_load"
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
+    INLINED = "inlined"  # a decode instance does both legs: the prompt fits into one step of its batch
     AGGREGATED = "aggregated"  # one instance does both, by configuration
     SINGLE_TOKEN = "single_token"  # one leg on a prefill instance is the whole answer
     NO_PREFILL_ALIVE = "no_prefill_alive"  # a decode instance does both legs

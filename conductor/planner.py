@@ -21,7 +21,7 @@ from math import inf
 import msgspec
 
 from conductor.cost import OUTPUT_TOKENS_PRIOR, CostModel
-from conductor.plan import Plan
+from conductor.plan import Decision, Plan
 
 BUSY_MAX = 0.85
 """Of an engine's time: beyond it, queues of prompts of so different lengths grow without much warning."""
@@ -162,7 +162,8 @@ class Planner:
     def planned(self, plan: Plan, prompt_tokens: int, answer_tokens: int) -> None:
         """A request was taken, with so many tokens expected of its answer."""
         self._requests.add(1)
-        self._work_s.add(plan.predicted_prefill_s)
+        if plan.decision is not Decision.INLINED:  # that is no work of the prefill instances
+            self._work_s.add(plan.predicted_prefill_s)
         self._context.add(prompt_tokens + answer_tokens / 2)  # on average, over its answer's time
 
     def step(self, members: Sequence[Member]) -> list[Switch]:

@@ -17,12 +17,14 @@ from enum import StrEnum
 import msgspec
 
 from conductor.admission import Admission, AdmissionMode, Room
-from conductor.cluster import ClusterView, Load
+from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
+from conductor.inline import inlined
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
+from conductor.pricing import Decode, Hits, Prefill, Pricing, Worker
+from conductor.sessions import Sessions
 from mooncake.core.context import differences
-from mooncake.core.messages import InstanceRecord
 
 RETRY_AFTER_S = 1.0
 """Told to clients when nobody is alive: an engine is back in seconds, or not soon."""
@@ -58,12 +60,17 @@ _DECISIONS = {
 }
 
 
+_PREDICTING = frozenset({Policy.KVCACHE, Policy.CACHE_AWARE})
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`None` objectives are not enforced.
 
     waiting_max: prefills that one instance may hold, and decode requests beyond max_num_seqs; new
         requests are rejected beyond it. Requests already accepted are never dropped for it.
     admission, decode_s: see conductor.admission; decode_s is its t_d, None = learned.
+    inline: short prefills may run on decode instances (policies that predict; see conductor.inline).
+    session_bonus_s: the instances that served a session last count as so much sooner.
     """
 
     mode: Mode = Mode.DISAGGREGATED
@@ -74,32 +81,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     admission: AdmissionMode = AdmissionMode.OBJECTIVES
     decode_s: float | None = None
-
-
-class _Worker(msgspec.Struct, frozen=True):
-    record: InstanceRecord
-    load: Load
-
-    @property
-    def id(self) -> str:
-        return self.record.instance_id
-
-
-class _Prefill(msgspec.Struct, frozen=True):
-    """One way to prefill a request on one instance. work_s excludes the queue."""
-
-    worker: _Worker
-    ttft_s: float
-    work_s: float
-    hit_blocks: int
-    fetch_blocks: int
-    fetch_node: str | None
-
-
-class _Decode(msgspec.Struct, frozen=True):
-    worker: _Worker
-    tbt_s: float
-    kv_tokens: int
+    inline: bool = False
+    session_bonus_s: float = 0.0
 
 
 class Scheduler:
@@ -110,9 +93,9 @@ class Scheduler:
     ) -> None:
         """The three views are shared with the shell, which feeds them."""
         self._config = config
-        self._index = index
-        self._cost = cost
+        self._pricing = Pricing(index, cost, cluster, fetches=config.policy is Policy.KVCACHE)
         self._cluster = cluster
+        self._sessions = Sessions()
         self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
         self._draws = 0
         self._admission = Admission(config.admission, config.tbt_slo_s, config.decode_s, cost)
@@ -171,8 +154,7 @@ class Scheduler:
         elif not decodes:
             decodes, decision = prefills, Decision.NO_DECODE_ALIVE
         chosen = self._choose_decode(facts, emitted_n, decodes)
-        hits = self._index.longest_prefix(facts.keys)
-        work = self._price(now_s, facts, chosen.worker, hits, self._deepest_open(hits), emitted_n)
+        work = self._pricing.prefill(now_s, facts, chosen.worker, self._pricing.hits(facts), emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen)
 
     def source(self, facts: RequestFacts, target: str, known: str) -> str:
@@ -190,18 +172,14 @@ class Scheduler:
             return known
         if self._config.policy is not Policy.KVCACHE:
             return ""
-        hits = self._index.longest_prefix(facts.keys)
-        depth, node = self._deepest_open(hits)
-        return node if depth > hits.get(target, 0) else ""
+        hits = self._pricing.hits(facts)
+        depth, node = hits.deepest
+        return node if depth > hits.blocks.get(target, 0) else ""
 
     def target(self, prefill: str, decode: str) -> str:
         """Return `decode` if blocks can be handed over from node `prefill` to it, else ""."""
         both = self._cluster.is_open(prefill) and self._cluster.is_open(decode)
         return decode if both and prefill != decode else ""
-
-    def _deepest_open(self, hits: dict[str, int]) -> tuple[int, str]:
-        """Return (blocks, node) of the longest prefix that other hosts can fetch; (0, "") = none."""
-        return max(((n, node) for node, n in hits.items() if self._cluster.is_open(node)), default=(0, ""))
 
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored."""
@@ -218,8 +196,8 @@ class Scheduler:
 
     # ------------------------------------------------------------ who may serve
 
-    def _eligible(self, facts: RequestFacts) -> list[_Worker] | Rejection:
-        alive = [_Worker(record, load) for record, load in self._cluster.alive()]
+    def _eligible(self, facts: RequestFacts) -> list[Worker] | Rejection:
+        alive = [Worker(record, load) for record, load in self._cluster.alive()]
         if not alive:
             return _reject(facts, Reason.NO_INSTANCE_ALIVE, "")
         if facts.context_root:
@@ -234,7 +212,7 @@ class Scheduler:
             return _reject(facts, Reason.NO_INSTANCE_FITS, detail, retry_after_s=0.0)
         return fitting
 
-    def _room(self, facts: RequestFacts, workers: list[_Worker], *, leg: str) -> list[_Worker] | Rejection:
+    def _room(self, facts: RequestFacts, workers: list[Worker], *, leg: str) -> list[Worker] | Rejection:
         limit = self._config.waiting_max
         if leg == "prefill":
             free = [w for w in workers if w.load.prefill_requests < limit]
@@ -248,20 +226,20 @@ class Scheduler:
     # ------------------------------------------------------------ plans
 
     def _one_leg(
-        self, now_s: float, facts: RequestFacts, workers: list[_Worker], decision: Decision
+        self, now_s: float, facts: RequestFacts, workers: list[Worker], decision: Decision
     ) -> Plan | Rejection:
         free = self._room(facts, workers, leg="prefill")
         if not isinstance(free, Rejection):
             free = self._room(facts, free, leg="decode")
         if isinstance(free, Rejection):
             return free
-        work = self._choose_prefill(now_s, facts, free)
-        chosen = self._price_decode(facts, 0, work.worker)
+        work = self._choose_prefill(now_s, facts, free, self._pricing.hits(facts))
+        chosen = self._pricing.decode(facts, work.worker)
         rejected = self._refused(now_s, facts, work, chosen, [work.worker])
         return rejected or self._plan(now_s, facts, decision, None, work, chosen)
 
     def _two_legs(
-        self, now_s: float, facts: RequestFacts, prefills: list[_Worker], decodes: list[_Worker]
+        self, now_s: float, facts: RequestFacts, prefills: list[Worker], decodes: list[Worker]
     ) -> Plan | Rejection:
         free_prefills = self._room(facts, prefills, leg="prefill")
         if isinstance(free_prefills, Rejection):
@@ -274,19 +252,27 @@ class Scheduler:
         if not free_prefills:
             detail = "no context has both a prefill and a decode instance with room"
             return _reject(facts, Reason.QUEUE_FULL, detail)
-        work = self._choose_prefill(now_s, facts, free_prefills)
+        hits = self._pricing.hits(facts)
+        work = self._choose_prefill(now_s, facts, free_prefills, hits)
         root, node = work.worker.record.context_root, work.worker.record.node
         same_root = [w for w in free_decodes if w.record.context_root == root]
         chosen = self._choose_decode(facts, 0, same_root, node)
+        decision: Decision = _DECISIONS[self._config.policy]
+        prefill: str | None = work.worker.id
+        if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
+            decision, prefill = Decision.AGGREGATED, None
+        elif self._config.inline and self._config.policy in _PREDICTING:
+            limit_s = self._tbt_slo_s(facts)
+            found = inlined(now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s)
+            if found is not None:
+                work, chosen, decision, prefill = found.work, found.answer, Decision.INLINED, None
         rejected = self._refused(now_s, facts, work, chosen, same_root)
         if rejected:
             return rejected
-        if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
-            return self._plan(now_s, facts, Decision.AGGREGATED, None, work, chosen)
-        return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, chosen)
+        return self._plan(now_s, facts, decision, prefill, work, chosen)
 
-    def _prefill_plan(self, now_s: float, facts: RequestFacts, prefills: list[_Worker]) -> Plan:
-        work = self._choose_prefill(now_s, facts, prefills)
+    def _prefill_plan(self, now_s: float, facts: RequestFacts, prefills: list[Worker]) -> Plan:
+        work = self._choose_prefill(now_s, facts, prefills, self._pricing.hits(facts))
         return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, None)
 
     def _plan(
@@ -295,12 +281,13 @@ class Scheduler:
         facts: RequestFacts,
         decision: Decision,
         prefill: str | None,
-        work: _Prefill,
-        chosen: _Decode | None,
+        work: Prefill,
+        chosen: Decode | None,
     ) -> Plan:
         decode_ticket = 0
         if chosen is not None:
             decode_ticket = self._cluster.charge_decode(chosen.worker.id, chosen.kv_tokens)
+            self._sessions.served(facts.session, work.worker.id, chosen.worker.id)
         prefill_ticket = self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len)
         if chosen is not None:
             ready_s = now_s + work.ttft_s
@@ -323,7 +310,7 @@ class Scheduler:
         )
 
     def _refused(
-        self, now_s: float, facts: RequestFacts, work: _Prefill, chosen: _Decode, decodes: list[_Worker]
+        self, now_s: float, facts: RequestFacts, work: Prefill, chosen: Decode, decodes: list[Worker]
     ) -> Rejection | None:
         """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
         ttft_s = max(0.0, now_s - facts.arrival_s) + work.ttft_s  # it may have waited in the gate
@@ -337,9 +324,8 @@ class Scheduler:
         return _over_load(facts.request_id, load, self._admission.decode_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
-        config = self._config
-        ttft_slo_s = config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
-        tbt_slo_s = config.tbt_slo_s if facts.tbt_slo_s is None else facts.tbt_slo_s
+        ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
+        tbt_slo_s = self._tbt_slo_s(facts)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             # by then the queue has drained to where the same request would fit
             retry_after_s = min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
@@ -350,90 +336,53 @@ class Scheduler:
             return _reject(facts, Reason.TBT_SLO, detail)
         return None
 
+    def _tbt_slo_s(self, facts: RequestFacts) -> float | None:
+        return self._config.tbt_slo_s if facts.tbt_slo_s is None else facts.tbt_slo_s
+
     # ------------------------------------------------------------ choices
 
-    def _choose_prefill(self, now_s: float, facts: RequestFacts, workers: list[_Worker]) -> _Prefill:
-        hits = self._index.longest_prefix(facts.keys)
-        deepest = self._deepest_open(hits)
+    def _choose_prefill(
+        self, now_s: float, facts: RequestFacts, workers: list[Worker], hits: Hits
+    ) -> Prefill:
         policy = self._config.policy
-        if policy in {Policy.KVCACHE, Policy.CACHE_AWARE}:
-            options = [self._price(now_s, facts, worker, hits, deepest, 0) for worker in workers]
-            return min(options, key=lambda option: (option.ttft_s, *_tie(option.worker)))
+        if policy in _PREDICTING:
+            options = [self._pricing.prefill(now_s, facts, worker, hits) for worker in workers]
+            last = self._sessions.last(facts.session).prefill
+
+            def score(option: Prefill) -> tuple[float, int, str]:
+                bonus_s = self._config.session_bonus_s if option.worker.id == last else 0.0
+                return option.ttft_s - bonus_s, *_tie(option.worker)
+
+            return min(options, key=score)
         if policy is Policy.LEAST_LOAD:
             worker = min(workers, key=lambda w: (w.load.queue_s(now_s), w.load.prefill_requests, *_tie(w)))
         else:
             worker = self._blind(workers, "prefill")
-        return self._price(now_s, facts, worker, hits, deepest, 0)
+        return self._pricing.prefill(now_s, facts, worker, hits)
 
     def _choose_decode(
-        self, facts: RequestFacts, emitted_n: int, workers: list[_Worker], node: str | None = None
-    ) -> _Decode:
+        self, facts: RequestFacts, emitted_n: int, workers: list[Worker], node: str | None = None
+    ) -> Decode:
         """Least predicted seconds to the last token; instances without KV room come last."""
         if self._config.policy in {Policy.ROUND_ROBIN, Policy.RANDOM}:
-            return self._price_decode(facts, emitted_n, self._blind(workers, "decode"))
-        left = max(1, self._cost.output_tokens(facts.max_tokens) - emitted_n)
-        options = [self._price_decode(facts, emitted_n, worker) for worker in workers]
+            return self._pricing.decode(facts, self._blind(workers, "decode"), emitted_n)
+        left = self._pricing.left(facts, emitted_n)
+        last = self._sessions.last(facts.session).decode
 
-        def score(option: _Decode) -> tuple[bool, float, str]:
-            record, load = option.worker.record, option.worker.load
-            kv_tokens = load.decode_kv_tokens + option.kv_tokens
-            full = kv_tokens > record.kv_blocks * record.block_size
-            full = full or load.decode_requests >= record.max_num_seqs
-            size_bytes = -(-facts.prompt_len // record.block_size) * record.block_bytes
-            remote = node is not None and record.node != node
-            handover_s = self._cost.transfer_s(size_bytes, remote=remote)
-            return full, handover_s + option.tbt_s * left, option.worker.id
+        def score(option: Decode) -> tuple[bool, float, str]:
+            answer_s = self._pricing.handover_s(facts, option.worker, node) + option.tbt_s * left
+            bonus_s = self._config.session_bonus_s if option.worker.id == last else 0.0
+            return option.is_full, answer_s - bonus_s, option.worker.id
 
+        options = [self._pricing.decode(facts, worker, emitted_n) for worker in workers]
         return min(options, key=score)
 
-    def _blind(self, workers: list[_Worker], leg: str) -> _Worker:
+    def _blind(self, workers: list[Worker], leg: str) -> Worker:
         if self._config.policy is Policy.RANDOM:
             self._draws += 1
             return workers[_mix(self._config.seed, self._draws) % len(workers)]
         self._turns[leg] += 1
         return workers[(self._turns[leg] - 1) % len(workers)]
-
-    def _price(
-        self,
-        now_s: float,
-        facts: RequestFacts,
-        worker: _Worker,
-        hits: dict[str, int],
-        deepest: tuple[int, str],
-        emitted_n: int,
-    ) -> _Prefill:
-        """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
-        record = worker.record
-        total = facts.prompt_len + emitted_n
-        queue_s = worker.load.queue_s(now_s)
-        local = hits.get(record.node, 0)
-        work_s = self._compute_s(record, total, local)
-        best = _Prefill(worker, queue_s + work_s, work_s, local, 0, None)
-        if self._config.policy is not Policy.KVCACHE:
-            return best
-        depth, node = deepest
-        if depth <= local or not self._cluster.is_open(record.node):
-            return best
-        fetch_s = self._cost.transfer_s((depth - local) * record.block_bytes, remote=True)
-        work_s = self._compute_s(record, total, depth)
-        # what the fetch takes beyond the queue holds the engine's place, so it counts as its work
-        ttft_s = max(queue_s, fetch_s) + work_s
-        if ttft_s >= best.ttft_s:
-            return best
-        return _Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - local, node)
-
-    def _compute_s(self, record: InstanceRecord, total_tokens: int, hit_blocks: int) -> float:
-        # the last token is always computed: its logits are the first token
-        hit_tokens = min(hit_blocks * record.block_size, total_tokens - 1)
-        load_s = self._cost.transfer_s(hit_blocks * record.block_bytes, remote=False)
-        return load_s + self._cost.prefill_s(total_tokens - hit_tokens, hit_tokens)
-
-    def _price_decode(self, facts: RequestFacts, emitted_n: int, worker: _Worker) -> _Decode:
-        left = max(1, self._cost.output_tokens(facts.max_tokens) - emitted_n)
-        kv_tokens = facts.prompt_len + emitted_n + left
-        load = worker.load
-        tbt_s = self._cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
-        return _Decode(worker, tbt_s, kv_tokens)
 
 
 def _reject(
@@ -453,16 +402,16 @@ def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | Non
     )
 
 
-def _tie(worker: _Worker) -> tuple[int, str]:
+def _tie(worker: Worker) -> tuple[int, str]:
     # idle instances that do both: by id alone, all streams would go to the first one
     return worker.load.decode_requests, worker.id
 
 
-def _by_role(workers: list[_Worker], role: str) -> list[_Worker]:
+def _by_role(workers: list[Worker], role: str) -> list[Worker]:
     return [w for w in workers if w.record.role in {role, "both"}]
 
 
-def _no_common_context(facts: RequestFacts, left: list[_Worker], right: list[_Worker]) -> Rejection:
+def _no_common_context(facts: RequestFacts, left: list[Worker], right: list[Worker]) -> Rejection:
     seen = ", ".join(f"{w.id} ({w.record.role}) {w.record.context_root[:12]}" for w in [*left, *right])
     wanted = f"request has {facts.context_root[:12]}; " if facts.context_root else ""
     pairs = [differences(a.record.context, b.record.context) for a in left for b in right]

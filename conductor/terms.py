@@ -4,6 +4,7 @@
     x-slo-ttft-ms         objective of time to first token (the name llm-d uses)
     x-slo-tpot-ms         objective of time between tokens (the same)
     x-slo-job-ms          batch: the answer is worth something until so long after its arrival
+    x-session-id          its conversation: instances that served it last are preferred, all else equal
     x-mooncake-tenant     whose work it is; a name, no authentication: let your ingress set it
 
 A header that makes no sense is the client's mistake (400), never ignored.
@@ -20,9 +21,11 @@ TTFT_HEADER = b"x-slo-ttft-ms"
 TPOT_HEADER = b"x-slo-tpot-ms"
 JOB_HEADER = b"x-slo-job-ms"
 TENANT_HEADER = b"x-mooncake-tenant"
+SESSION_HEADER = b"x-session-id"
 MS_MAX = 7 * 24 * 3600 * 1000
 """A week: an objective beyond it is a mistake."""
-TENANT_CHARS_MAX = 128
+NAME_CHARS_MAX = 128
+"""Of a tenant or a session: names are kept, so they are short."""
 
 
 class SloClass(msgspec.Struct, frozen=True):
@@ -54,6 +57,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     slo_class: SloClass = CLASSES["default"]
     tenant: str = ""
+    session: str = ""
     ttft_slo_s: float | None = None
     tbt_slo_s: float | None = None
     job_s: float | None = None
@@ -74,19 +78,24 @@ def terms_of(headers: Iterable[tuple[bytes, bytes]]) -> Terms:
     name = found.get(CLASS_HEADER, "default").lower()
     if name not in CLASSES:
         raise RequestError(f"{CLASS_HEADER.decode()}: {name[:40]!r}: one of {', '.join(CLASSES)}")
-    tenant = found.get(TENANT_HEADER, "")
-    if len(tenant) > TENANT_CHARS_MAX or not tenant.isprintable():
-        raise RequestError(f"{TENANT_HEADER.decode()}: up to {TENANT_CHARS_MAX} printable characters")
     return Terms(
         slo_class=CLASSES[name],
-        tenant=tenant,
+        tenant=_name(found, TENANT_HEADER),
+        session=_name(found, SESSION_HEADER),
         ttft_slo_s=_seconds(found, TTFT_HEADER),
         tbt_slo_s=_seconds(found, TPOT_HEADER),
         job_s=_seconds(found, JOB_HEADER),
     )
 
 
-_HEADERS = frozenset((CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER))
+_HEADERS = frozenset((CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER, SESSION_HEADER))
+
+
+def _name(found: dict[bytes, str], header: bytes) -> str:
+    name = found.get(header, "")
+    if len(name) > NAME_CHARS_MAX or not name.isprintable():
+        raise RequestError(f"{header.decode()}: up to {NAME_CHARS_MAX} printable characters")
+    return name
 
 
 def _seconds(found: dict[bytes, str], header: bytes) -> float | None:

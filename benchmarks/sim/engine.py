@@ -213,6 +213,8 @@ class Engine:
         budget = max(1, self._chunk_tokens - len(self._batch))
         tokens = min(budget, work.new_tokens - done_tokens)
         chunk_s = self._profile.prefill_s(tokens, work.known_tokens + done_tokens)
+        if not done_tokens:
+            chunk_s = max(chunk_s, work.load_s)
         step_s = self._profile.step_s(len(self._batch), self._kv_tokens) if self._batch else 0.0
         seconds = step_s + chunk_s
         start_s = self._time.now_s

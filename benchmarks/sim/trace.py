@@ -131,6 +131,22 @@ def rescale(
     return sorted(kept, key=lambda one: one.arrival_s)
 
 
+def sessions_of(requests: Sequence[TraceRequest]) -> list[str]:
+    """Name each request's conversation: that of whoever was first with its deepest known block.
+
+    Blocks that stand first in a prompt are taken for a system prompt, which joins nobody.
+    """
+    first: dict[int, int] = {}  # block -> conversation
+    found = []
+    for number, one in enumerate(requests):
+        known = [first[block] for block in one.hash_ids[1:] if block in first]
+        session = known[-1] if known else number
+        for block in one.hash_ids[1:]:
+            first.setdefault(block, session)
+        found.append(str(session))
+    return found
+
+
 def synthesize(
     count: int, rate: float, seed: int, *, new_tokens: int = 3000, output_tokens: int = 200
 ) -> list[TraceRequest]:

@@ -19,7 +19,7 @@ from benchmarks.sim.engine import Engine, Job, Tbt, Work
 from benchmarks.sim.host import Host
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.timeline import Link, Timeline
-from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, sessions_of
 from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
@@ -57,7 +57,9 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     admission, decode_s: see conductor.admission; objectives that are None are not enforced.
     planner: who changes roles; None = nobody does.
     hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
-    chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both).
+    chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
+    inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
+    session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
     """
 
     prefill: int = 8
@@ -78,6 +80,8 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     planner: PlannerConfig | None = None
     hold_s: float = 0.0
     classes: tuple[str, ...] = ()
+    inline: bool = False
+    session_bonus_s: float = 0.0
 
 
 class Entry:
@@ -91,6 +95,7 @@ class Entry:
         self.machine: RequestMachine | None = None
         self.plan: Plan | None = None
         self.terms = DEFAULT_TERMS
+        self.session = ""
         self.rejected = ""
         self.ttft_s = -1.0
         self.tbt: Tbt | None = None
@@ -138,6 +143,8 @@ class World:
                 ttft_slo_s=config.reject_ttft_s,
                 tbt_slo_s=config.reject_tbt_s,
                 admission=config.admission,
+                inline=config.inline,
+                session_bonus_s=config.session_bonus_s,
                 decode_s=config.decode_s,
                 waiting_max=config.waiting_max,
                 seed=config.seed,
@@ -156,6 +163,9 @@ class World:
             ]
             for entry in self.entries:
                 entry.terms = terms[entry.number % len(terms)]
+        if config.session_bonus_s:
+            for entry, session in zip(self.entries, sessions_of(requests), strict=True):
+                entry.session = session
         self.gate = Gate(
             GateConfig(
                 hold_s=config.hold_s,
@@ -307,6 +317,7 @@ class World:
             context_root=ROOT,
             first_token=True,
             single_leg=trace.output_tokens == 1,
+            session=entry.session,
         )
         prompt_len = trace.input_tokens
         entry.machine = RequestMachine(facts)

@@ -16,6 +16,7 @@ from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
 from benchmarks.sim.world import World, WorldConfig
 from conductor.admission import AdmissionMode
+from conductor.plan import Decision
 from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy
 
@@ -288,3 +289,18 @@ def test_under_overload_higher_classes_are_served_where_requests_wait_by_class()
             attained[hold_s, name] = sum(own) / len(own)
     assert attained[1.0, "premium"] > attained[0.0, "premium"]
     assert attained[1.0, "premium"] > attained[1.0, "batch"]
+
+
+def test_short_prompts_inline_come_sooner_and_cost_the_batch_little() -> None:
+    requests = synthesize(400, 9.0, 5)
+    base = simulated(requests, prefill=2, decode=4, decode_host_blocks=5000)
+    world = simulated(
+        requests, prefill=2, decode=4, decode_host_blocks=5000, inline=True, chunk_tokens=8192, mixed=True
+    )
+    inlined = [one for one in world.entries if one.plan and one.plan.decision is Decision.INLINED]
+    assert len(inlined) > 20
+    same = [base.entries[entry.number].ttft_s for entry in inlined]
+    assert sum(entry.ttft_s for entry in inlined) < 0.5 * sum(same)
+    assert summarize(world).tbt_tail_s.p90 < 2 * summarize(base).tbt_tail_s.p90
+    assert all(entry.done for entry in world.entries)
+    assert world.cluster.charged == 0

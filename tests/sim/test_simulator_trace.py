@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.sim.profile import DEFAULT, read_profile
-from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, sessions_of, synthesize
 from mooncake.core.errors import ConfigError
 
 GOOD = {"timestamp": 27, "input_length": 513, "output_length": 2, "hash_ids": [0, 1]}
@@ -135,3 +135,9 @@ def test_an_unknown_profile_names_those_there_are() -> None:
 def _fields() -> dict[str, object]:
     profile = read_profile(DEFAULT)
     return {name: getattr(profile, name) for name in profile.__struct_fields__}
+
+
+def test_sessions_of_a_trace_go_on_with_blocks_of_their_own() -> None:
+    prompts = [[0, 1, 2], [0, 3], [0, 1, 2, 4, 5], [0, 6], [0, 1, 2, 4, 7], [0, 3, 8]]
+    requests = [TraceRequest(float(n), 512 * len(ids), 1, ids) for n, ids in enumerate(prompts)]
+    assert sessions_of(requests) == ["0", "1", "0", "3", "0", "1"]

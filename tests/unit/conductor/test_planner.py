@@ -183,3 +183,19 @@ def test_floors_hold_and_the_same_calls_give_the_same_answers(prefill, decode, l
             assert after[1] >= min(before[1], high)
         runs.append(pool.switches)
     assert runs[0] == runs[1]
+
+
+def test_a_prompt_that_a_decode_instance_computes_asks_for_no_prefill_instance():
+    plans = {
+        decision: Plan(request_id="r", prefill=None, decode="d", decision=decision, predicted_prefill_s=0.5)
+        for decision in (Decision.INLINED, Decision.SINGLE_TOKEN)
+    }
+    pressures = {}
+    for decision, plan in plans.items():
+        planner = make()
+        for _ in range(20):
+            planner.planned(plan, 500, 340)
+        planner.step(members(2, 2))
+        pressures[decision] = planner.forecast.prefill_pressure
+    assert pressures[Decision.INLINED] == 0.0
+    assert pressures[Decision.SINGLE_TOKEN] > 0.0

@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
-PURE = ("lengths", "modes", "why", "admission", "plan", "index", "cost", "cluster", "scheduler", "request")
-ALLOWED = {"collections", "collections.abc", "enum", "heapq", "itertools", "math", "msgspec"}
+PURE = (
+    "lengths",
+    "admission",
+    "plan",
+    "index",
+    "cost",
+    "cluster",
+    "scheduler",
+    "request",
+    "pricing",
+    "inline",
+    "sessions",
+)
+ALLOWED = {"collections", "collections.abc", "enum", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {
     "mooncake.core.context",
     "mooncake.core.errors",

@@ -20,9 +20,16 @@ def test_headers_say_class_tenant_and_objectives():
         (b"x-slo-tpot-ms", b"40.5"),
         (b"x-slo-job-ms", b"600000"),
         (b"x-mooncake-tenant", b"team-a"),
+        (b"x-session-id", b"chat-7"),
     ]
-    wanted = Terms(slo_class=CLASSES["batch"], tenant="team-a", ttft_slo_s=1.5, tbt_slo_s=0.0405, job_s=600.0)
-    assert terms_of(headers) == wanted
+    assert terms_of(headers) == Terms(
+        slo_class=CLASSES["batch"],
+        tenant="team-a",
+        session="chat-7",
+        ttft_slo_s=1.5,
+        tbt_slo_s=0.0405,
+        job_s=600.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,6 +43,7 @@ def test_headers_say_class_tenant_and_objectives():
         (b"x-slo-tpot-ms", b"1e99"),
         (b"x-mooncake-tenant", b"a" * 129),
         (b"x-mooncake-tenant", b"a\nb"),
+        (b"x-session-id", b"a" * 129),
     ],
 )
 def test_a_header_that_makes_no_sense_is_refused_by_name(name, value):

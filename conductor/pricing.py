@@ -1,0 +1,121 @@
+"""What a leg of a request would take on an instance, by the cost model, the index and its load. Pure."""
+
+import msgspec
+
+from conductor.cluster import ClusterView, Load
+from conductor.cost import CostModel
+from conductor.index import PrefixIndex
+from conductor.plan import RequestFacts
+from mooncake.core.messages import InstanceRecord
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """An instance that takes work."""
+
+    record: InstanceRecord
+    load: Load
+
+    @property
+    def id(self) -> str:
+        """Name of the instance."""
+        return self.record.instance_id
+
+
+class Prefill(msgspec.Struct, frozen=True):
+    """One way to prefill a request on one instance. work_s excludes the queue."""
+
+    worker: Worker
+    ttft_s: float
+    work_s: float
+    hit_blocks: int
+    fetch_blocks: int
+    fetch_node: str | None
+
+
+class Decode(msgspec.Struct, frozen=True):
+    """A request's answer on one instance, and the KV tokens it will hold."""
+
+    worker: Worker
+    tbt_s: float
+    kv_tokens: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it would have to wait for KV room or a place in the batch."""
+        record, load = self.worker.record, self.worker.load
+        kv_tokens = load.decode_kv_tokens + self.kv_tokens
+        return kv_tokens > record.kv_blocks * record.block_size or load.decode_requests >= record.max_num_seqs
+
+
+class Hits(msgspec.Struct, frozen=True):
+    """Leading blocks of a prompt by node, and the (blocks, node) of the most that others can fetch."""
+
+    blocks: dict[str, int]
+    deepest: tuple[int, str]
+
+
+class Pricing:
+    """Predicts; chooses nothing."""
+
+    def __init__(self, index: PrefixIndex, cost: CostModel, cluster: ClusterView, *, fetches: bool) -> None:
+        """`fetches`: blocks of other nodes count."""
+        self._index = index
+        self.cost = cost
+        self._cluster = cluster
+        self._fetches = fetches
+
+    def hits(self, facts: RequestFacts) -> Hits:
+        """Look a request's blocks up."""
+        blocks = self._index.longest_prefix(facts.keys)
+        is_open = self._cluster.is_open
+        return Hits(blocks, max(((n, node) for node, n in blocks.items() if is_open(node)), default=(0, "")))
+
+    def prefill(
+        self, now_s: float, facts: RequestFacts, worker: Worker, hits: Hits, emitted_n: int = 0
+    ) -> Prefill:
+        """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
+        record = worker.record
+        total = facts.prompt_len + emitted_n
+        queue_s = worker.load.queue_s(now_s)
+        local = hits.blocks.get(record.node, 0)
+        work_s = self._compute_s(record, total, local)
+        best = Prefill(worker, queue_s + work_s, work_s, local, 0, None)
+        depth, node = hits.deepest
+        if not self._fetches or depth <= local or not self._cluster.is_open(record.node):
+            return best
+        fetch_s = self.cost.transfer_s((depth - local) * record.block_bytes, remote=True)
+        work_s = self._compute_s(record, total, depth)
+        # what the fetch takes beyond the queue holds the engine's place, so it counts as its work
+        ttft_s = max(queue_s, fetch_s) + work_s
+        if ttft_s >= best.ttft_s:
+            return best
+        return Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - local, node)
+
+    def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
+        """Price an answer, of which emitted_n tokens are out."""
+        kv_tokens = facts.prompt_len + emitted_n + self.left(facts, emitted_n)
+        load = worker.load
+        tbt_s = self.cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
+        return Decode(worker, tbt_s, kv_tokens)
+
+    def left(self, facts: RequestFacts, emitted_n: int = 0) -> int:
+        """Predict how many tokens of the answer are to come."""
+        tokens = self.cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
+        return max(1, tokens - emitted_n)
+
+    def handover_s(self, facts: RequestFacts, worker: Worker, node: str | None) -> float:
+        """Predict the hand-over of a prompt from `node` (None = its blocks are anywhere) to `worker`."""
+        record = worker.record
+        size_bytes = -(-facts.prompt_len // record.block_size) * record.block_bytes
+        return self.cost.transfer_s(size_bytes, remote=node is not None and record.node != node)
+
+    def _compute_s(self, record: InstanceRecord, total_tokens: int, hit_blocks: int) -> float:
+        new_tokens, hit_tokens = split(total_tokens, hit_blocks, record.block_size)
+        load_s = self.cost.transfer_s(hit_blocks * record.block_bytes, remote=False)
+        return load_s + self.cost.prefill_s(new_tokens, hit_tokens)
+
+
+def split(total_tokens: int, hit_blocks: int, block_size: int) -> tuple[int, int]:
+    """Return (tokens to compute, tokens known). The last is always computed: it gives the first token."""
+    hit_tokens = min(hit_blocks * block_size, total_tokens - 1)
+    return total_tokens - hit_tokens, hit_tokens
