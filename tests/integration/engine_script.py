@@ -31,7 +31,7 @@ def engine_arguments(model: Path, block_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_script(name: str, arguments: Sequence[str], given: str, folder: Path) -> str:
+def run_script(name: str, arguments: Sequence[str], given: str, folder: Path, run_s: float = RUN_S) -> str:
     """Run tests.integration.NAME; return what it prints. Fails with its errors, which `folder` keeps."""
     errors = folder / "stderr"
     with errors.open("w") as stderr:
@@ -41,7 +41,7 @@ def run_script(name: str, arguments: Sequence[str], given: str, folder: Path) ->
             env={**os.environ, **ENV, **compiler_env()}, start_new_session=True,
         )  # fmt: skip
         try:
-            out, _ = process.communicate(given, timeout=RUN_S)
+            out, _ = process.communicate(given, timeout=run_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

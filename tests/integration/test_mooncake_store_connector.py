@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.integration.client import GREEDY
-from tests.integration.engine_script import ROOT, engine_arguments, run_script
+from tests.integration.engine_script import ROOT, RUN_S, engine_arguments, run_script
 from tests.integration.pool_processes import until
 from tests.integration.ports import lasting_port
 from tests.integration.reference import random_prompt
@@ -89,7 +89,8 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
             "arguments": engine_arguments(model, BLOCK), "prompts": PROMPTS,
             "params": {**GREEDY, "max_tokens": 16}, "pools": pools,
         }  # fmt: skip
-        answers = json.loads(run_script("store_connector_engine", [], json.dumps(work), folder))
+        out = run_script("store_connector_engine", [], json.dumps(work), folder, 2 * RUN_S)
+        answers = json.loads(out)
         yield dict(zip(POOLS, answers, strict=True))
 
 
