@@ -52,6 +52,8 @@ class Members:
         """Know nobody. `engine`: for stores of other hosts; None: they are left out."""
         self.stores: dict[str, Access] = {}
         self.directories: dict[str, str] = {}
+        self.changed = threading.Event()
+        """Set whenever one of them was replaced, for one who waits for it and clears it."""
         self.placer = Placer()
         self.placing = threading.Lock()
         self._engine = engine
@@ -88,6 +90,7 @@ class Members:
             old = self.stores.get(record.node)
             self.stores = {**self.stores, record.node: access}
             self._away.pop(record.node, None)
+        self.changed.set()
         with self.placing:
             size_bytes = record.capacity_bytes
             self.placer.update(Room(record.node, size_bytes, size_bytes, _locality(access)))
@@ -112,6 +115,7 @@ class Members:
         with self._lock:
             old = self.stores.get(node)
             self.stores = {name: access for name, access in self.stores.items() if name != node}
+        self.changed.set()
         with self.placing:
             self.placer.leave(node)
         if old is not None:
@@ -224,6 +228,7 @@ class Members:
         record = _decoded(value, DirectoryRecord, name)
         others = {known: endpoint for known, endpoint in self.directories.items() if known != name}
         self.directories = {**others, name: record.endpoint} if record is not None else others
+        self.changed.set()
 
     async def _ask_rooms(self) -> None:
         """Keep the placer's view young, while there is a choice."""

@@ -17,6 +17,7 @@ hosts can both succeed; which one a reader then gets is not defined.
 
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -129,6 +130,11 @@ class Pool:
     def records(self) -> list[StoreRecord]:
         """Records of these stores."""
         return [access.record for access in self._members.stores.values()]
+
+    @property
+    def changed(self) -> threading.Event:
+        """Set whenever `records` or `directories` are others; for one who waits for it and clears it."""
+        return self._members.changed
 
     @property
     def directories(self) -> dict[str, str]:

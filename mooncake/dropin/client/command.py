@@ -124,7 +124,9 @@ class RealClient:
         master = started.background.master_settings
         welcome = Welcome(self.options.tenant_id, master, bool(cluster_secret()))
         pool = started.pool
-        around = Neighbourhood(started.engine, welcome, lambda: pool.records, lambda: pool.directories)
+        around = Neighbourhood(
+            started.engine, welcome, lambda: pool.records, lambda: pool.directories, pool.changed
+        )
         self.relay = Relay(around, self.options.port)
         self.relay.start()
         self.port = self.relay.port

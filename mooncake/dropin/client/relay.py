@@ -59,8 +59,10 @@ CONNECTIONS_MAX = 1024
 BACKLOG = 64
 REGIONS_MAX = 256
 """Of one dummy: its stage, what it allocated, and objects too large for the stage while they move."""
-LOOK_EVERY_S = 0.1
-"""How late a dummy learns who has joined or left the pool."""
+PAUSE_S = 0.1
+"""After a failed accept: out of descriptors."""
+LOOK_EVERY_S = 1.0
+"""How soon `close` is noticed by what waits for news."""
 SEND_S = 5.0
 """A dummy that reads nothing for so long, is stopped: it is hung up on, and connects anew."""
 CALL_S_MAX = 60.0
@@ -84,6 +86,8 @@ class Neighbourhood(msgspec.Struct, frozen=True):
     welcome: Welcome
     stores: Callable[[], list[StoreRecord]]
     directories: Callable[[], Mapping[str, str]]
+    changed: threading.Event
+    """Set whenever one of them is another; nobody else clears it."""
 
     def now(self) -> Neighbours:
         """Return who is in the pool now."""
@@ -148,6 +152,7 @@ class Relay:
     def close(self) -> None:
         """Hang up on everybody (idempotent)."""
         self._closing.set()
+        self._around.changed.set()  # wakes who waits for news
         for door in self._doors:
             with contextlib.suppress(OSError):
                 door.shutdown(socket.SHUT_RDWR)  # wakes its accept
@@ -175,7 +180,7 @@ class Relay:
             try:
                 caller, _ = door.accept()
             except OSError as error:
-                if self._closing.wait(LOOK_EVERY_S):  # else: out of descriptors, or the caller has left
+                if self._closing.wait(PAUSE_S):  # else: out of descriptors, or the caller has left
                     return
                 log.warning("relay.not_accepted", error=str(error))
                 continue
@@ -220,10 +225,14 @@ class Relay:
         with self._lock:
             if name in self._sessions:
                 raise ProtocolError("this session is followed already")
+            session.sending.acquire()  # news wait for the welcome
             self._sessions[name] = session
         try:
-            session.send(self._around.welcome)
-            session.send(self._around.now())
+            try:
+                line.send(self._around.welcome, time.monotonic() + SEND_S)
+                line.send(self._around.now(), time.monotonic() + SEND_S)
+            finally:
+                session.sending.release()
             line.receive(Request)  # nothing comes: this waits for its end
         finally:
             with self._lock:
@@ -283,7 +292,10 @@ class Relay:
 
     def _tell_news(self) -> None:
         known = self._around.now()
-        while not self._closing.wait(LOOK_EVERY_S):
+        changed = self._around.changed
+        while not self._closing.is_set():
+            changed.wait(LOOK_EVERY_S)
+            changed.clear()
             now = self._around.now()
             if now == known:
                 continue
@@ -301,13 +313,13 @@ class _Session:
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        self._sending = threading.Lock()
+        self.sending = threading.Lock()
         self._lock = threading.Lock()
         self._regions: dict[int, tuple[Buffer, int]] = {}  # by the dummy's address
         self._ended = False
 
     def send(self, message: Any) -> None:
-        with self._sending:
+        with self.sending:
             self.line.send(message, time.monotonic() + SEND_S)
 
     def share(self, engine: TransferEngine, request: Share, segment: Segment) -> None:
