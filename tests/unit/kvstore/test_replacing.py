@@ -193,7 +193,11 @@ async def test_after_a_restart_the_new_one_is_found(tmp_path):
 
 def test_a_put_of_what_only_the_ssd_has_leaves_it(tmp_path, start_node, open_pool):
     ssd = SsdConfig(
-        node="n1", path=str(tmp_path / "ssd"), capacity_bytes=16 << 20, segment_bytes=1 << 20, object_bytes=BLOCK
+        node="n1",
+        path=str(tmp_path / "ssd"),
+        capacity_bytes=16 << 20,
+        segment_bytes=1 << 20,
+        object_bytes=BLOCK,
     )
     store = start_node("n1", ssd=ssd, ssd_age_s=0.0, capacity_bytes=8 * BLOCK)
     pool = open_pool(store.record)
