@@ -38,6 +38,8 @@ from mooncake.core.metadata_open import open_metadata
 
 log = structlog.get_logger(__name__)
 
+SESSION_BONUS_S = 0.05
+"""What an engine's own prefix cache, which the index does not know, may save of a session's next turn."""
 DRAIN_S = 25.0
 """Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
 
@@ -120,6 +122,8 @@ def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
         tbt_slo_s=options.tbt_slo_s or None,
         admission=AdmissionMode(options.admission),
         decode_s=options.decode_s or None,
+        inline=options.inline,
+        session_bonus_s=SESSION_BONUS_S,
     )
 
 

@@ -68,6 +68,7 @@ Hold = Annotated[
 ]
 Admission = Annotated[str, typer.Option(help="When decode load counts: objectives, late, early, predicted.")]
 DecodeTime = Annotated[float, typer.Option(help="How long `predicted` takes an answer for; 0 = learned.")]
+Inline = Annotated[bool, typer.Option(help="Short prompts may run on decode instances, beside their batch.")]
 Host = Annotated[str, typer.Option(help="Address to serve on; others than loopback need an API key.")]
 
 
@@ -178,6 +179,7 @@ def up(
     hold_s: Hold = 0.0,
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
+    inline: Inline = False,
     metrics_port: Annotated[
         int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
     ] = 0,
@@ -209,7 +211,7 @@ def up(
             "dtype": resolve_dtype(dtype), "max_model_len": max_model_len, "block_size": block_size,
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
             "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
-            "hold_s": hold_s, "admission": admission, "decode_s": decode_s,
+            "hold_s": hold_s, "admission": admission, "decode_s": decode_s, "inline": inline,
             "vllm_args": vllm_args or [],
         }  # fmt: skip
         if cores != "auto":
@@ -291,6 +293,7 @@ def conductor(
     hold_s: Hold = 0.0,
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
+    inline: Inline = False,
     api_key: ApiKey = "",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
@@ -312,7 +315,7 @@ def conductor(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
             first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
-            hold_s=hold_s, admission=admission, decode_s=decode_s,
+            hold_s=hold_s, admission=admission, decode_s=decode_s, inline=inline,
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip

@@ -177,6 +177,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     hold_s: float = 0.0  # requests wait in the gateway while every engine has so much work; 0 = never
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0  # how long `predicted` takes an answer for; 0 = learned
+    inline: bool = False  # short prompts may run on decode instances
     api_key: str = ""  # from the environment in child processes
     block_size: int = 32
     max_model_len: int = 0

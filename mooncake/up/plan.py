@@ -63,6 +63,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     hold_s: float = 0.0
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0
+    inline: bool = False
     metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
@@ -129,6 +130,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         hold_s=options.hold_s,
         admission=options.admission,
         decode_s=options.decode_s,
+        inline=options.inline,
         block_size=options.block_size,
         max_model_len=options.max_model_len,
         dtype=options.dtype,

@@ -184,7 +184,9 @@ def test_policy_and_objectives_reach_the_scheduler(tmp_path) -> None:
     assert set(POLICIES) == set(Policy)
     chosen = gateway.scheduler_config(options(tmp_path, policy="round_robin", ttft_slo_s=2.0).checked())
     assert (chosen.policy, chosen.ttft_slo_s, chosen.tbt_slo_s) == (Policy.ROUND_ROBIN, 2.0, None)
-    assert gateway.scheduler_config(options(tmp_path)) == SchedulerConfig()
+    plain = SchedulerConfig(session_bonus_s=gateway.SESSION_BONUS_S)
+    assert gateway.scheduler_config(options(tmp_path)) == plain
+    assert gateway.scheduler_config(options(tmp_path, inline=True).checked()).inline
     assert set(ADMISSIONS) == set(AdmissionMode)
     chosen = gateway.scheduler_config(options(tmp_path, admission="predicted", decode_s=80.0).checked())
     assert (chosen.admission, chosen.decode_s) == (AdmissionMode.PREDICTED, 80.0)
