@@ -586,6 +586,7 @@ class Node:
             drops=self.drops,
             soft_pins=self.policy.soft_pins,
             tenants=self.policy.strict_use(),
+            granted_bytes=self.granted_bytes,
             hits=self.hits,
             misses=self.misses,
             evictions=self.evictions,

@@ -329,6 +329,7 @@ class StoreStats(msgspec.Struct, frozen=True, array_like=True, tag="std"):
     drops: int = 0
     soft_pins: int = 0
     tenants: dict[str, int] = {}  # bytes of those with a strict quota
+    granted_bytes: int = 0  # of used_bytes: room given to writers ahead
 
 
 StoreRequest = (

@@ -24,7 +24,7 @@ from kvstore.leader.coordinator import Coordinator
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
 from mooncake.core.messages import StoreRecord, StoreStats
 from mooncake.dropin.master.drains import JOB_ID, NAMES, Busy, DrainJobs, Job
-from mooncake.dropin.master.metrics import PoolNumbers, render, summary
+from mooncake.dropin.master.metrics import PoolNumbers, held_bytes, render, summary
 from mooncake.dropin.master.quotas import Quotas, Usage
 from mooncake.dropin.store.start import TENANT, node_of, segment_name
 from mooncake.dropin.store.types import INTERNAL, INVALID_PARAMS, OBJECT_NOT_FOUND, TENANT_NOT_EMPTY
@@ -181,7 +181,7 @@ class MasterHttp:
         if found is None or found[1] is None:
             return Answer(500, text=b"Failed to query segment")
         name, stats = segment_name(found[0].node), found[1]
-        text = f"{name}\nUsed(bytes): {stats.used_bytes}\nCapacity(bytes) : {stats.capacity_bytes}\n"
+        text = f"{name}\nUsed(bytes): {held_bytes(stats)}\nCapacity(bytes) : {stats.capacity_bytes}\n"
         return Answer(200, text=text.encode())
 
     def _detail(self, _: Query) -> Answer:
@@ -347,7 +347,7 @@ def _copies(places: list[Place], *, in_memory: bool) -> list[dict[str, Any]]:
 
 
 def _detail_of(record: StoreRecord, stats: StoreStats | None, state: str) -> dict[str, Any]:
-    used = stats.used_bytes if stats else 0
+    used = held_bytes(stats) if stats else 0
     return {
         "segment_name": segment_name(record.node),
         "segment_id": record.epoch,

@@ -14,12 +14,22 @@ from mooncake.core.messages import StoreStats
 from mooncake.dropin.master.quotas import Usage
 
 
+def held_bytes(stats: StoreStats) -> int:
+    """Return the bytes of memory in use of a segment, without room that writers were given ahead."""
+    return stats.used_bytes - stats.granted_bytes
+
+
 class PoolNumbers(msgspec.Struct, frozen=True):
     """What there is at one moment: `stats` by segment name, of those that answer."""
 
     stats: Mapping[str, StoreStats]
     keys: int
     tenants: Sequence[Usage] = ()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory in use, without room that writers were given ahead."""
+        return sum(held_bytes(one) for one in self.stats.values())
 
     def sum(self, name: str) -> int:
         """Return the sum of a field of StoreStats."""
@@ -43,7 +53,7 @@ METRICS: Mapping[str, Metric] = {
     "file_cache_hit_nums_": _sum("counter", "ssd_hits", "Objects read from SSDs."),
     "file_cache_nums_": _sum("gauge", "ssd_blocks", "Objects on SSDs."),
     "master_active_clients": Metric("gauge", "Segments that answer.", lambda pool: len(pool.stats)),
-    "master_allocated_bytes": _sum("gauge", "used_bytes", "Bytes of memory in use."),
+    "master_allocated_bytes": Metric("gauge", "Bytes of memory in use.", lambda pool: pool.held_bytes),
     "master_allocated_file_size_bytes": _sum("gauge", "ssd_used_bytes", "Bytes of SSDs in use."),
     "master_attempted_evictions_total": _sum("counter", "eviction_attempts", "Rounds of eviction."),
     "master_evicted_key_count": _sum("counter", "evictions", "Objects evicted from memory."),
@@ -75,9 +85,9 @@ METRICS: Mapping[str, Metric] = {
     ),
     "valid_get_nums_": _sum("counter", "hits", "Objects asked for and found."),
 }
-SEGMENT_METRICS: Mapping[str, tuple[str, str]] = {
-    "segment_allocated_bytes": ("used_bytes", "Bytes of memory in use of the segment."),
-    "segment_total_capacity_bytes": ("capacity_bytes", "Bytes of memory of the segment."),
+SEGMENT_METRICS: Mapping[str, tuple[str, Callable[[StoreStats], int]]] = {
+    "segment_allocated_bytes": ("Bytes of memory in use of the segment.", held_bytes),
+    "segment_total_capacity_bytes": ("Bytes of memory of the segment.", lambda one: one.capacity_bytes),
 }
 TENANT_METRICS: Mapping[str, tuple[str, Callable[[Usage], int]]] = {
     "mooncake_tenant_quota_requested_bytes": ("Quota.", lambda one: one.quota_bytes),
@@ -141,11 +151,9 @@ def render(pool: PoolNumbers) -> str:
     for name, metric in METRICS.items():
         lines += [f"# HELP {name} {metric.text}", f"# TYPE {name} {metric.kind}"]
         lines.append(f"{name} {metric.value(pool)}")
-    for name, (field, text) in SEGMENT_METRICS.items():
+    for name, (text, number) in SEGMENT_METRICS.items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
-        lines += [
-            f'{name}{{segment="{segment}"}} {getattr(one, field)}' for segment, one in pool.stats.items()
-        ]
+        lines += [f'{name}{{segment="{segment}"}} {number(one)}' for segment, one in pool.stats.items()]
     for name, (text, value) in TENANT_METRICS.items() if pool.tenants else ():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
         lines += [f'{name}{{tenant_id="{_escaped(one.tenant)}"}} {value(one)}' for one in pool.tenants]
@@ -154,7 +162,7 @@ def render(pool: PoolNumbers) -> str:
 
 def summary(pool: PoolNumbers) -> str:
     """Return one line for people."""
-    used, room = pool.sum("used_bytes"), pool.sum("capacity_bytes")
+    used, room = pool.held_bytes, pool.sum("capacity_bytes")
     size = format_size
     return (
         "role=leader, state=serving, service_ready=true, master={Mem Storage: "
