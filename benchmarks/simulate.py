@@ -341,6 +341,21 @@ def inline(bench: Bench, requests: Sequence[TraceRequest]) -> None:
             )
 
 
+def sessions(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """What knowing a session is worth beside an exact index, and without one."""
+    part = bench.part(requests, 1.0)
+    for what, blind, bonuses in (("exact", False, (0.0, 0.05, 0.5)), ("blind", True, (0.0, 0.05, 0.5, 5.0))):
+        runs = [
+            bench.summary(
+                f"{what}, bonus {bonus_s:g} s", part, WorldConfig(session_bonus_s=bonus_s, blind=blind)
+            )
+            for bonus_s in bonuses
+        ]
+        ours = ", ".join(f"{one.ttft_s.mean:.2f} s ({one.hit_rate:.3f})" for one in runs)
+        names = ", ".join(f"{bonus_s:g}" for bonus_s in bonuses)
+        bench.add(f"conversation 1x, {what} index: TTFT (hit), sessions count {names} s", "-", ours)
+
+
 def slow_network(bench: Bench, requests: Sequence[TraceRequest]) -> None:
     """One token each, so that only fetches use the network."""
     part = [msgspec.structs.replace(one, output_tokens=1) for one in bench.part(requests, 1.0)]
@@ -384,7 +399,7 @@ def main() -> int:
             traces[trace] = read_trace(path)
         else:
             console.print(f"skipped: no {path.name} in {args.traces} (--traces DIR)", highlight=False)
-    steps = {"conversation": 16 if args.quick else 52, "synthetic": 4}
+    steps = {"conversation": 16 if args.quick else 59, "synthetic": 4}
     with harness.progress(sum(steps[trace] for trace in traces)) as begin:
         bench = Bench(begin, read_profile(DEFAULT), QUICK_S if args.quick else 0.0)
         begin("prefill times")
@@ -405,6 +420,7 @@ def main() -> int:
             role_switching(bench, requests)
             classes(bench, requests)
             inline(bench, requests)
+            sessions(bench, requests)
             slow_network(bench, requests)
             capacities(bench, requests)
     if not bench.rows:

@@ -6,6 +6,7 @@ that what runs in the world is a function of the list of requests.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 
@@ -134,14 +135,16 @@ def rescale(
 def sessions_of(requests: Sequence[TraceRequest]) -> list[str]:
     """Name each request's conversation: that of whoever was first with its deepest known block.
 
-    Blocks that stand first in a prompt are taken for a system prompt, which joins nobody.
+    What all prompts begin with is taken for a system prompt, which joins nobody.
     """
+    common = takewhile(lambda ids: len(set(ids)) == 1, zip(*(one.hash_ids for one in requests), strict=False))
+    system = sum(1 for _ in common)
     first: dict[int, int] = {}  # block -> conversation
     found = []
     for number, one in enumerate(requests):
-        known = [first[block] for block in one.hash_ids[1:] if block in first]
+        known = [first[block] for block in one.hash_ids[system:] if block in first]
         session = known[-1] if known else number
-        for block in one.hash_ids[1:]:
+        for block in one.hash_ids[system:]:
             first.setdefault(block, session)
         found.append(str(session))
     return found

@@ -60,6 +60,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
     inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
     session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
+    blind: no event of the stores reaches the Conductor's index.
     """
 
     prefill: int = 8
@@ -82,6 +83,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     inline: bool = False
     session_bonus_s: float = 0.0
+    blind: bool = False
 
 
 class Entry:
@@ -193,7 +195,8 @@ class World:
         node = f"host-{name}"
         own = profile.host_kv_tokens // BLOCK_TOKENS if config.host_blocks is None else config.host_blocks
         blocks = config.decode_host_blocks if role == "decode" else own
-        host = Host(node, blocks, config.eviction, Link(profile.egress_bytes_s), self.index)
+        index = PrefixIndex() if config.blind else self.index
+        host = Host(node, blocks, config.eviction, Link(profile.egress_bytes_s), index)
         record = InstanceRecord(
             instance_id=name, role=role, epoch="1", endpoint="", node=node, pid=1, model="m",
             context_root=ROOT, block_size=BLOCK_TOKENS, max_model_len=profile.context_tokens_max,

@@ -304,3 +304,10 @@ def test_short_prompts_inline_come_sooner_and_cost_the_batch_little() -> None:
     assert summarize(world).tbt_tail_s.p90 < 2 * summarize(base).tbt_tail_s.p90
     assert all(entry.done for entry in world.entries)
     assert world.cluster.charged == 0
+
+
+def test_sessions_find_blocks_that_the_index_has_not_heard_of() -> None:
+    requests = synthesize(400, 3.0, 5)
+    blind = summary(requests, prefill=4, decode=2, blind=True)
+    told = summary(requests, prefill=4, decode=2, blind=True, session_bonus_s=2.0)
+    assert told.hit_rate > 1.3 * blind.hit_rate
