@@ -51,7 +51,9 @@ from conductor.vllm_seam import (
     FinishReason,
     Unavailable,
 )
+from conductor.why import Decisions
 from mooncake.core.fingerprint import AdapterNames
+from mooncake.core.messages import Pulse
 
 log = structlog.get_logger(__name__)
 
@@ -110,6 +112,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self._metrics = metrics
         self._observe = Observer(cost, metrics)
+        scheduler.listen(self._observe.trail)
         self._gate = Gate(GateConfig(), cost, members.view) if gate is None else gate
         self._pumping = False
         self._first_token = first_token
@@ -145,8 +148,7 @@ class Dispatcher:
         client = Client(request, self._machine(request, terms, family, now_s), family, now_s, fate)
 
         def place(at_s: float) -> Plan | Rejection:
-            client.machine, answer = self._plan(at_s, client, terms)
-            return answer
+            return self._plan(at_s, client, terms)
 
         prompt_len = len(request.prompt_token_ids or ())
         answer, others = self._gate.offer(now_s, request.request_id, prompt_len, terms, place)
@@ -163,6 +165,7 @@ class Dispatcher:
             self._begin(client, answer)
 
     def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
+        self._explain_rejection(client, rejection)
         if not client.family.clients:
             self._families.pop(client.family.family_id, None)
         self._metrics.requests.labels("rejected").inc()
@@ -175,7 +178,10 @@ class Dispatcher:
     def _begin(self, client: Client, plan: Plan) -> None:
         client.plan = plan
         client.heard_s = time.monotonic()
-        self._observe.planned(client.machine.facts, plan)
+        if client.why is not None:
+            self._observe.decided(client.why)
+            client.why = None
+        self._observe.planned(client.request, client.machine.facts, plan)
         self._run(client.machine.start(plan))
 
     def _pump(self) -> None:
@@ -202,21 +208,32 @@ class Dispatcher:
         """Tell a client that was taken, and waits for its first token, that it will not be served."""
         if self._clients.get(client.request.request_id) is not client:
             return  # it left
+        self._explain_rejection(client, rejection)
         self._metrics.rejections.labels(str(rejection.reason), client.slo_class).inc()
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
 
-    def _plan(self, now_s: float, client: Client, terms: Terms) -> tuple[RequestMachine, Plan | Rejection]:
+    def _explain_rejection(self, client: Client, rejection: Rejection) -> None:
+        """The scheduler's are explained already; others come from the gate, or after the prompt."""
+        why, client.why = client.why, None
+        if why is None:
+            why = self._observe.explained(time.monotonic(), client, rejection, asked=False)
+        self._observe.decided(why)
+
+    def _plan(self, now_s: float, client: Client, terms: Terms) -> Plan | Rejection:
         """Plan against every context that is alive, the most common first."""
         contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
         answer: Plan | Rejection | None = None
         for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
             machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
+            client.machine = machine
+            self._observe.trail.clear()
             answer = self._scheduler.on_request(now_s, machine.facts)
             if isinstance(answer, Plan):
                 break
         assert answer is not None
-        return machine, answer
+        client.why = self._observe.explained(now_s, client, answer)
+        return answer
 
     def _machine(
         self,
@@ -246,6 +263,11 @@ class Dispatcher:
         for request_id in request_ids:
             if client := self._clients.get(request_id):
                 self._run(client.machine.abort())
+
+    @property
+    def decisions(self) -> Decisions:
+        """The last answers, explained."""
+        return self._observe.decisions
 
     @property
     def in_flight(self) -> int:
@@ -318,6 +340,7 @@ class Dispatcher:
 
     def on_lost(self, instance_id: str, reason: str) -> None:
         """See Sink."""
+        self._observe.lost(instance_id)
         hit = [running for running in self._running.values() if running.instance_id == instance_id]
         for running in hit:
             del self._running[running.eid]  # late outputs of this leg are nobody's
@@ -328,8 +351,14 @@ class Dispatcher:
             self._run(client.machine.instance_lost(instance_id))
         log.warning("dispatch.instance_lost", instance=instance_id, reason=reason, legs=len(hit))
 
+    def on_pulse(self, link: Link, pulse: Pulse) -> None:
+        """See Sink."""
+        self._observe.moved(link.instance_id, pulse)
+
     def on_tick(self, now_s: float) -> None:
         """See Sink: look for requests that an engine forgot."""
+        serving = (record.node for record, _ in self._members.view.alive())
+        self._observe.tick(self._members.stores_in_step(), serving)
         self._pump_soon()  # deadlines pass, and engines come, without anybody giving load back
         if now_s - self._swept_s < SWEEP_S:
             return
@@ -465,9 +494,11 @@ class Dispatcher:
         now_s = time.monotonic()
         machine = client.machine
         client.heard_s = now_s
+        self._observe.trail.clear()
         answer = self._scheduler.replan(
             now_s, machine.facts, machine.emitted_n, command.exclude, command.need
         )
+        self._observe.decided(self._observe.explained(now_s, client, answer))
         if isinstance(answer, Plan):
             self._metrics.decisions.labels(str(answer.decision)).inc()
         self._run(machine.plan_result(command.need, answer))

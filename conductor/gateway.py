@@ -13,9 +13,10 @@ import hmac
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import structlog
 
 from conductor import vllm_seam
@@ -165,26 +166,40 @@ def api_keys(args: argparse.Namespace) -> list[str]:
 
 
 def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
-    """Add GET /mooncake/instances; vLLM's key check covers only its own paths, so it is ours here."""
+    """Add what only we know; vLLM's key check covers only its own paths, so it is ours here.
+
+    GET /mooncake/instances: who is there. GET /mooncake/decisions[?request_id=...]: why requests run where
+    they run, newest first (see conductor.why).
+    """
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     keys = [f"Bearer {key}".encode() for key in api_keys(args)]
 
-    async def instances(request: Request) -> Response:
-        shown = request.headers.get("authorization", "").encode()
-        if keys and not any(hmac.compare_digest(shown, key) for key in keys):
-            return JSONResponse({"error": "Unauthorized"}, status_code=401)
-        body = {
+    def guarded(answer: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            shown = request.headers.get("authorization", "").encode()
+            if keys and not any(hmac.compare_digest(shown, key) for key in keys):
+                return JSONResponse({"error": "Unauthorized"}, status_code=401)
+            return JSONResponse(answer(request))
+
+        return endpoint
+
+    def instances(request: Request) -> dict[str, Any]:  # noqa: ARG001
+        return {
             "instances": cluster.describe(),
             "stores": cluster.describe_stores(),
             "in_flight": cluster.dispatcher.in_flight,
             "pid": os.getpid(),
         }
-        return JSONResponse(body)
 
-    app.router.routes.insert(0, Route("/mooncake/instances", instances, methods=["GET"]))
+    def decisions(request: Request) -> dict[str, Any]:
+        found = cluster.dispatcher.decisions.last(request.query_params.get("request_id", ""))
+        return {"decisions": msgspec.to_builtins(found)}
+
+    for path, answer in (("instances", instances), ("decisions", decisions)):
+        app.router.routes.insert(0, Route(f"/mooncake/{path}", guarded(answer), methods=["GET"]))
 
 
 @contextlib.asynccontextmanager

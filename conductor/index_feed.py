@@ -38,6 +38,7 @@ class IndexFeed:
         self._index = index
         self._clock = clock
         self._in_step: set[str] = set()
+        self._filling: set[str] = set()  # whose snapshot is not all in the index
         self._waiting: dict[str, deque[Piece]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -45,7 +46,10 @@ class IndexFeed:
         """See StoreListener."""
         self._reset(node)
         self._in_step.add(node)
+        self._filling.add(node)
         self._wait(node, [(page, b"") for page in pages])
+        if node not in self._waiting:
+            self._filling.discard(node)
 
     def on_events(self, node: str, stored: bytes, removed: bytes) -> None:
         """See StoreListener."""
@@ -60,6 +64,10 @@ class IndexFeed:
     def on_stale(self, node: str, reason: str) -> None:  # noqa: ARG002
         """See StoreListener."""
         self._reset(node)
+
+    def in_step(self, node: str) -> bool:
+        """Return whether the index knows what `node` holds: its snapshot is in, and no gap since."""
+        return node in self._in_step and node not in self._filling
 
     def drop(self, node: str) -> None:
         """Forget a node that is gone; nothing of it that waits is applied any more."""
@@ -77,6 +85,7 @@ class IndexFeed:
 
     def _reset(self, node: str) -> None:
         self._in_step.discard(node)
+        self._filling.discard(node)
         self._waiting.pop(node, None)
         self._index.reset(node)
         self._go_on()
@@ -92,6 +101,7 @@ class IndexFeed:
             while waiting:
                 self._index.apply(node, *waiting.popleft())
             del self._waiting[node]
+            self._filling.discard(node)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -121,6 +131,8 @@ class IndexFeed:
             self._index.apply(node, *_first_slice(waiting))
         if waiting:
             self._waiting[node] = waiting  # behind the others
+        else:
+            self._filling.discard(node)
 
 
 def _first_slice(waiting: deque[Piece]) -> Piece:

@@ -44,6 +44,10 @@ class Sink(Protocol):
         """Move the instance's requests; the view knows already."""
         ...
 
+    def on_pulse(self, link: Link, pulse: Pulse) -> None:
+        """An engine told how it is, and what it has moved."""
+        ...
+
     def on_tick(self, now_s: float) -> None:
         """PULSE_S have passed."""
         ...
@@ -150,6 +154,10 @@ class Members:
         assert self._sink is not None
         self._sink.on_tick(now_s)
 
+    def stores_in_step(self) -> dict[str, bool]:
+        """Return the store nodes followed, and whether the index knows what each holds."""
+        return {node: self._feed.in_step(node) for node in self._stores}
+
     def engine_slot(self, instance_id: str) -> int:
         """Return the index under which vLLM's per-engine metrics know the instance."""
         slot = self._slots.get(instance_id)
@@ -220,6 +228,8 @@ class Members:
         del round_trip_s
         transitions = self.view.pulse(time.monotonic(), link.instance_id, pulse.engine_age_s, pulse.epoch)
         self._apply(transitions)
+        assert self._sink is not None
+        self._sink.on_pulse(link, pulse)
 
     def link_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
         """See LinkEvents."""

@@ -82,6 +82,28 @@ class GatewayMetrics:
         self.instances = Gauge(
             "mooncake_instances", "Engine instances.", ["role", "state"], registry=registry
         )
+        self.fallbacks = Counter(
+            "mooncake_fallbacks",
+            "Requests planned by a poorer policy than configured, by what was missing.",
+            ["kind"],
+            registry=registry,
+        )
+        self.fallback = Gauge("mooncake_fallback_active", "1 while it is so.", ["kind"], registry=registry)
+        self.index_mode = Gauge(
+            "mooncake_index_mode",
+            "1 for the mode of the prefix index: in step with every store, with some, with none.",
+            ["mode"],
+            registry=registry,
+        )
+        self.prediction_error = Gauge(
+            "mooncake_prediction_error_ratio",
+            "Moving mean of |predicted - measured| / measured.",
+            ["kind"],
+            registry=registry,
+        )
+        self.predictions = Gauge(
+            "mooncake_predictions_measured", "Predictions compared since start.", ["kind"], registry=registry
+        )
         self.waiting = Gauge(
             "mooncake_requests_waiting", "Requests that no engine has yet.", registry=registry
         )

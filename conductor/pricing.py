@@ -6,6 +6,7 @@ from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import RequestFacts
+from conductor.why import DecodeOption, PrefillOption, Trail
 from mooncake.core.messages import InstanceRecord
 
 
@@ -33,17 +34,18 @@ class Prefill(msgspec.Struct, frozen=True):
 
 
 class Decode(msgspec.Struct, frozen=True):
-    """A request's answer on one instance, and the KV tokens it will hold."""
+    """A request's answer on one instance, and the KV tokens it will hold: expected, and of a long answer."""
 
     worker: Worker
     tbt_s: float
     kv_tokens: int
+    kv_tokens_high: int
 
     @property
     def is_full(self) -> bool:
         """Whether it would have to wait for KV room or a place in the batch."""
         record, load = self.worker.record, self.worker.load
-        kv_tokens = load.decode_kv_tokens + self.kv_tokens
+        kv_tokens = load.decode_kv_tokens + self.kv_tokens_high
         return kv_tokens > record.kv_blocks * record.block_size or load.decode_requests >= record.max_num_seqs
 
 
@@ -63,6 +65,7 @@ class Pricing:
         self.cost = cost
         self._cluster = cluster
         self._fetches = fetches
+        self.trail: Trail | None = None  # where every price is left, if somebody wants to know
 
     def hits(self, facts: RequestFacts) -> Hits:
         """Look a request's blocks up."""
@@ -74,6 +77,17 @@ class Pricing:
         self, now_s: float, facts: RequestFacts, worker: Worker, hits: Hits, emitted_n: int = 0
     ) -> Prefill:
         """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
+        option = self._cheaper(now_s, facts, worker, hits, emitted_n)
+        if self.trail is not None:
+            queue_s = max(0.0, option.ttft_s - option.work_s)
+            fetched = option.fetch_blocks, option.fetch_node or ""
+            times = option.work_s, option.ttft_s
+            self.trail.prefill(PrefillOption(worker.id, queue_s, option.hit_blocks, *fetched, *times))
+        return option
+
+    def _cheaper(
+        self, now_s: float, facts: RequestFacts, worker: Worker, hits: Hits, emitted_n: int
+    ) -> Prefill:
         record = worker.record
         total = facts.prompt_len + emitted_n
         queue_s = worker.load.queue_s(now_s)
@@ -94,9 +108,15 @@ class Pricing:
     def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
         """Price an answer, of which emitted_n tokens are out."""
         kv_tokens = facts.prompt_len + emitted_n + self.left(facts, emitted_n)
+        high = self.cost.output_tokens_high(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
         load = worker.load
         tbt_s = self.cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
-        return Decode(worker, tbt_s, kv_tokens)
+        if self.trail is not None:
+            record = worker.record
+            requests = load.decode_requests + 1, record.max_num_seqs
+            room = load.decode_kv_tokens + kv_tokens, record.kv_blocks * record.block_size
+            self.trail.decode(DecodeOption(worker.id, tbt_s, *requests, *room))
+        return Decode(worker, tbt_s, kv_tokens, max(kv_tokens, facts.prompt_len + high))
 
     def left(self, facts: RequestFacts, emitted_n: int = 0) -> int:
         """Predict how many tokens of the answer are to come."""

@@ -24,6 +24,7 @@ from conductor.inline import inlined
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
 from conductor.pricing import Decode, Hits, Prefill, Pricing, Worker
 from conductor.sessions import Sessions
+from conductor.why import Trail
 from mooncake.core.context import differences
 
 RETRY_AFTER_S = 1.0
@@ -99,6 +100,10 @@ class Scheduler:
         self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
         self._draws = 0
         self._admission = Admission(config.admission, config.tbt_slo_s, config.decode_s, cost)
+
+    def listen(self, trail: Trail) -> None:
+        """Leave the price of everything that is compared in `trail`; who asked clears it."""
+        self._pricing.trail = trail
 
     def on_request(self, now_s: float, facts: RequestFacts) -> Plan | Rejection:
         """Plan a new request and charge its load; a Rejection charges nothing."""

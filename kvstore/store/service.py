@@ -401,14 +401,22 @@ class StoreService:
             await self._until_written(key, rest_s)
         wait_s = min(request.wait_s, WAIT_S_MAX)
         held = await self.tiering.fetch(request.keys, wait_s) if self.tiering else 0
+        lacking: dict[bytes, None] = {}
+        fetch_s = 0.0
         try:
             if request.source and (pulls := self.pulls):
-                rest_s = begun_s + min(request.wait_s, PULL_WAIT_S_MAX) - self._clock()
+                lacking = {key: None for key in request.keys if self.node.block_of(key) is None}
+                fetch_begun_s = self._clock()
+                rest_s = begun_s + min(request.wait_s, PULL_WAIT_S_MAX) - fetch_begun_s
                 await pulls.fetch(request.keys, request.source, max(0.0, rest_s))
+                fetch_s = self._clock() - fetch_begun_s
             answer = self.node.acquire(self._clock(), request.keys, request.lease_s)
-            if request.named:
-                names = [self._names.of(key) for key in request.keys[: len(answer.blocks)]]
-                answer = Acquired(answer.lease_id, answer.blocks, names if any(names) else [])
+            found = request.keys[: len(answer.blocks)]
+            names = [self._names.of(key) for key in found] if request.named else []
+            if any(names) or lacking:
+                came = [b.size_bytes for key, b in zip(found, answer.blocks, strict=True) if key in lacking]
+                names = names if any(names) else []
+                answer = Acquired(answer.lease_id, answer.blocks, names, sum(came), fetch_s)
             return answer
         finally:
             self.node.release(self._clock(), held)

@@ -46,12 +46,15 @@ class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Acquired(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="acqd"):
     """`blocks[i]` belongs to `keys[i]`; shorter than keys at the first miss. lease_id 0 = none.
 
-    `names[i]`: as in Commit, where they were asked for.
+    `names[i]`: as in Commit, where they were asked for. fetched_bytes of the blocks came from another store
+    meanwhile, for which fetch_s were waited.
     """
 
     lease_id: int
     blocks: list[Block]
     names: list[bytes] = []
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag="rel"):
@@ -536,10 +539,18 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pulse(msgspec.Struct, frozen=True, array_like=True):
-    """Health of the engine behind the relay; age of the engine's last sign of life in seconds."""
+    """Health of the engine behind the relay; age of the engine's last sign of life in seconds.
+
+    load_*: since its start, what it copied from its host's store, and the time that took; fetch_*: what that
+    store first had to fetch from others for it.
+    """
 
     epoch: str
     engine_age_s: float
+    load_bytes: float = 0.0
+    load_s: float = 0.0
+    fetch_bytes: float = 0.0
+    fetch_s: float = 0.0
 
 
 # `kv_transfer_params["mooncake"]` in a request's sampling_params.extra_args (plain dict on vLLM's

@@ -162,6 +162,9 @@ class SchedulerHalf:
         state.lease_id, state.found, state.leased_s = answer.lease_id, answer.blocks, time.monotonic()
         state.saved = self._full_found(state)
         self._pulse.add("lookup_tokens", state.prompt_len)
+        if answer.fetched_bytes:
+            self._pulse.add("fetch_bytes", answer.fetched_bytes)
+            self._pulse.add("fetch_seconds", answer.fetch_s)
         if state.target and state.saved:
             self._hand_over(state)
         return True

@@ -59,6 +59,8 @@ METRICS = {
     "pool_errors": ("mooncake_kv_pool_errors", "Pool calls that failed"),
     "hit_tokens": ("mooncake_kv_hit_tokens", "Prompt tokens taken from the pool"),
     "lookup_tokens": ("mooncake_kv_lookup_tokens", "Prompt tokens looked up in the pool"),
+    "fetch_bytes": ("mooncake_kv_fetched_bytes", "Bytes the store fetched from others for look-ups here"),
+    "fetch_seconds": ("mooncake_kv_fetch_seconds", "Seconds those look-ups waited for them"),
     "resumed_requests": ("mooncake_resumed_requests", "Requests continued from another engine"),
 }
 

@@ -28,6 +28,8 @@ FIELDS = (
     "pool_errors",
     "hit_tokens",
     "lookup_tokens",
+    "fetch_bytes",
+    "fetch_seconds",
     "resumed_requests",
 )
 PULSE_INTERVAL_S = 0.1

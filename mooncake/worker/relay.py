@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 ENGINE_IDENTITY = (0).to_bytes(2, "little")  # EngineCoreProc: engine_index as two bytes
 VLLM_ADD, VLLM_ABORT, VLLM_UTILITY = b"\x00", b"\x01", b"\x03"
 FORWARDED = (VLLM_ADD, VLLM_ABORT, VLLM_UTILITY)
+MOVED = ("load_bytes", "load_seconds", "fetch_bytes", "fetch_seconds")
+"""Counters that a PONG carries: gateways learn from them how quick transfers are."""
 GATEWAY_SILENT_S = 5.0
 """A gateway pings every 0.25 s; 20 missed pings mean that it is gone."""
 POLL_MS = 200
@@ -190,7 +192,8 @@ class Relay:
     def _pong(self, identity: bytes, frames: list[bytes]) -> None:
         if len(frames) != 1 or len(frames[0]) != 8:
             raise ProtocolError("a ping carries 8 bytes")
-        pulse = Pulse(self.spec.epoch, self._pulse.age_s(time.monotonic()))
+        moved = [self._pulse.read(name) for name in MOVED]
+        pulse = Pulse(self.spec.epoch, self._pulse.age_s(time.monotonic()), *moved)
         self._reply(identity, [RelayOp.PONG, frames[0], wire.encode(pulse)])
 
     def _welcome(self, identity: bytes, frames: list[bytes]) -> None:

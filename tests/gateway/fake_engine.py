@@ -55,6 +55,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.hellos = 0
         self.frozen = threading.Event()
+        self.moved = (0.0, 0.0, 0.0, 0.0)  # bytes and seconds: loaded, fetched
         self.fail_next = 0  # legs that end in finish reason "error"
         self.jobs: dict[str, Job] = {}
         self._stop = threading.Event()
@@ -124,7 +125,7 @@ class FakeEngine:
                 welcome = wire.encode(Welcome(3, self.instance_id, self.epoch))
                 self._socket.send_multipart([identity, RelayOp.WELCOME, welcome])
             elif operation == RelayOp.PING:
-                pulse = wire.encode(Pulse(self.epoch, 0.01))
+                pulse = wire.encode(Pulse(self.epoch, 0.01, *self.moved))
                 self._socket.send_multipart([identity, RelayOp.PONG, frames[0], pulse])
             elif operation == RelayOp.BYE:
                 self.jobs.clear()

@@ -208,6 +208,24 @@ async def test_metrics_of_both_are_on_one_page(configured) -> None:
     assert 'mooncake_requests_total{outcome="finished"}' in page
 
 
+async def test_decisions_are_shown_newest_first_and_found_by_the_id_of_the_answer(site) -> None:
+    await site.engine("p0", "prefill")
+    await site.engine("d0", "decode")
+    ids = [(await site.client.post("/v1/chat/completions", json=CHAT)).json()["id"] for _ in range(3)]
+    shown = (await site.client.get("/mooncake/decisions")).json()["decisions"]
+    assert [one["client_id"] for one in shown] == ids[::-1]
+    (one,) = (await site.client.get(f"/mooncake/decisions?request_id={ids[1]}")).json()["decisions"]
+    assert (one["client_id"], one["prefill"], one["decode"]) == (ids[1], "p0", "d0")
+    assert [option["instance"] for option in one["prefills"] + one["decodes"]] == ["p0", "d0"]
+    assert (await site.client.get("/mooncake/decisions?request_id=nobody")).json() == {"decisions": []}
+
+
+async def test_what_only_we_show_needs_the_key(site) -> None:
+    for path in ("/mooncake/decisions", "/mooncake/instances"):
+        answer = await site.client.get(path, headers={"Authorization": "Bearer wrong"})
+        assert (answer.status_code, "decisions" in answer.text) == (401, False)
+
+
 @pytest.mark.parametrize("header", ["x-slo-class", "x-slo-ttft-ms"])
 async def test_service_headers_that_make_no_sense_are_answered_400_by_name(site, header) -> None:
     answer = await site.client.post("/v1/chat/completions", json=CHAT, headers={header: "soon"})

@@ -115,6 +115,26 @@ async def test_requests_pass_to_the_engine_and_outputs_come_back(rig, context) -
     link.close()
 
 
+async def test_a_pulse_carries_what_the_engine_loaded_and_its_store_fetched(rig, context) -> None:
+    pulses = []
+
+    class Listening(Owner):
+        def link_pulse(self, link, pulse, round_trip_s) -> None:
+            pulses.append(pulse)
+
+    link = Link(context, rig.record, "gw", Listening())
+    link.start()
+    await until(lambda: link.state is LinkState.UP)
+    moved = {"load_bytes": 7, "load_seconds": 0.5, "fetch_bytes": 9, "fetch_seconds": 1.5}
+    for name, amount in moved.items():
+        rig.pulse.add(name, amount)
+    link.tick(0.0)
+    await until(lambda: bool(pulses))
+    pulse = pulses[-1]
+    assert (pulse.load_bytes, pulse.load_s, pulse.fetch_bytes, pulse.fetch_s) == (7, 0.5, 9, 1.5)
+    link.close()
+
+
 async def test_linking_again_aborts_what_the_lost_link_sent(rig, context) -> None:
     owner = Owner()
     for gateway_id in ("other", "gw"):  # so that the lowest slot is free later

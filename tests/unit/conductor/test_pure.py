@@ -7,6 +7,8 @@ import pytest
 
 PURE = (
     "lengths",
+    "modes",
+    "why",
     "admission",
     "plan",
     "index",
@@ -18,7 +20,7 @@ PURE = (
     "inline",
     "sessions",
 )
-ALLOWED = {"collections", "collections.abc", "enum", "itertools", "math", "msgspec"}
+ALLOWED = {"collections", "collections.abc", "enum", "heapq", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {
     "mooncake.core.context",
     "mooncake.core.errors",

@@ -153,6 +153,19 @@ async def test_what_is_here_already_is_not_copied_again(tmp_path):
 
 
 @run
+async def test_the_answer_says_how_much_came_from_elsewhere_and_how_long_that_took(tmp_path):
+    async with stores(tmp_path, "a", "b") as (a, b):
+        await a.put(*range(6))
+        await b.put(0, 1)
+        keys = [key(n) for n in range(6)]
+        first = await b.ask(Acquire(keys, 1.0, WAIT_S, "a"))
+        again = await b.ask(Acquire(keys, 1.0, WAIT_S, "a"))
+        assert first.fetched_bytes == 4 * SIZE
+        assert 0 < first.fetch_s <= WAIT_S + 60
+        assert (len(again.blocks), again.fetched_bytes) == (6, 0)
+
+
+@run
 async def test_readers_that_want_the_same_share_one_copy(tmp_path):
     async with stores(tmp_path, "a", "b") as (a, b):
         await a.put(*range(8))

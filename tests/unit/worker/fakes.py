@@ -33,6 +33,7 @@ class FakePool:
         self.block_bytes = block_bytes
         self.held: dict[bytes, Block] = {}
         self.answering = True
+        self.fetched = (0, 0.0)  # bytes, seconds: of the next answers
         self.errors: dict[str, Exception] = {}
         self.late = False  # reservations have ended before they are committed
         self.calls: dict[bytes, Any] = {}
@@ -102,7 +103,7 @@ class FakePool:
             return Acquired(0, [])
         lease = self._number()
         self.leases.add(lease)
-        return Acquired(lease, found)
+        return Acquired(lease, found, [], *self.fetched)
 
     def release(self, lease_id: int) -> None:
         self._maybe_fail("release")

@@ -72,6 +72,14 @@ def prompt(count: int, first: int = 0) -> list[int]:
 # ---------------------------------------------------------------- hits
 
 
+def test_what_the_store_fetched_for_a_look_up_is_counted_with_its_time():
+    request = FakeRequest(prompt(8))
+    engine = Engine(hold=request.full)
+    engine.pool.fetched = (4096, 0.25)
+    engine.arrive(request)
+    assert (engine.pulse["fetch_bytes"], engine.pulse["fetch_seconds"]) == (4096, 0.25)
+
+
 @MODES
 def test_a_miss_loads_nothing_and_leaves_no_lease(mode):
     engine = Engine(mode)
