@@ -1,6 +1,6 @@
 """Conditional disaggregation: which prompts a decode instance prefills beside its batch."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conductor.cluster import ClusterView
@@ -129,6 +129,7 @@ def test_an_objective_is_judged_by_the_plan_that_is_taken():
     assert refused.reason is Reason.TTFT_SLO
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 4000), st.integers(0, 100), st.booleans()), min_size=1, max_size=30),
     st.sampled_from([None, 0.03, 0.06, 0.2]),

@@ -1,6 +1,6 @@
 """Sessions: a preference that decides between equals, and is bounded."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conductor.cluster import ClusterView
@@ -88,6 +88,7 @@ def test_the_session_used_least_lately_is_forgotten_first():
     assert sessions.last("b") is NOBODY
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["", "a", "b", "c", "d", "e"])), st.integers(1, 4))
 def test_memory_is_bounded_and_no_session_is_remembered_as_none(names, sessions_max):
     sessions = Sessions(sessions_max)
