@@ -20,7 +20,8 @@ class MasterThread:
         self.address = self.url = ""
         self._options = MasterOptions(**{"rpc_port": 0, "metrics_port": 0, **flags})
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+        # daemon: a test that fails must not keep the whole run from ending
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
         self._thread.start()
         assert self._ready.wait(PATIENCE_S)
 

@@ -230,7 +230,7 @@ def test_start_server_returns_when_it_is_stopped(target: str) -> None:
     answers: list[bool] = []
     started = threading.Event()
     server.set_data_receive_callback(lambda message: started.set())
-    thread = threading.Thread(target=lambda: answers.append(server.start_server()))
+    thread = threading.Thread(target=lambda: answers.append(server.start_server()), daemon=True)
     thread.start()
     client = module.create_rpc_client()
     while client.send_data(target, b"x") != 0:

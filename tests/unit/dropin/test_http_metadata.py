@@ -182,7 +182,7 @@ def test_the_command_serves_until_it_is_told_to_stop(monkeypatch: pytest.MonkeyP
         return thread
 
     monkeypatch.setattr(KVBootstrapServer, "run", noticed)
-    command = threading.Thread(target=lambda: codes.append(main(["--port", "0"])))
+    command = threading.Thread(target=lambda: codes.append(main(["--port", "0"])), daemon=True)
     command.start()
     assert started.wait(5.0)
     handlers[http_metadata_server.signal.SIGTERM](None, None)
