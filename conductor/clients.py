@@ -8,7 +8,7 @@ from conductor.plan import Leg, Plan, RequestFacts
 from conductor.request import PrefillGroup, RequestMachine
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
-from conductor.why import Why
+from conductor.why import Decided
 from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import prompt_keys, request_root
 
@@ -61,7 +61,7 @@ class Client:
         self.family = family
         self.fate = fate
         self.plan: Plan | None = None
-        self.why: Why | None = None  # of an answer that is not yet acted on
+        self.why: Decided | None = None  # of an answer that is not yet acted on
         self.eids: list[str] = []  # of legs that work for this request alone
         self.emitted: list[int] = []  # tokens the front end has
         self.told = False  # whether it has seen any output, and with it usage and queue times

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import msgspec
 import structlog
@@ -12,8 +13,9 @@ from conductor.cost import CostModel
 from conductor.metrics import GatewayMetrics
 from conductor.modes import Fallback, Fallbacks, IndexMode, index_mode
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
+from conductor.pricing import Trail
 from conductor.vllm_seam import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
-from conductor.why import Decisions, Trail, Why, explain
+from conductor.why import Decided, Decisions, explain
 from mooncake.core.messages import Pulse
 
 log = structlog.get_logger(__name__)
@@ -69,26 +71,36 @@ class Observer:
 
     # ------------------------------------------------------------ decisions
 
-    def explained(self, now_s: float, client: Client, answer: Plan | Rejection, *, asked: bool = True) -> Why:
+    def explained(
+        self, now_s: float, client: Client, answer: Plan | Rejection, *, asked: bool = True
+    ) -> Decided:
         """Return the record of an answer; `asked`: the scheduler gave it, just now."""
         facts = client.machine.facts
-        return explain(
+        client_id = client.request.external_req_id or ""
+        trail = Trail()
+        if asked:
+            trail.prefills, trail.decodes = self.trail.prefills, self.trail.decodes
+        why = partial(
+            explain,
             time.time(),
-            facts,
+            msgspec.structs.replace(facts, keys=[], tail_key=None),  # a thousand of these would add up
             answer,
-            self.trail if asked else Trail(),
-            client_id=client.request.external_req_id or "",
+            trail,
+            prompt_blocks=len(facts.keys),
+            client_id=client_id,
             waited_s=now_s - client.started_s,
             output_tokens=self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class),
             emitted_tokens=len(client.emitted),
             index_mode=str(self._index_mode),
         )
+        return Decided(facts.request_id, client_id, why)
 
-    def decided(self, why: Why) -> None:
+    def decided(self, decided: Decided) -> None:
         """An answer is acted on: keep its record."""
-        self.decisions.add(why)
+        self.decisions.add(decided)
         if log.is_enabled_for(logging.DEBUG):
-            log.debug("conductor.decision", request=why.request_id, why=msgspec.to_builtins(why))
+            why = msgspec.to_builtins(decided.why())
+            log.debug("conductor.decision", request=decided.request_id, why=why)
 
     def planned(self, request: EngineCoreRequest, facts: RequestFacts, plan: Plan) -> None:
         """A request was accepted."""

@@ -6,7 +6,6 @@ from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import RequestFacts
-from conductor.why import DecodeOption, PrefillOption, Trail
 from mooncake.core.messages import InstanceRecord
 
 
@@ -49,6 +48,21 @@ class Decode(msgspec.Struct, frozen=True):
         return kv_tokens > record.kv_blocks * record.block_size or load.decode_requests >= record.max_num_seqs
 
 
+class Trail:
+    """What was priced since it was cleared: whoever wants to know gives one to the scheduler."""
+
+    __slots__ = ("decodes", "prefills")
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, before the next question; the lists so far are theirs who took them."""
+        self.prefills: list[Prefill] = []
+        self.decodes: list[tuple[Decode, int, int]] = []  # with the requests and KV tokens there, then
+
+
 class Hits(msgspec.Struct, frozen=True):
     """Leading blocks of a prompt by node, and the (blocks, node) of the most that others can fetch."""
 
@@ -79,10 +93,7 @@ class Pricing:
         """The cheaper of: own node's blocks and compute the rest; fetch the deepest prefix first."""
         option = self._cheaper(now_s, facts, worker, hits, emitted_n)
         if self.trail is not None:
-            queue_s = max(0.0, option.ttft_s - option.work_s)
-            fetched = option.fetch_blocks, option.fetch_node or ""
-            times = option.work_s, option.ttft_s
-            self.trail.prefill(PrefillOption(worker.id, queue_s, option.hit_blocks, *fetched, *times))
+            self.trail.prefills.append(option)
         return option
 
     def _cheaper(
@@ -111,12 +122,10 @@ class Pricing:
         high = self.cost.output_tokens_high(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
         load = worker.load
         tbt_s = self.cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
+        option = Decode(worker, tbt_s, kv_tokens, max(kv_tokens, facts.prompt_len + high))
         if self.trail is not None:
-            record = worker.record
-            requests = load.decode_requests + 1, record.max_num_seqs
-            room = load.decode_kv_tokens + kv_tokens, record.kv_blocks * record.block_size
-            self.trail.decode(DecodeOption(worker.id, tbt_s, *requests, *room))
-        return Decode(worker, tbt_s, kv_tokens, max(kv_tokens, facts.prompt_len + high))
+            self.trail.decodes.append((option, load.decode_requests, load.decode_kv_tokens))
+        return option
 
     def left(self, facts: RequestFacts, emitted_n: int = 0) -> int:
         """Predict how many tokens of the answer are to come."""

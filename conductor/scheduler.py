@@ -22,9 +22,8 @@ from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.inline import inlined
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
-from conductor.pricing import Decode, Hits, Prefill, Pricing, Worker
+from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker
 from conductor.sessions import Sessions
-from conductor.why import Trail
 from mooncake.core.context import differences
 
 RETRY_AFTER_S = 1.0

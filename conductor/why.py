@@ -4,11 +4,13 @@ No prompt, no token, no block key is in it: names of instances, counts and secon
 """
 
 from collections import deque
+from collections.abc import Callable
 from heapq import nsmallest
 
 import msgspec
 
 from conductor.plan import Plan, Rejection, RequestFacts
+from conductor.pricing import Decode, Prefill, Trail
 
 DECISIONS_MAX = 256
 """Records that are kept: the last seconds of a busy gateway, some 2 MB with OPTIONS_MAX instances each."""
@@ -40,28 +42,6 @@ class DecodeOption(msgspec.Struct, frozen=True):
     requests_max: int
     kv_tokens: int
     kv_tokens_max: int
-
-
-class Trail:
-    """What was priced since it was cleared: a scheduler that has one leaves here what it looks at."""
-
-    def __init__(self) -> None:
-        """Empty."""
-        self.prefills: dict[str, PrefillOption] = {}
-        self.decodes: dict[str, DecodeOption] = {}
-
-    def clear(self) -> None:
-        """Forget it, before the next question."""
-        self.prefills.clear()
-        self.decodes.clear()
-
-    def prefill(self, option: PrefillOption) -> None:
-        """Note a price; a later one of the same instance replaces it."""
-        self.prefills[option.instance] = option
-
-    def decode(self, option: DecodeOption) -> None:
-        """Note a price; a later one of the same instance replaces it."""
-        self.decodes[option.instance] = option
 
 
 class Why(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,10 +94,13 @@ def explain(
     output_tokens: int = 0,
     emitted_tokens: int = 0,
     index_mode: str = "",
+    prompt_blocks: int | None = None,
 ) -> Why:
     """Return the record of `answer`, to a question since which `trail` was not cleared; others: see Why."""
     plan = answer if isinstance(answer, Plan) else None
     rejection = answer if isinstance(answer, Rejection) else None
+    prefills = list({one.worker.id: _prefill_option(one) for one in trail.prefills}.values())
+    decodes = list({one.worker.id: _decode_option(one, *load) for one, *load in trail.decodes}.values())
     return Why(
         request_id=facts.request_id,
         client_id=client_id,
@@ -135,15 +118,39 @@ def explain(
         slo_class=facts.slo_class,
         tenant=facts.tenant,
         prompt_tokens=facts.prompt_len,
-        prompt_blocks=len(facts.keys),
+        prompt_blocks=len(facts.keys) if prompt_blocks is None else prompt_blocks,
         output_tokens=output_tokens,
         emitted_tokens=emitted_tokens,
         index_mode=index_mode,
-        prefills=nsmallest(OPTIONS_MAX, trail.prefills.values(), key=lambda one: (one.ttft_s, one.instance)),
-        prefill_count=len(trail.prefills),
-        decodes=nsmallest(OPTIONS_MAX, trail.decodes.values(), key=lambda one: (one.tbt_s, one.instance)),
-        decode_count=len(trail.decodes),
+        prefills=nsmallest(OPTIONS_MAX, prefills, key=lambda one: (one.ttft_s, one.instance)),
+        prefill_count=len(prefills),
+        decodes=nsmallest(OPTIONS_MAX, decodes, key=lambda one: (one.tbt_s, one.instance)),
+        decode_count=len(decodes),
     )
+
+
+def _prefill_option(one: Prefill) -> PrefillOption:
+    queue_s = max(0.0, one.ttft_s - one.work_s)
+    fetched = one.fetch_blocks, one.fetch_node or ""
+    return PrefillOption(one.worker.id, queue_s, one.hit_blocks, *fetched, one.work_s, one.ttft_s)
+
+
+def _decode_option(one: Decode, requests: int, kv_tokens: int) -> DecodeOption:
+    record = one.worker.record
+    room = kv_tokens + one.kv_tokens, record.kv_blocks * record.block_size
+    return DecodeOption(one.worker.id, one.tbt_s, requests + 1, record.max_num_seqs, *room)
+
+
+class Decided:
+    """A record that is written out when somebody reads it: few are."""
+
+    __slots__ = ("client_id", "request_id", "why")
+
+    def __init__(self, request_id: str, client_id: str, why: Callable[[], Why]) -> None:
+        """`why` makes the record; it holds no block keys either."""
+        self.request_id = request_id
+        self.client_id = client_id
+        self.why = why
 
 
 class Decisions:
@@ -151,17 +158,18 @@ class Decisions:
 
     def __init__(self, records_max: int = DECISIONS_MAX) -> None:
         """Keep at most `records_max`."""
-        self._records: deque[Why] = deque(maxlen=records_max)
+        self._records: deque[Decided] = deque(maxlen=records_max)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def add(self, why: Why) -> None:
+    def add(self, one: Decided) -> None:
         """Keep a record; the oldest goes when there are too many."""
-        self._records.appendleft(why)
+        self._records.appendleft(one)
 
     def last(self, request_id: str = "") -> list[Why]:
         """Return the records, newest first; only those of `request_id` (ours or the client's), if given."""
-        return [
+        found = (
             one for one in self._records if not request_id or request_id in (one.request_id, one.client_id)
-        ]
+        )
+        return [one.why() for one in found]

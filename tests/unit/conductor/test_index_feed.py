@@ -198,3 +198,19 @@ def test_in_the_end_the_index_holds_what_the_stores_said_whatever_the_turns(step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_feed, "SLICE_KEYS", 2)
         asyncio.run(run())
+
+
+async def test_a_node_is_in_step_once_its_whole_snapshot_is_applied_until_a_gap(feed, index):
+    assert not feed.in_step("a")
+    feed.on_snapshot("a", "e", [PAGE])
+    feed.on_snapshot("empty", "e", [])
+    assert (feed.in_step("a"), feed.in_step("empty")) == (False, True)
+    await turns_until(lambda: idle(feed))
+    assert feed.in_step("a")
+    feed.on_events("a", PAGE, b"")  # large, so applied in slices; what is known stays known meanwhile
+    assert feed.in_step("a")
+    feed.on_stale("a", "gap")
+    assert not feed.in_step("a")
+    feed.on_snapshot("a", "e", [PAGE])
+    feed.drop("a")
+    assert not feed.in_step("a")

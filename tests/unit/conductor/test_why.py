@@ -1,13 +1,16 @@
 """Every answer of the scheduler explains itself by what it compared, not by what the request holds."""
 
+from functools import partial
+
 import msgspec
 import pytest
 
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import Need, Plan, Reason, Rejection
+from conductor.pricing import Trail
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
-from conductor.why import OPTIONS_MAX, REJECTED, Decisions, Trail, Why, explain
+from conductor.why import OPTIONS_MAX, REJECTED, Decided, Decisions, Why, explain
 from tests.unit.conductor.make import BLOCK, cluster, facts, keys, record
 
 N_BLOCKS = 1000 // BLOCK
@@ -133,7 +136,8 @@ def test_records_are_kept_newest_first_bounded_and_found_by_either_id():
     for number in range(5):
         one = facts(f"c{number}-x")
         answer = world.scheduler.on_request(5.0, one)
-        kept.add(explain(5.0, one, answer, world.trail, client_id=f"c{number}"))
+        why = partial(explain, 5.0, one, answer, world.trail, client_id=f"c{number}")
+        kept.add(Decided(one.request_id, f"c{number}", why))
     assert [why.client_id for why in kept.last()] == ["c4", "c3", "c2"]
     assert (
         [why.client_id for why in kept.last("c3")] == [why.client_id for why in kept.last("c3-x")] == ["c3"]
