@@ -41,6 +41,8 @@ def value_of(kind: object) -> st.SearchStrategy:
         return values_of(kind)
     if getattr(kind, "__origin__", None) is list:
         return st.lists(value_of(kind.__args__[0]), max_size=4)
+    if getattr(kind, "__origin__", None) is dict:
+        return st.dictionaries(*map(value_of, kind.__args__), max_size=4)
     if isinstance(kind, types.UnionType):
         return st.one_of(*map(value_of, kind.__args__))
     return st.from_type(kind)
