@@ -22,7 +22,7 @@ import structlog
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
-from mooncake.core.http_server import IDLE_S, BoundedHandler, BoundedServer
+from mooncake.core.http_server import BoundedHandler, BoundedServer, Serving
 from mooncake.core.secret import read_secret
 from transfer.naming import proves
 
@@ -34,8 +34,6 @@ VALUE_BYTES_MAX = 1 << 20
 TOTAL_BYTES_MAX = 256 << 20
 CONNECTIONS_MAX = 256
 """Threads; a client asks once and goes."""
-TICK_S = 0.05
-"""How soon `close` is noticed."""
 JSON_TEXT = "application/json; charset=utf-8"
 """What upstream calls its plain texts."""
 
@@ -152,7 +150,7 @@ class KVBootstrapServer:
         self.host = host
         self.thread: threading.Thread | None = None
         self._secret = secret
-        self._server: _Server | None = None
+        self._serving: Serving | None = None
 
     def run(self) -> threading.Thread:
         """Listen, serve in a background thread and return it.
@@ -161,24 +159,18 @@ class KVBootstrapServer:
             ConfigError: the address is in use or not ours.
         """
         try:
-            self._server = _Server((self.host, self.port), self._secret)
+            server = _Server((self.host, self.port), self._secret)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"metadata server {self.host}:{self.port}: {error}") from error
-        self.port = self._server.server_address[1]
-        serve = self._server.serve_forever
-        self.thread = threading.Thread(target=serve, args=(TICK_S,), name="metadata", daemon=True)
-        self.thread.start()
+        self._serving = Serving(server, "metadata")
+        self.port, self.thread = self._serving.port, self._serving.thread
         log.info("metadata server ready", url=f"http://{self.host}:{self.port}/metadata")
         return self.thread
 
     def close(self) -> None:
         """Stop listening (idempotent)."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-        if self.thread is not None:
-            self.thread.join(IDLE_S)
+        if self._serving is not None:
+            self._serving.close()
 
     def poll(self) -> KVPoll:
         """Return Success while it serves, else Failed."""

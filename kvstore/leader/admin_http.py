@@ -6,8 +6,6 @@ that change something must say that they are JSON, so that no web page can send 
 
 import asyncio
 import concurrent.futures
-import hmac
-import threading
 import urllib.parse
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -18,7 +16,7 @@ import structlog
 from kvstore.leader.admin_api import Answer
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
-from mooncake.core.http_server import IDLE_S, BoundedHandler, BoundedServer
+from mooncake.core.http_server import BoundedHandler, BoundedServer, Serving
 
 log = structlog.get_logger(__name__)
 
@@ -31,8 +29,6 @@ ANSWER_S = 10.0
 """A listing of 16 M keys takes several seconds."""
 BODY_BYTES_MAX = 2 << 20
 """16,384 keys in hexadecimal."""
-TICK_S = 0.05
-"""How soon `close` is noticed."""
 
 Api = Callable[[str, str, Mapping[str, str], bytes], Coroutine[Any, Any, Answer]]
 """Method, path, query, body."""
@@ -65,8 +61,7 @@ class AdminServer:
         self._host = host
         self._port = port
         self._token = token
-        self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._serving: Serving | None = None
 
     def start(self) -> str:
         """Listen; return the URL. To be called on the loop that shall answer.
@@ -76,24 +71,16 @@ class AdminServer:
         """
         loop = asyncio.get_running_loop()
         try:
-            self._server = _Server((self._host, self._port), self._api, self._token, loop)
+            server = _Server((self._host, self._port), self._api, self._token, loop)
         except OSError as error:
             raise ConfigError(f"admin HTTP on {self._host}:{self._port}: {error}") from error
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(TICK_S,), name="admin", daemon=True
-        )
-        self._thread.start()
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._server.server_address[1]}"
+        self._serving = Serving(server, "admin")
+        return self._serving.url
 
     def close(self) -> None:
         """Stop listening (idempotent); not to be called on the loop."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-        if self._thread is not None:
-            self._thread.join(IDLE_S)
+        if self._serving is not None:
+            self._serving.close()
 
 
 class _Server(BoundedServer):
@@ -139,15 +126,10 @@ class _Handler(BoundedHandler):
         self._answer(handled.result())
 
     def _refusal(self) -> Answer | None:
-        token = self.server.token
-        if token:
-            shown = self.headers.get("Authorization", "").encode("latin-1", "replace")
-            if not hmac.compare_digest(shown, b"Bearer " + token):
-                return Answer(401, {"error": "show the admin token: Authorization: Bearer TOKEN"})
+        if refusal := self.not_let_in(self.server.token):
+            return Answer(refusal[0], {"error": refusal[1]})
+        if self.server.token:
             return None
-        host = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
-        if not is_loopback(host):
-            return Answer(403, {"error": f"Host {host!r}: without a token only loopback names are answered"})
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if self.command == "POST" and kind != "application/json":
             return Answer(415, {"error": "send Content-Type: application/json"})

@@ -1,17 +1,23 @@
 """Standard threads serve HTTP, with bounds on connections, idleness and bodies; for a few callers."""
 
+import hmac
 import socket
 import sys
 import threading
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import structlog
 
+from mooncake.core.config import is_loopback
+
 log = structlog.get_logger(__name__)
 
 IDLE_S = 10.0
 """A connection on which nothing happens for that long is closed."""
+TICK_S = 0.05
+"""How soon `close` is noticed."""
 
 
 class BoundedServer(ThreadingHTTPServer):
@@ -51,6 +57,26 @@ class BoundedServer(ThreadingHTTPServer):
         log.debug("http.connection_broke", client=client_address, error=repr(sys.exc_info()[1]))
 
 
+class Serving:
+    """A bound server that serves in a thread of its own, until `close`."""
+
+    def __init__(self, server: BoundedServer, name: str) -> None:
+        """Begin; `name` is the thread's."""
+        self._server: BoundedServer | None = server
+        host, self.port = str(server.server_address[0]), int(server.server_address[1])
+        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        self.thread = threading.Thread(target=server.serve_forever, args=(TICK_S,), name=name, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stop listening (idempotent)."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            self.thread.join(IDLE_S)
+
+
 class BoundedHandler(BaseHTTPRequestHandler):
     """Reads whole bodies of at most `body_bytes_max`; subclasses answer."""
 
@@ -63,6 +89,21 @@ class BoundedHandler(BaseHTTPRequestHandler):
     def refuse(self, status: int, text: str) -> None:
         """Answer a request whose body is not read."""
         raise NotImplementedError
+
+    def not_let_in(self, token: bytes) -> tuple[int, str] | None:
+        """Return status and text for who does not show `token`; with b"" only loopback names are let in.
+
+        A web page can send requests to loopback, but neither the token nor another Host than its own.
+        """
+        if token:
+            shown = self.headers.get("Authorization", "").encode("latin-1", "replace")
+            if hmac.compare_digest(shown, b"Bearer " + token):
+                return None
+            return 401, "show the token: Authorization: Bearer TOKEN"
+        host = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
+        if is_loopback(host):
+            return None
+        return 403, f"Host {host!r}: without a token only loopback names are answered"
 
     def read_body(self) -> bytes | None:
         """Return the request's body; None if it has been refused, or the client has left."""

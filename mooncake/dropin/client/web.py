@@ -4,8 +4,6 @@ Who may ask: without a token only requests that name a loopback host and do not 
 show an Origin whenever they could change something); with a token those that show it.
 """
 
-import hmac
-import threading
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +14,9 @@ import structlog
 from kvstore.leader.admin_http import TOKEN_ENV, check_admin
 from mooncake.core.config import is_loopback
 from mooncake.core.errors import ConfigError
-from mooncake.core.http_server import IDLE_S, BoundedHandler, BoundedServer
+from mooncake.core.http_server import BoundedHandler, BoundedServer, Serving
 
 LOOPBACK = "127.0.0.1"
-TICK_S = 0.05
-"""How soon `close` is noticed."""
 JSON = "application/json; charset=utf-8"
 TEXT = "text/plain; charset=utf-8"
 BYTES = "application/octet-stream"
@@ -69,8 +65,7 @@ class WebServer:
         check_admin(LOOPBACK, port, token)
         self.port = port
         self._host = host
-        self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._serving: Serving | None = None
         self._settings = (answer, token, body_bytes_max, connections_max)
 
     def start(self) -> str:
@@ -80,25 +75,17 @@ class WebServer:
             ConfigError: the address is in use or not ours.
         """
         try:
-            self._server = _Server((self._host, self.port), *self._settings)
+            server = _Server((self._host, self.port), *self._settings)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"HTTP on {self._host}:{self.port}: {error}") from error
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(TICK_S,), name="http", daemon=True
-        )
-        self._thread.start()
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self.port}"
+        self._serving = Serving(server, "http")
+        self.port = self._serving.port
+        return self._serving.url
 
     def close(self) -> None:
         """Stop listening (idempotent)."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-        if self._thread is not None:
-            self._thread.join(IDLE_S)
+        if self._serving is not None:
+            self._serving.close()
 
 
 class _Server(BoundedServer):
@@ -125,17 +112,10 @@ class _Handler(BoundedHandler):
             self._reply(self.server.answer(self.command, urllib.parse.urlsplit(self.path).path, body))
 
     def _refusal(self) -> Reply | None:
-        token = self.server.token
-        if token:
-            shown = self.headers.get("Authorization", "").encode("latin-1", "replace")
-            if hmac.compare_digest(shown, b"Bearer " + token):
-                return None
-            return json_reply(401, {"error": "show the token: Authorization: Bearer TOKEN"})
-        host = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
-        if not is_loopback(host):
-            return json_reply(
-                403, {"error": f"Host {host!r}: without a token only loopback names are answered"}
-            )
+        if refusal := self.not_let_in(self.server.token):
+            return json_reply(refusal[0], {"error": refusal[1]})
+        if self.server.token:
+            return None
         if self.headers.get("Origin"):
             return json_reply(403, {"error": "without a token no web page is answered"})
         return None
