@@ -38,7 +38,8 @@ def greedy_jobs() -> list[Job]:
     return [{"prompt": random_prompt(n, 1000 + n), "params": params} for n in LENGTHS]
 
 
-STOPS = ["er", "on", "st", "as"]
+STOPS = ["on", "ti", "re", "er"]
+"""The pairs that come most often: one is in any 32 tokens. vLLM takes four at most."""
 VOWELS = ["a", "e", "i", "o"]
 """Certain to come once `min_tokens` lets them count."""
 
