@@ -66,7 +66,9 @@ def test_the_gateway_names_blocks_of_an_adapter_by_its_content_or_not_at_all(tmp
             sampling_params=SamplingParams(max_tokens=2), arrival_time=0.0, lora_request=lora,
             cache_salt="tenant", data_parallel_rank=None, external_req_id="e",
         )  # fmt: skip
-        facts = facts_of(request, ROOT.hex(), 4, AdapterNames(), first_token=False, shared=False, arrival_s=0.0)
+        facts = facts_of(
+            request, ROOT.hex(), 4, AdapterNames(), first_token=False, shared=False, arrival_s=0.0
+        )
         assert facts.context_root == ROOT.hex()
         return facts.keys
 

@@ -184,6 +184,8 @@ def test_a_killed_dummy_leaves_no_memory_and_its_objects_stay(
 # ---------------------------------------------------------------- two hosts
 
 WHY_NOT = no_second_host()
+if sys.prefix.startswith("/tmp/"):  # a second host has an empty /tmp
+    WHY_NOT = WHY_NOT or f"programs of a second host need a Python outside of /tmp, not {sys.prefix}"
 TOKEN = "a token of an operator"
 ALONE = 'mount -t tmpfs tmpfs /tmp && exec "$@"'
 """Nothing of what this host has in /tmp, its stores' sockets above all, is to be seen there."""
