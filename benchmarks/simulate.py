@@ -16,10 +16,11 @@ import msgspec
 from rich.console import Console
 
 from benchmarks import harness
+from benchmarks.sim.nouns import WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
 from benchmarks.sim.report import Summary, summarize, within
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale
-from benchmarks.sim.world import World, WorldConfig
+from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.index import PrefixIndex
 from conductor.plan import Decision

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.sim.nouns import Sample
 from benchmarks.sim.run import Result
-from benchmarks.sim.world import Sample
 from mooncake.core.errors import ConfigError
 
 

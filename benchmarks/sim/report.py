@@ -6,7 +6,8 @@ from hashlib import sha256
 
 import msgspec
 
-from benchmarks.sim.world import Entry, World
+from benchmarks.sim.nouns import Entry
+from benchmarks.sim.world import World
 
 TTFT_SLO_S, TBT_SLO_S = 30.0, 0.1
 """By which requests are judged unless told otherwise: those of the papers."""

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.sim.nouns import Sample, WorldConfig
 from benchmarks.sim.profile import Profile, read_profile
 from benchmarks.sim.report import Summary, summarize
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
-from benchmarks.sim.world import Sample, World, WorldConfig
+from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy

@@ -13,118 +13,33 @@ overlap with the queue; a prompt whose blocks have not come keeps its place, as 
 
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from benchmarks.sim.engine import Engine, Job, Tbt, Work
 from benchmarks.sim.host import Host
+from benchmarks.sim.nouns import Entry, Instance, Sample, WorldConfig
 from benchmarks.sim.profile import Profile
+from benchmarks.sim.roles import Roles
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, sessions_of
-from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.gate import Gate, GateConfig
 from conductor.index import PrefixIndex
 from conductor.plan import Abort, Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
-from conductor.planner import Member, Planner, PlannerConfig, Switch
+from conductor.planner import Planner
 from conductor.request import RequestMachine
-from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
-from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
-from mooncake.core.keys import KEY_BYTES
+from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from conductor.terms import CLASSES, Terms
 from mooncake.core.messages import InstanceRecord, StoreRecord
 
 ROOT = "00" * 32
 """One model, one context."""
 MAX_TOKENS = 4096
 """Every request's limit: what the Conductor knows of an answer's length before it ends."""
-WAITING_MAX = 1 << 20
-"""Nothing is turned away for the length of a queue unless the caller asks for it."""
 WAIT_S_MAX = 3600.0
 """Nobody is sent away for waiting alone, unless an objective says so."""
 TICK_S = 0.25
-DRAINING = "draining"
-"""Role of an instance on its way to another one: neither pool has it."""
-DRAIN_POLL_S = 0.5
 SAMPLE_S = 15.0
 """Distance of samples of load, as in the papers' figures."""
-
-
-class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Who is there, and the policies.
-
-    both: instances that do both; excludes the two others. host_blocks: of the store beside each instance
-    that prefills; None = as the profile says. decode_host_blocks: beside each that only decodes.
-    admission, decode_s: see conductor.admission; objectives that are None are not enforced.
-    planner: who changes roles; None = nobody does.
-    hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
-    chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
-    inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
-    session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
-    blind: no event of the stores reaches the Conductor's index.
-    """
-
-    prefill: int = 8
-    decode: int = 8
-    both: int = 0
-    policy: Policy = Policy.KVCACHE
-    seed: int = 0
-    host_blocks: int | None = None
-    decode_host_blocks: int = 0
-    eviction: str = "lru"
-    chunk_tokens: int = 0
-    mixed: bool = False
-    admission: AdmissionMode = AdmissionMode.OBJECTIVES
-    decode_s: float | None = None
-    reject_ttft_s: float | None = None
-    reject_tbt_s: float | None = None
-    waiting_max: int = WAITING_MAX
-    planner: PlannerConfig | None = None
-    hold_s: float = 0.0
-    classes: tuple[str, ...] = ()
-    inline: bool = False
-    session_bonus_s: float = 0.0
-    blind: bool = False
-
-
-class Entry:
-    """One request and what became of it."""
-
-    def __init__(self, number: int, trace: TraceRequest) -> None:
-        """Not yet sent."""
-        self.number = number
-        self.trace = trace
-        self.keys = [block.to_bytes(KEY_BYTES, "little") for block in trace.hash_ids]
-        self.machine: RequestMachine | None = None
-        self.plan: Plan | None = None
-        self.terms = DEFAULT_TERMS
-        self.session = ""
-        self.rejected = ""
-        self.ttft_s = -1.0
-        self.tbt: Tbt | None = None
-        self.hit_tokens = 0
-        self.new_tokens = 0
-        self.prefill_s = 0.0
-        self.lease = 0
-        self.handed_over_s = 0.0
-        self.done = False
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """Load at one moment: per prefill instance predicted seconds of queue, per decode one the step time."""
-
-    at_s: float
-    queue_s: list[float]
-    tbt_s: list[float]
-    batch: list[int]
-
-
-class _Instance:
-    def __init__(self, record: InstanceRecord, host: Host, engine: Engine) -> None:
-        self.record = record
-        self.host = host
-        self.engine = engine
-        self.jobs = 0
-        self.next_role = ""  # while it finishes what it has
 
 
 class World:
@@ -156,7 +71,6 @@ class World:
             self.cluster,
         )
         self.planner = None if config.planner is None else Planner(config.planner, self.cost)
-        self.switches: list[tuple[float, str, str]] = []  # when, who, to which role
         self.block_bytes = BLOCK_TOKENS * profile.kv_token_bytes
         self.entries = [Entry(number, one) for number, one in enumerate(requests)]
         if config.classes:
@@ -183,9 +97,11 @@ class World:
         self.active = 0
         self.fetches = 0
         self.fetched_bytes = 0
-        self.instances: dict[str, _Instance] = {}
+        self.instances: dict[str, Instance] = {}
         self._hosts: dict[str, Host] = {}
         self._next_arrival = 0
+        self._roles = Roles(self.time, self.cluster, self.planner, self.instances, self._going)
+        self.switches = self._roles.switches
         for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):
             for number in range(count if bool(config.both) == (role == "both") else 0):
                 self._boot(f"{role}-{number:03}", role)
@@ -205,7 +121,7 @@ class World:
             block_bytes=self.block_bytes, vllm_version="",
         )  # fmt: skip
         engine = Engine(self.time, profile, self, config.chunk_tokens, mixed=config.mixed)
-        self.instances[name] = _Instance(record, host, engine)
+        self.instances[name] = Instance(record, host, engine)
         self._hosts[node] = host
         if blocks:
             # the address only says that the store is open to other hosts
@@ -221,7 +137,7 @@ class World:
         self._arrive()
         self._sample()
         self._tick()
-        self._replan_roles()
+        self._roles.replan()
         told = 0
         while self.time.step():
             if progress is not None and self._next_arrival - told >= 100:
@@ -242,6 +158,10 @@ class World:
 
         self.time.at(entry.trace.arrival_s, come)
 
+    def _going(self) -> bool:
+        """Return whether there is work still, or to come."""
+        return self.active > 0 or self._next_arrival < len(self.entries)
+
     def _sample(self) -> None:
         now_s = self.time.now_s
         queue_s, tbt_s, batch = [], [], []
@@ -253,7 +173,7 @@ class World:
                 tbt_s.append(self.profile.step_s(engine.batch, engine.kv_tokens))
                 batch.append(engine.batch)
         self.samples.append(Sample(now_s, queue_s, tbt_s, batch))
-        if self.active or self._next_arrival < len(self.entries):
+        if self._going():
             self.time.at(now_s + SAMPLE_S, self._sample)
 
     def _tick(self) -> None:
@@ -261,51 +181,8 @@ class World:
         if not self.config.hold_s:
             return
         self._pump_soon()
-        if self.active or self._next_arrival < len(self.entries):
+        if self._going():
             self.time.at(self.time.now_s + TICK_S, self._tick)
-
-    # ------------------------------------------------------------ roles
-
-    def _replan_roles(self) -> None:
-        if self.planner is None:
-            return
-        now_s = self.time.now_s
-        for switch in self.planner.step([self._member(one) for one in self.instances.values()]):
-            self._switch(switch)
-        if self.active or self._next_arrival < len(self.entries):
-            self.time.at(now_s + self.planner.interval_s, self._replan_roles)
-
-    def _member(self, instance: _Instance) -> Member:
-        record = instance.record
-        load = self.cluster.load(record.instance_id)
-        return Member(
-            instance_id=record.instance_id,
-            role=record.role,
-            queue_s=load.queue_s(self.time.now_s),
-            decode_requests=load.decode_requests,
-            kv_tokens_max=record.kv_blocks * record.block_size,
-            sequences_max=record.max_num_seqs,
-        )
-
-    def _switch(self, switch: Switch) -> None:
-        """Give it nothing new; when it has finished, it comes back in its other role."""
-        instance = self.instances[switch.instance_id]
-        instance.next_role = switch.role
-        self._set_role(instance, DRAINING)
-        self._drained(instance)
-
-    def _drained(self, instance: _Instance) -> None:
-        load = self.cluster.load(instance.record.instance_id)
-        if load.decode_requests or load.prefill_requests:
-            self.time.at(self.time.now_s + DRAIN_POLL_S, lambda: self._drained(instance))
-            return
-        self._set_role(instance, instance.next_role)
-        self.switches.append((self.time.now_s, instance.record.instance_id, instance.next_role))
-        instance.next_role = ""
-
-    def _set_role(self, instance: _Instance, role: str) -> None:
-        instance.record = msgspec.structs.replace(instance.record, role=role)
-        self.cluster.instance_up(self.time.now_s, instance.record)
 
     # ------------------------------------------------------------ the gateway's shell
 
@@ -397,7 +274,7 @@ class World:
                 self._fetch(entry, instance, job, self._hosts[source])
         instance.engine.add_prompt(job)
 
-    def _fetch(self, entry: Entry, instance: _Instance, job: Job, source: Host) -> None:
+    def _fetch(self, entry: Entry, instance: Instance, job: Job, source: Host) -> None:
         """Copy the planned blocks that the own host lacks; what is under way to it is only waited for."""
         assert entry.plan is not None
         now_s, host = self.time.now_s, instance.host
@@ -429,7 +306,7 @@ class World:
         host.store(self.time.now_s, keys, depth)
         self.cost.observe_transfer(size_bytes, self.time.now_s - begun_s, remote=True)
 
-    def _handed_over(self, entry: Entry, instance: _Instance, job: Job) -> None:
+    def _handed_over(self, entry: Entry, instance: Instance, job: Job) -> None:
         """The decode instance looks again before it takes a request (paper 1.3)."""
         assert entry.plan is not None
         assert entry.machine is not None

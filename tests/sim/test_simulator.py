@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.sim.engine import Engine, Job, Tbt, Work
+from benchmarks.sim.nouns import WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
 from benchmarks.sim.report import Summary, summarize, within
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
-from benchmarks.sim.world import World, WorldConfig
+from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.plan import Decision
 from conductor.planner import PlannerConfig
@@ -220,8 +221,8 @@ def test_an_objective_turns_requests_away_with_a_reason() -> None:
 
 
 RUN = """
-from benchmarks.sim import profile, report, trace, world
-config = world.WorldConfig(prefill=3, decode=2, eviction="tail", host_blocks=200)
+from benchmarks.sim import nouns, profile, report, trace, world
+config = nouns.WorldConfig(prefill=3, decode=2, eviction="tail", host_blocks=200)
 run = world.World(trace.synthesize(80, 4.0, 3), profile.read_profile(profile.DEFAULT), config)
 run.run()
 print(report.digest(run.entries))
