@@ -10,18 +10,18 @@ the table (kvstore.table) finds it there, or sees that a ring holds more than wa
 
 Frames of several rings are taken in the order of the moments at which they were written: of two objects of
 one name the first stays. A frame that makes no sense harms its writer only: what counts is the ticket.
+
+A frame is written before the counter that shows it, and both sides rely on seeing it in that order: x86-64
+promises that, others (ARM) do not. There clients do without shared memory, see kvstore.client.lookup.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
-import structlog
 
 from kvstore.limits import GRANT_S
 from mooncake.core import wire
 from mooncake.core.errors import ProtocolError
-
-log = structlog.get_logger(__name__)
 
 RINGS = 16
 """Writers of one host at a time: the workers of its engines. Others put by messages."""
@@ -60,12 +60,19 @@ def is_read(counters: bytes) -> bool:
 class Rings:
     """The store's side. Not thread-safe: the store's loop drives it."""
 
-    def __init__(self, memory: memoryview) -> None:
-        """`memory`: RINGS_BYTES of zeros."""
+    def __init__(self, memory: memoryview, on_nonsense: Callable[[str, ProtocolError], None]) -> None:
+        """Lend nothing yet.
+
+        Args:
+            memory: RINGS_BYTES of zeros.
+            on_nonsense: told of a writer whose ring makes no sense; what is in it is passed over.
+        """
+        self._on_nonsense = on_nonsense
         self._counters = memory[:COUNTERS_BYTES]
         self._words = self._counters.cast("Q")
         self._rings = [memory[COUNTERS_BYTES + RING_BYTES * n :][:RING_BYTES] for n in range(RINGS)]
         self._owners: list[tuple[str, float]] = [("", 0.0)] * RINGS
+        self._read_to: dict[int, int] = {}
 
     def lend(self, writer: str, now_s: float) -> int:
         """Return the writer's ring, its own from now on for KEPT_S; -1: all are taken."""
@@ -106,7 +113,7 @@ class Rings:
             try:
                 at = self._frames(self._rings[number], at, written, now_s, found)
             except ProtocolError as error:
-                log.warning("rings.nonsense", writer=self._owners[number][0], error=str(error))
+                self._on_nonsense(self._owners[number][0], error)
                 at = written
             self._read_to[number] = at
         return sorted(found, key=lambda fill: fill.at_s)
@@ -136,8 +143,6 @@ class Rings:
             found.append(fill)
             at += _whole(4 + length)
         return at
-
-    _read_to: dict[int, int]
 
 
 class RingWriter:

@@ -3,7 +3,8 @@
 The store alone writes it, with every commit and every drop; a reader needs neither a message nor a lease.
 Nothing is locked, so a reader may see a row that is just being written, or bytes that are just being used
 again. Both are harmless by one rule: a reader believes no bytes but those whose *copy* verifies against the
-row's checksum, which is seeded with the key, and asks the store as soon as anything does not fit.
+row's checksum, which is seeded with the key, and asks the store as soon as anything does not fit. What it is
+told of *absence* relies on the order in which words are written, as kvstore.rings does.
 
     header  version, how many rows found no place, moment of the last sign of life (monotonic seconds)
     rows    64 bytes in buckets of eight: key 32, checksum 16, offset 8, size 7, flag 1

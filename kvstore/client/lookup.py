@@ -4,7 +4,9 @@ Besides the store's sign of life there is a connection that nothing is ever sent
 once when the store's process ends, so nobody reads on from the memory of a dead store beside its successor.
 """
 
+import functools
 import os
+import platform
 import select
 import socket
 import struct
@@ -23,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 FETCH_S = 2.0
 """To get the table: without one the store is asked, as ever."""
+IN_ORDER = ("x86_64", "amd64")
+"""Machines on which others see what one processor writes in the order in which it was written."""
 
 
 class Lookup:
@@ -43,13 +47,13 @@ class Lookup:
 
     @classmethod
     def open(cls, record: StoreRecord, segment: Segment) -> "Lookup | None":
-        """Map the table of `record`'s store; None: it has none, or is another start by now.
+        """Map the table of `record`'s store; None: it has none, or is another start by now, or not IN_ORDER.
 
         Args:
             record: a store on this host.
             segment: its memory.
         """
-        if not record.table or not record.door:
+        if not record.table or not record.door or not _in_order(platform.machine().lower()):
             return None
         try:
             table = fetch_segment(record.table, FETCH_S)
@@ -85,6 +89,14 @@ class Lookup:
         self._ended.close()
         self._watch.close()
         self._table.close()
+
+
+@functools.cache
+def _in_order(machine: str) -> bool:
+    """Whether shared memory can be relied on; said once if not."""
+    if machine not in IN_ORDER:
+        log.warning("pool.no_table", machine=machine, reason="its writes may be seen out of order")
+    return machine in IN_ORDER
 
 
 def _pid_behind(connection: socket.socket) -> int:

@@ -19,21 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from kvstore.directory import messages
 from kvstore.directory.directory import Mode
-from kvstore.directory.messages import (
-    CancelTask,
-    CopyKeys,
-    DrainNode,
-    ForgetHot,
-    KeepHot,
-    MoveKeys,
-    TaskProgress,
-    TaskReply,
-    TaskRequest,
-    TasksAre,
-    TaskStarted,
-    UndrainNode,
-)
 from kvstore.directory.metrics import DirectoryView
 from kvstore.leader.task_types import Progress
 from mooncake.core.errors import CapacityError, MooncakeError, NotLeader, PeerError, RequestError
@@ -217,8 +204,8 @@ class AdminApi:
     # ------------------------------------------------------------ tasks
 
     async def _tasks(self, task_id: int | None) -> list[dict[str, Any]]:
-        reply = await self._coordinator.handle(TaskProgress(task_id))
-        assert isinstance(reply, TasksAre)
+        reply = await self._coordinator.handle(messages.TaskProgress(task_id))
+        assert isinstance(reply, messages.TasksAre)
         return [msgspec.structs.asdict(task) for task in reply.tasks]
 
     async def _all_tasks(self, _: Mapping[str, str]) -> Answer:
@@ -231,7 +218,7 @@ class AdminApi:
     async def _cancel(self, task_id: int) -> Answer:
         if not await self._tasks(task_id):
             return _no_task(task_id)
-        return _told(await self._coordinator.handle(CancelTask(task_id)))
+        return _told(await self._coordinator.handle(messages.CancelTask(task_id)))
 
     # ------------------------------------------------------------ metrics
 
@@ -274,30 +261,30 @@ def _ssd(stats: StoreStats) -> dict[str, Any]:
     return {"tier": "ssd", **used}
 
 
-def _request(what: str, body: bytes) -> TaskRequest:
+def _request(what: str, body: bytes) -> messages.TaskRequest:
     match what:
         case "copy":
             copy = _decode(body, _Copy)
-            return CopyKeys([_key_of(key) for key in copy.keys], copy.target)
+            return messages.CopyKeys([_key_of(key) for key in copy.keys], copy.target)
         case "move":
             move = _decode(body, _Move)
-            return MoveKeys([_key_of(key) for key in move.keys], move.source, move.target)
+            return messages.MoveKeys([_key_of(key) for key in move.keys], move.source, move.target)
         case "hot":
             hot = _decode(body, _Hot)
-            return KeepHot([_key_of(key) for key in hot.keys], hot.copies, hot.size_bytes)
+            return messages.KeepHot([_key_of(key) for key in hot.keys], hot.copies, hot.size_bytes)
         case "cool":
-            return ForgetHot([_key_of(key) for key in _decode(body, _Keys).keys])
+            return messages.ForgetHot([_key_of(key) for key in _decode(body, _Keys).keys])
         case "undrain":
-            return UndrainNode(_decode(body, _Node).node)
+            return messages.UndrainNode(_decode(body, _Node).node)
         case _:
             drain = _decode(body, _Node)
             if drain.size_bytes < 0:
                 raise RequestError(f"size_bytes={drain.size_bytes}: bytes of a block, or 0")
-            return DrainNode(drain.node, drain.size_bytes)
+            return messages.DrainNode(drain.node, drain.size_bytes)
 
 
-def _told(reply: TaskReply) -> Answer:
-    if isinstance(reply, TaskStarted):
+def _told(reply: messages.TaskReply) -> Answer:
+    if isinstance(reply, messages.TaskStarted):
         return Answer(202, {"task_id": reply.task_id})
     return Answer(200, {"done": True})
 

@@ -12,21 +12,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
+from kvstore.directory import messages
 from kvstore.directory.directory import Directory, Mode
-from kvstore.directory.messages import (
-    CancelTask,
-    CopyKeys,
-    DrainNode,
-    ForgetHot,
-    KeepHot,
-    MoveKeys,
-    TaskProgress,
-    TaskReply,
-    TaskRequest,
-    TasksAre,
-    TaskStarted,
-    UndrainNode,
-)
 from kvstore.leader.executor import Executor, Observer
 from kvstore.leader.placement import Placer, Room
 from kvstore.leader.store_clients import StatsPoll, StoreClients
@@ -113,7 +100,7 @@ class LeaderTerm:
 
     # ------------------------------------------------------------ requests
 
-    async def handle(self, request: TaskRequest) -> TaskReply:
+    async def handle(self, request: messages.TaskRequest) -> messages.TaskReply:
         """Answer.
 
         Raises:
@@ -121,30 +108,30 @@ class LeaderTerm:
             NotLeader: the term has just ended. PeerError: the metadata store is away.
         """
         match request:
-            case CopyKeys(keys, target):
+            case messages.CopyKeys(keys, target):
                 self._check(keys, *target.split(","))
                 return await self._begin(TaskEntry(Kind.COPY, keys, "", target, 0))
-            case MoveKeys(keys, source, target):
+            case messages.MoveKeys(keys, source, target):
                 self._check(keys, source, target)
                 if source == target:
                     raise RequestError(f"cannot move from {source} to itself")
                 return await self._begin(TaskEntry(Kind.MOVE, keys, source, target, 0))
-            case DrainNode(node, size_bytes):
+            case messages.DrainNode(node, size_bytes):
                 self._check([], node)
                 size_bytes = size_bytes or self._block_bytes(node)
                 return await self._begin(TaskEntry(Kind.DRAIN, [], node, "", size_bytes))
-            case UndrainNode(node):
+            case messages.UndrainNode(node):
                 async with self._book_turn:
                     await self._undrain(node)
-            case KeepHot(keys, copies, size_bytes):
+            case messages.KeepHot(keys, copies, size_bytes):
                 self._check(keys)
                 self.tasks.keep_hot(keys, copies, max(1, size_bytes))
-            case ForgetHot(keys):
+            case messages.ForgetHot(keys):
                 self._check(keys)
                 self.tasks.forget_hot(keys)
-            case TaskProgress(task_id):
-                return TasksAre(self._progress(task_id), self.term.life)
-            case CancelTask(task_id):
+            case messages.TaskProgress(task_id):
+                return messages.TasksAre(self._progress(task_id), self.term.life)
+            case messages.CancelTask(task_id):
                 async with self._book_turn:
                     await self._cancel(task_id)
         return Ok()
@@ -166,7 +153,7 @@ class LeaderTerm:
             for task in found
         ]
 
-    async def _begin(self, entry: TaskEntry) -> TaskStarted:
+    async def _begin(self, entry: TaskEntry) -> messages.TaskStarted:
         async with self._book_turn:
             task_id = await self._book.add(entry)
             if not self._leads():
@@ -177,7 +164,7 @@ class LeaderTerm:
             except MooncakeError:
                 await self._book.remove(entry.key)
                 raise
-        return TaskStarted(task_id, self.term.life)
+        return messages.TaskStarted(task_id, self.term.life)
 
     def _start(self, booked: Booked) -> None:
         entry, tasks = booked.entry, self.tasks

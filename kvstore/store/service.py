@@ -45,7 +45,7 @@ from kvstore.store.recheck import Recheck
 from kvstore.table import Table, table_bytes
 from mooncake.core import wire
 from mooncake.core.election import Fence
-from mooncake.core.errors import ConfigError, MooncakeError, NotLeader, RequestError
+from mooncake.core.errors import ConfigError, MooncakeError, NotLeader, ProtocolError, RequestError
 from mooncake.core.messages import (
     Abandon,
     Acquire,
@@ -202,7 +202,7 @@ class StoreService:
         rows_bytes = table_bytes(self._capacity_bytes)
         self._table = await asyncio.to_thread(Segment.create, self.epoch, rows_bytes + RINGS_BYTES)
         self.node.table = Table(self._table.view(0, rows_bytes), whole=config.ssd is None)
-        self._rings = Rings(self._table.view(rows_bytes, RINGS_BYTES))
+        self._rings = Rings(self._table.view(rows_bytes, RINGS_BYTES), _on_nonsense)
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
             self.node.below = self._is_below
@@ -630,3 +630,7 @@ class StoreService:
                 events = self.tiering.merge(events)
             self._names.forget(events.removed)
             self._events.publish(events)
+
+
+def _on_nonsense(writer: str, error: ProtocolError) -> None:
+    log.warning("rings.nonsense", writer=writer, error=str(error))

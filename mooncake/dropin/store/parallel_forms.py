@@ -57,8 +57,7 @@ class ParallelForms:
         writer_partitions: Any = None,
     ) -> list[int]:
         """As put_tensor_with_parallelism, for several; lists, or None, of what each is."""
-        layouts = _layouts(keys, parallelisms, writer_partitions)
-        writings = _writings(keys, tensors_list, layouts, _as_given)
+        writings = _writings(keys, tensors_list, parallelisms, writer_partitions, _as_given)
         return write(self._need(), keys, writings, config, replace=False)
 
     def upsert_tensor_with_parallelism(
@@ -84,8 +83,7 @@ class ParallelForms:
         writer_partitions: Any = None,
     ) -> list[int]:
         """As upsert_tensor_with_parallelism, for several."""
-        layouts = _layouts(keys, parallelisms, writer_partitions)
-        writings = _writings(keys, tensors_list, layouts, _as_given)
+        writings = _writings(keys, tensors_list, parallelisms, writer_partitions, _as_given)
         return write(self._need(), keys, writings, config, replace=True)
 
     # ------------------------------------------------------------ writing from the caller's memory
@@ -116,8 +114,8 @@ class ParallelForms:
     ) -> list[int]:
         """As put_tensor_with_parallelism_from, for several."""
         calls = self._need()
-        layouts = _layouts(keys, parallelisms, writer_partitions)
-        writings = _writings(keys, tensors_at(calls, keys, buffer_ptrs, sizes), layouts, _in_pieces)
+        tensors = tensors_at(calls, keys, buffer_ptrs, sizes)
+        writings = _writings(keys, tensors, parallelisms, writer_partitions, _in_pieces)
         return write(calls, keys, writings, config, replace=False)
 
     def upsert_tensor_with_parallelism_from(
@@ -146,8 +144,8 @@ class ParallelForms:
     ) -> list[int]:
         """As upsert_tensor_with_parallelism_from, for several."""
         calls = self._need()
-        layouts = _layouts(keys, parallelisms, writer_partitions)
-        writings = _writings(keys, tensors_at(calls, keys, buffer_ptrs, sizes), layouts, _in_pieces)
+        tensors = tensors_at(calls, keys, buffer_ptrs, sizes)
+        writings = _writings(keys, tensors, parallelisms, writer_partitions, _in_pieces)
         return write(calls, keys, writings, config, replace=True)
 
     # ------------------------------------------------------------ reading
@@ -268,9 +266,11 @@ def _in_pieces(key: str, tensor: Any, layout: Layout) -> Writing:
 def _writings(
     keys: Sequence[str],
     tensors: Sequence[Any],
-    layouts: Sequence[Layout | None],
+    parallelisms: Any,
+    writers: Any,
     make: Callable[[str, Any, Layout], Writing],
 ) -> list[Writing | None]:
+    layouts = _layouts(keys, parallelisms, writers)
     if len(tensors) != len(keys):
         raise RequestError(f"{len(keys)} keys, {len(tensors)} tensors")
     rows = list(zip(keys, tensors, layouts, strict=True))

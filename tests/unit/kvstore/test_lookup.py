@@ -135,3 +135,12 @@ def test_a_store_without_a_table_is_asked(store, monkeypatch):
         assert access._lookup is None
         pool.put(["a"], [b"a"])
         assert (pool.get(["a", "b"]), pool.exists(["a", "b"])) == ([b"a", None], [True, False])
+
+
+def test_where_memory_is_not_seen_in_order_a_store_is_asked(store, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with Pool(stores=[store.record]) as pool:
+        (access,) = pool._members.stores.values()
+        assert access._lookup is None
+        pool.put(["a"], [b"a"])
+        assert (pool.get(["a", "b"]), pool.exists(["a", "b"])) == ([b"a", None], [True, False])

@@ -15,12 +15,17 @@ from kvstore.rings import (
     Rings,
     RingWriter,
 )
+from mooncake.core.errors import MooncakeError
 
 LATE_S = 1e9
 
 
 def memory() -> memoryview:
     return memoryview(bytearray(RINGS_BYTES))
+
+
+def nonsense(writer: str, error: MooncakeError) -> None:
+    pytest.fail(f"{writer}: {error}")
 
 
 def frame(number: int, name_bytes: int = 10, at_s: float | None = None) -> Fill:
@@ -38,7 +43,7 @@ def taken(rings: Rings, now_s: float = LATE_S) -> list[int]:
 @settings(max_examples=60, deadline=None)
 def test_frames_of_any_sizes_are_read_once_and_in_order(steps):
     shared = memory()
-    rings = Rings(shared)
+    rings = Rings(shared, nonsense)
     writer = RingWriter(shared, rings.lend("w", 0.0))
     waiting: list[int] = []
     for number, name_bytes in enumerate(steps):
@@ -56,13 +61,13 @@ def test_frames_of_any_sizes_are_read_once_and_in_order(steps):
 
 def test_a_frame_that_no_ring_could_take_is_refused():
     shared = memory()
-    writer = RingWriter(shared, Rings(shared).lend("w", 0.0))
+    writer = RingWriter(shared, Rings(shared, nonsense).lend("w", 0.0))
     assert not writer.write(frame(1, FRAME_BYTES_MAX))
 
 
 def test_frames_of_several_writers_come_in_the_order_of_their_moments():
     shared = memory()
-    rings = Rings(shared)
+    rings = Rings(shared, nonsense)
     first, second = (RingWriter(shared, rings.lend(name, 0.0)) for name in "ab")
     second.write(frame(1))
     first.write(frame(2))
@@ -73,7 +78,7 @@ def test_frames_of_several_writers_come_in_the_order_of_their_moments():
 
 def test_what_is_written_while_the_rings_are_read_waits_its_turn():
     shared = memory()
-    rings = Rings(shared)
+    rings = Rings(shared, nonsense)
     writer = RingWriter(shared, rings.lend("a", 0.0))
     writer.write(frame(1))
     writer.write(frame(2))
@@ -84,7 +89,7 @@ def test_what_is_written_while_the_rings_are_read_waits_its_turn():
 
 def test_readers_see_that_something_waits_until_it_is_done_with():
     shared = memory()
-    rings = Rings(shared)
+    rings = Rings(shared, nonsense)
     RingWriter(shared, rings.lend("a", 0.0)).write(frame(1))
     rings.read(LATE_S)
     assert not rings.is_read
@@ -93,7 +98,7 @@ def test_readers_see_that_something_waits_until_it_is_done_with():
 
 
 def test_a_ring_is_its_writers_until_it_was_silent_for_long():
-    rings = Rings(memory())
+    rings = Rings(memory(), nonsense)
     numbers = [rings.lend(f"w{number}", 0.0) for number in range(RINGS)]
     assert sorted(numbers) == list(range(RINGS))
     assert rings.lend("w3", 1.0) == numbers[3]
@@ -107,10 +112,12 @@ def test_a_ring_is_its_writers_until_it_was_silent_for_long():
 @pytest.mark.parametrize("written", [8, RING_BYTES, 2 * RING_BYTES + 8, (1 << 64) - 8])
 def test_nonsense_harms_nobody_but_its_writer(written):
     shared = memory()
-    rings = Rings(shared)
+    told = []
+    rings = Rings(shared, lambda writer, _: told.append(writer))
     bad, good = rings.lend("bad", 0.0), rings.lend("good", 0.0)
     shared[COUNTERS_BYTES + RING_BYTES * bad :][:16] = b"\x07\0\0\0nonsense\xff\xff\xff\xff"
     shared[:COUNTERS_BYTES].cast("Q")[bad] = written
     RingWriter(shared, good).write(frame(1))
     assert taken(rings) == [1]
     assert rings.is_read
+    assert told == ["bad"]
