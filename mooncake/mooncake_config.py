@@ -29,7 +29,7 @@ import structlog
 
 from mooncake.core.config import fail
 from mooncake.core.errors import ConfigError
-from mooncake.dropin.store.start import size_bytes
+from mooncake.dropin.store.settings import size_bytes
 
 DEFAULT_GLOBAL_SEGMENT_SIZE = 3355443200
 DEFAULT_LOCAL_BUFFER_SIZE = 1073741824

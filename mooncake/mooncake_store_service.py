@@ -24,7 +24,7 @@ from mooncake.core.config import fail
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone, RequestError
 from mooncake.dropin.client.rest import BODY_BYTES_MAX, Rest
 from mooncake.dropin.client.web import LOOPBACK, WebServer
-from mooncake.dropin.store.start import size_bytes
+from mooncake.dropin.store.settings import size_bytes
 from mooncake.mooncake_config import SIZES, MooncakeConfig
 from mooncake.store import MooncakeDistributedStore
 

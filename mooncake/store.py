@@ -43,7 +43,8 @@ from mooncake.dropin.store.hostmem import (
 from mooncake.dropin.store.parallel_forms import ParallelForms
 from mooncake.dropin.store.parallel_types import ParallelAxis, ReadTarget, TensorParallelism
 from mooncake.dropin.store.sessions import SessionForms, Sessions
-from mooncake.dropin.store.start import BUFFER_BYTES, Settings, Started
+from mooncake.dropin.store.settings import BUFFER_BYTES, Settings
+from mooncake.dropin.store.start import Started
 from mooncake.dropin.store.tasks import TaskForms
 from mooncake.dropin.store.tensor_forms import TensorForms
 from mooncake.dropin.store.tensors import metadata_size as _tensor_metadata_size
@@ -191,7 +192,7 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         *,
         config: dict[str, Any] | None = None,
     ) -> int:
-        """Join the pool; see mooncake.dropin.store.start for what the settings mean here.
+        """Join the pool; see mooncake.dropin.store.settings for what the settings mean here.
 
         A second call with the same settings changes nothing; with others it ends the first client.
 

@@ -7,7 +7,6 @@ from typing import Any
 import structlog
 
 from benchmarks.store_peers.upstream import MASTER_PORT, Upstream
-from mooncake.dropin.store import start as store_start
 
 TTL_S = 3_600.0
 """A contender is stopped while others have their turn: that is no death."""
@@ -30,8 +29,8 @@ class DropIn(Upstream):
     @classmethod
     def master(cls) -> list[str]:
         """See Upstream."""
-        ports = [f"--rpc_port={MASTER_PORT}", "--metrics_port=0"]
-        return [sys.executable, "-m", "mooncake.dropin.master.command", *ports]
+        flags = [f"--rpc_port={MASTER_PORT}", "--metrics_port=0", f"--client_ttl={TTL_S:g}"]
+        return [sys.executable, "-m", "mooncake.dropin.master.command", *flags]
 
 
 class DropInEmbedded(DropIn):
@@ -42,4 +41,3 @@ class DropInEmbedded(DropIn):
 
 def _prepare() -> None:
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-    store_start.SEGMENT_TTL_S = TTL_S

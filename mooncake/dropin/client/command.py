@@ -24,7 +24,8 @@ from mooncake.dropin.client.http import ClientHttp
 from mooncake.dropin.client.line import Welcome
 from mooncake.dropin.client.relay import LOOPBACK, PORT, Neighbourhood, Relay
 from mooncake.dropin.flags import asks_for_help, parse_flags
-from mooncake.dropin.store.start import CLIENT_HTTP_PORT, MASTER, TENANT, Settings, Started, size_bytes
+from mooncake.dropin.store.settings import CLIENT_HTTP_PORT, MASTER, TENANT, Settings, size_bytes
+from mooncake.dropin.store.start import Started
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from kvstore.client.model import Place
 from mooncake.dropin.client.counters import BATCH_GET, BATCH_PUT, GET, PUT, Counters
 from mooncake.dropin.store.calls import Calls, Parts
-from mooncake.dropin.store.start import Settings, Started
+from mooncake.dropin.store.settings import Settings
+from mooncake.dropin.store.start import Started
 from mooncake.dropin.store.types import OK, ReplicateConfig
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from mooncake.core.secret import cluster_secret
 from mooncake.dropin.client.line import Line, Neighbours, Welcome
 from mooncake.dropin.client.relay import new_session
 from mooncake.dropin.client.shared import RelayEngine, find_relay
-from mooncake.dropin.store.start import Background, MasterSettings, Settings, Started, size_bytes
+from mooncake.dropin.store.background import Background
+from mooncake.dropin.store.settings import MasterSettings, Settings, size_bytes
+from mooncake.dropin.store.start import Started
 from transfer.config import split_name
 from transfer.engine import TransferEngine
 

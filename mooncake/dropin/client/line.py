@@ -17,7 +17,7 @@ from mooncake.core import wire
 from mooncake.core.errors import MooncakeError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.messages import Failure, Ok, StoreRecord
 from mooncake.core.rpc import raise_failure
-from mooncake.dropin.store.start import MasterSettings
+from mooncake.dropin.store.settings import MasterSettings
 from transfer.fdpass import peer_uid
 
 RECV_BYTES = 64 << 10

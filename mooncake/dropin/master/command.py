@@ -34,7 +34,7 @@ from mooncake.dropin.master.flags import asks_for_nothing, warnings
 from mooncake.dropin.master.http import MasterHttp
 from mooncake.dropin.master.options import LOOPBACK, MasterOptions, config_words
 from mooncake.dropin.master.quotas import Quotas, read_quotas
-from mooncake.dropin.store.start import MASTER_KEY, QUOTAS_KEY
+from mooncake.dropin.store.settings import MASTER_KEY, QUOTAS_KEY
 from mooncake.http_metadata_server import KVBootstrapServer
 from transfer.config import EngineConfig
 

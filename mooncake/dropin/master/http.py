@@ -26,7 +26,7 @@ from mooncake.core.messages import StoreRecord, StoreStats
 from mooncake.dropin.master.drains import JOB_ID, NAMES, Busy, DrainJobs, Job
 from mooncake.dropin.master.metrics import PoolNumbers, held_bytes, render, summary
 from mooncake.dropin.master.quotas import Quotas, Usage
-from mooncake.dropin.store.start import TENANT, node_of, segment_name
+from mooncake.dropin.store.settings import TENANT, node_of, segment_name
 from mooncake.dropin.store.types import INTERNAL, INVALID_PARAMS, OBJECT_NOT_FOUND, TENANT_NOT_EMPTY
 
 SEGMENT_NOT_FOUND = -101

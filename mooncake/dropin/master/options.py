@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from mooncake.core.config import fail
-from mooncake.dropin.store.start import SEGMENT_TTL_S, MasterSettings
+from mooncake.dropin.store.settings import SEGMENT_TTL_S, MasterSettings
 
 LOOPBACK = "127.0.0.1"
 DAY_MS = 86_400_000

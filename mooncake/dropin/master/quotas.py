@@ -25,7 +25,7 @@ from mooncake.core.messages import SetQuota, Stats, StoreStats, TenantUsage
 from mooncake.core.metadata import MetadataStore
 from mooncake.dropin.master.options import read_document
 from mooncake.dropin.master.shares import divide
-from mooncake.dropin.store.start import QUOTAS_KEY, size_bytes
+from mooncake.dropin.store.settings import QUOTAS_KEY, size_bytes
 
 ROUND_S = 1.0
 """How soon the room of a tenant follows it to another segment."""

@@ -22,7 +22,8 @@ from kvstore.node.names import NAME_BYTES_MAX
 from kvstore.node.node import QUOTA_USED_UP
 from kvstore.node.pins import NOT_REGISTERED
 from mooncake.core.errors import PeerGone, RequestError
-from mooncake.dropin.store.start import Started, node_of
+from mooncake.dropin.store.settings import node_of
+from mooncake.dropin.store.start import Started
 from mooncake.dropin.store.types import (
     INVALID_PARAMS,
     NO_AVAILABLE_HANDLE,

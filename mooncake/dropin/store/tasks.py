@@ -27,7 +27,7 @@ from mooncake.core.errors import MooncakeError, NotLeader, PeerError, PeerGone, 
 from mooncake.core.rpc import BlockingRpcClient
 from mooncake.dropin.store.answers import code_of
 from mooncake.dropin.store.calls import Calls
-from mooncake.dropin.store.start import node_of
+from mooncake.dropin.store.settings import node_of
 from mooncake.dropin.store.types import (
     OBJECT_NOT_FOUND,
     OK,

@@ -15,7 +15,7 @@ from mooncake.dropin.client.command import ClientOptions, RealClient
 from mooncake.dropin.client.counted import CountedCalls
 from mooncake.dropin.client.counters import BOUNDS_US, GET, Counters, Histogram
 from mooncake.dropin.store.calls import Calls
-from mooncake.dropin.store.start import Settings
+from mooncake.dropin.store.settings import Settings
 from mooncake.store import MooncakeDistributedStore
 
 from .conftest import PATIENCE_S, MasterThread, client

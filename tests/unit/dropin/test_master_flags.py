@@ -12,7 +12,7 @@ from mooncake.dropin.master import flags, metrics
 from mooncake.dropin.master.command import USAGE, Master, main, read_flags
 from mooncake.dropin.master.flags import FLAGS, Kind
 from mooncake.dropin.master.options import MasterOptions
-from mooncake.dropin.store.start import MasterSettings
+from mooncake.dropin.store.settings import MasterSettings
 from mooncake.store import ReplicateConfig, SoftPinAction
 
 from .conftest import MasterThread, client

@@ -517,9 +517,7 @@ def test_a_closed_client_s_segment_leaves_with_what_is_in_it(store, join) -> Non
 
 OWNER = """
 import sys
-from mooncake.dropin.store import start as store_start
 from mooncake.store import MooncakeDistributedStore
-store_start.SEGMENT_TTL_S = 300.0  # as long as the test needs to look at what is left
 store = MooncakeDistributedStore()
 assert store.setup("127.0.0.1", "P2PHANDSHAKE", 8 << 20, 0, "tcp", "", sys.argv[1], tenant_id="victim") == 0
 assert store.put_batch(["a", "b"], [b"1" * 100_000, b"2"]) == 0
@@ -537,7 +535,7 @@ async def end_registrations(address: str) -> None:
 
 
 def test_what_a_killed_process_held_is_an_error_then_a_miss_and_never_other_bytes(memory) -> None:
-    master = MasterThread()
+    master = MasterThread(client_ttl=300.0)  # as long as the test needs to look at what is left
     store = client(master, 0, tenant_id="victim")
     command = [sys.executable, "-c", OWNER, master.address]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mooncake.dropin.store.start import Settings
+from mooncake.dropin.store.settings import Settings
 from mooncake.store import MooncakeDistributedStore
 from tests.unit.dropin.conftest import MasterThread, client
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mooncake.dropin.store import start
+from mooncake.dropin.store import settings
 from mooncake.store import MooncakeDistributedStore
 from tests.unit.dropin.conftest import MasterThread
 from tests.unit.dropin.test_store import config_of
@@ -146,7 +146,7 @@ def test_copies_of_one_segment_are_cleared_and_the_others_stay(join) -> None:
 
 def test_init_all_is_a_short_setup(monkeypatch) -> None:
     master = MasterThread()
-    monkeypatch.setattr(start, "MASTER", master.address)
+    monkeypatch.setattr(settings, "MASTER", master.address)
     store = MooncakeDistributedStore()
     try:
         assert store.init_all("tcp", "", 4 * MIB) == 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from kvstore.ssd.layout import Geometry
 from mooncake.core.errors import ConfigError
 from mooncake.dropin.store.offload import ENDS_BYTES, LIMIT_ENV, PATH, PATH_ENV, Offload, segment_bytes_of
-from mooncake.dropin.store.start import Settings
+from mooncake.dropin.store.settings import Settings
 from mooncake.store import MooncakeDistributedStore
 
 from .conftest import MasterThread, client
