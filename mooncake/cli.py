@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mooncake import pool_cli, simulate_cli
+from mooncake import bench_cli, pool_cli, simulate_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +69,9 @@ Hold = Annotated[
 Admission = Annotated[str, typer.Option(help="When decode load counts: objectives, late, early, predicted.")]
 DecodeTime = Annotated[float, typer.Option(help="How long `predicted` takes an answer for; 0 = learned.")]
 Inline = Annotated[bool, typer.Option(help="Short prompts may run on decode instances, beside their batch.")]
+Tenants = Annotated[
+    Path | None, typer.Option(help="TOML file of tenants: shares, quotas, keys (docs/scheduling.md).")
+]
 Host = Annotated[str, typer.Option(help="Address to serve on; others than loopback need an API key.")]
 
 
@@ -180,6 +183,7 @@ def up(
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
     inline: Inline = False,
+    tenants: Tenants = None,
     metrics_port: Annotated[
         int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
     ] = 0,
@@ -197,7 +201,7 @@ def up(
         from mooncake.up.cluster import check_port
         from mooncake.up.metrics import with_metrics_ports
         from mooncake.up.plan import UpOptions, make_plan
-        from mooncake.up.run import default_run_dir
+        from mooncake.up.run import default_run_dir, tenant_keys
         from mooncake.up.run import up as run_up
 
         _refuse_conflicts()
@@ -212,13 +216,14 @@ def up(
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
             "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
             "hold_s": hold_s, "admission": admission, "decode_s": decode_s, "inline": inline,
+            "tenants": str(tenants.resolve()) if tenants else "",
             "vllm_args": vllm_args or [],
         }  # fmt: skip
         if cores != "auto":
             _use_cores(parse_cores(cores))
         # everything that can be wrong is told before a model is fetched
         draft = UpOptions(model="checked later", served_name="m", run_dir="/r", **wish)
-        make_plan(draft, [0], api_key)
+        make_plan(draft, [0], api_key, tenant_keys(draft.tenants))
         check_port(host, port)
         with_metrics_ports(draft, metrics_port)
         ref = _resolve(model)
@@ -294,6 +299,7 @@ def conductor(
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
     inline: Inline = False,
+    tenants: Tenants = None,
     api_key: ApiKey = "",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
@@ -307,15 +313,18 @@ def conductor(
         from mooncake.core.config import GatewayOptions, check_host
         from mooncake.core.cpu import resolve_dtype
         from mooncake.up.launch import run_conductor
+        from mooncake.up.run import tenant_keys
 
         _refuse_conflicts()
         check_host(host, api_key)
+        tenant_keys(str(tenants) if tenants else "")  # told before a model is fetched
         ref = _resolve(model)
         options = GatewayOptions(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
             first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
             hold_s=hold_s, admission=admission, decode_s=decode_s, inline=inline,
+            tenants=str(tenants.resolve()) if tenants else "",
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip
@@ -472,6 +481,7 @@ def version() -> None:
 
 pool_cli.register(app)
 simulate_cli.register(app)
+bench_cli.register(app)
 
 
 def main() -> None:
