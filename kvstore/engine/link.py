@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from kvstore.engine.door import DoorClient
 from kvstore.node.node import CHECKSUM_BYTES, ID_BITS, id_base
-from kvstore.store.door import DoorClient
 from mooncake.core import wire
 from mooncake.core.errors import PeerGone, ProtocolError
 from mooncake.core.keys import block_checksum

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.engine.door import DoorClient
 from kvstore.node.finding import ELSEWHERE, INLINE, find
 from kvstore.node.node import Node
-from kvstore.store.door import Door, DoorClient
+from kvstore.store.door import Door
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, PeerGone, PeerTimeout, ProtocolError, RequestError
 from mooncake.core.messages import Commit, Committed, Find, Findings, Ok, Release, Reserve, Reserved, Stats
