@@ -2,20 +2,18 @@
 
 A store that is dead, slow or restarting makes the pool a *miss*: calls raise a PeerError and the
 engine computes. The first call that gets no answer pays its deadline; from then on every call fails
-at once (the breaker), while one background thread looks for the store, also for a restarted one, and
-attaches again. So no engine step is slowed by a dead store twice. Bytes never pass through the store:
-the client copies to and from the shared segment itself, see transfer.copy.
+at once until the store is found again (kvstore.engine.attachment). So no engine step is slowed by a dead
+store twice. Bytes never pass through the store: the client copies to and from the shared segment itself,
+see transfer.copy.
 """
 
 import contextlib
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import structlog
-
+from kvstore.engine.attachment import ATTACH_S, Attachment, Resolve
 from kvstore.engine.link import Call, Lease, Slot, StoreLink
 from kvstore.engine.orphans import Orphans
 from kvstore.limits import LEASE_S_MAX, WRITE_S_MAX
@@ -41,21 +39,11 @@ from mooncake.core.messages import (
     StoreStats,
 )
 
-log = structlog.get_logger(__name__)
-
 DEADLINE_S = 0.2
 """Default wait for an answer: round trips take 0.5 ms, so this is a store in trouble, and an engine
 step that is lengthened once by 0.2 s is still within any time-between-tokens objective's outliers."""
-ATTACH_S = 5.0
-"""Wait for the memory's descriptor at the start of an engine, which takes longer anyway."""
-PROBE_S = 1.0
-"""Wait of the background thread for a sign of life."""
 LOOK_S = 0.2
 """Distance of looks at a store that was asked to wait: each is a connection, 50 us."""
-RETRY_S = 1.0
-"""Pause between two looks for a lost store."""
-
-Resolve = Callable[[], StoreRecord | None]
 
 
 class PoolClient:
@@ -88,41 +76,28 @@ class PoolClient:
             ProtocolError: what answers is not a store of ours.
         """
         self._writer = writer
-        self._resolve = resolve
-        self._touch = touch
         self._deadline_s = deadline_s
-        self._fd_path = record.fd_path
         self._node = record.node
-        self._lock = threading.Lock()
-        self._link: StoreLink | None = None
-        self._up = False
-        self._closing = threading.Event()
-        self._reviver: threading.Thread | None = None
         self._orphans = Orphans()
         self._looked_s = 0.0
-        try:
-            self._use(StoreLink.attach(record.fd_path, attach_s, touch=touch))
-        except ProtocolError:
-            raise
-        except MooncakeError as error:
-            self._lost(None, error)
-        else:
+        self._store = Attachment(record, resolve, touch=touch, attach_s=attach_s)
+        if self._store.link is not None:
             self._abandon_earlier()
 
     @property
     def attached(self) -> bool:
         """Whether calls are being sent; False = they fail at once."""
-        return self._up
+        return self._store.is_up
 
     @property
     def link(self) -> StoreLink | None:
         """The store that was attached last."""
-        return self._link
+        return self._store.link
 
     @property
     def record(self) -> StoreRecord | None:
         """The record of the store that was attached last."""
-        return self._link.record if self._link else None
+        return self.link.record if self.link else None
 
     # ------------------------------------------------------------ reading
 
@@ -188,8 +163,8 @@ class PoolClient:
         Raises:
             CapacityError: too many calls in flight; the lease then ends by its term.
         """
-        link = self._link
-        if self._up and link is not None and link.is_mine(lease_id):
+        link = self.link
+        if self.attached and link is not None and link.is_mine(lease_id):
             with contextlib.suppress(PeerGone):
                 link.send(Release(lease_id))
 
@@ -200,9 +175,10 @@ class PoolClient:
             PeerGone: none is attached.
             RequestError: the range leaves the segment.
         """
-        if self._link is None:
+        link = self.link
+        if link is None:
             raise PeerGone(f"store {self._node}: not attached yet")
-        return self._link.segment.view(offset, size_bytes)
+        return link.segment.view(offset, size_bytes)
 
     def verify(self, key: bytes, block: Block) -> bool:
         """Return whether the bytes of `block` are what was committed under `key`; raises as `view`."""
@@ -214,7 +190,7 @@ class PoolClient:
         Raises:
             PeerError, CapacityError: as begin_acquire.
         """
-        self._live_link().send(ReportBad(list(keys)))
+        self._store.live().send(ReportBad(list(keys)))
 
     # ------------------------------------------------------------ writing
 
@@ -302,16 +278,16 @@ class PoolClient:
 
     def hand_over(self, keys: Sequence[bytes], target: str) -> None:
         """Let the store of node `target` copy these blocks, without waiting; raises as report_bad."""
-        self._live_link().send(HandOver(list(keys), target))
+        self._store.live().send(HandOver(list(keys), target))
 
     def abandon(self, tickets: Sequence[int]) -> None:
         """Give up some tickets, without waiting; raises as report_bad."""
         if tickets:  # an empty list would mean all
-            self._live_link().send(Abandon(self._writer, list(tickets)))
+            self._store.live().send(Abandon(self._writer, list(tickets)))
 
     def abandon_all(self) -> None:
         """Give up everything this writer has in writing, without waiting; raises as report_bad."""
-        self._live_link().send(Abandon(self._writer, []))
+        self._store.live().send(Abandon(self._writer, []))
 
     # ------------------------------------------------------------ what is kept
 
@@ -335,11 +311,11 @@ class PoolClient:
         It waits for the answer on the store's short way in, where there is one: for callers that have
         nothing else to do meanwhile. Raises as finish_acquired.
         """
-        link = self._live_link()
+        link = self._store.live()
         try:
             return link, link.ask(request, self._deadline_s if deadline_s is None else deadline_s, kind)
         except PeerError as error:
-            self._lost(link, error)
+            self._store.lost(link, error)
             raise
 
     def tell(self, link: StoreLink, request: Any) -> None:
@@ -347,7 +323,7 @@ class PoolClient:
 
         A store that is lost or restarted is not told: what it gave is over.
         """
-        if self._is_live(link):
+        if self._store.is_live(link):
             with contextlib.suppress(PeerError):
                 link.tell(request)
 
@@ -356,15 +332,15 @@ class PoolClient:
 
         A store that was asked to wait is looked at meanwhile: its death must not cost the whole wait.
         """
-        if call.link.poll(call.call_id) or not self._is_live(call.link):
+        if call.link.poll(call.call_id) or not self._store.is_live(call.link):
             return True
         now_s = time.monotonic()
         if not call.wait_s or now_s - max(call.began_s, self._looked_s) < LOOK_S:
             return False
         self._looked_s = now_s
         if not call.link.is_served:
-            self._lost(call.link, PeerGone("nobody serves its socket any more"))
-        return not self._is_live(call.link)
+            self._store.lost(call.link, PeerGone("nobody serves its socket any more"))
+        return not self._store.is_live(call.link)
 
     def forget(self, call: Call) -> None:
         """Drop interest in an answer. One that is overdue counts as a timeout of the store.
@@ -373,7 +349,7 @@ class PoolClient:
         """
         overdue = time.monotonic() - call.began_s > self._deadline_s + call.wait_s
         if overdue and not call.link.poll(call.call_id):
-            self._lost(call.link, PeerTimeout("an answer that was given up"))
+            self._store.lost(call.link, PeerTimeout("an answer that was given up"))
         if not (call.leases and self._orphans.adopt(call)):
             call.link.forget(call.call_id)
 
@@ -390,22 +366,12 @@ class PoolClient:
         Raises:
             PeerError: it cannot be reached; the client stays as it was.
         """
-        epoch = self._link.record.epoch if self._link else ""
-        link = StoreLink.attach(record.fd_path, deadline_s, touch=self._touch, unless_epoch=epoch)
-        self._fd_path = record.fd_path
-        if link is not None:
-            self._use(link)
+        self._store.reattach(record, deadline_s)
 
     def close(self) -> None:
         """Stop (idempotent); views that are in use stay valid."""
-        self._closing.set()
-        with self._lock:
-            reviver, self._up = self._reviver, False
         self._orphans.close()
-        if reviver is not None:
-            reviver.join()
-        if self._link is not None:
-            self._link.close()
+        self._store.close()
 
     # ------------------------------------------------------------ inside
 
@@ -417,29 +383,20 @@ class PoolClient:
             else:
                 self.abandon_all()
 
-    def _is_live(self, link: StoreLink) -> bool:
-        return self._up and link is self._link
-
-    def _live_link(self) -> StoreLink:
-        link = self._link
-        if not self._up or link is None:
-            raise PeerTimeout(f"store {self._node} does not answer; it is looked for every {RETRY_S:g} s")
-        return link
-
     def _begin(self, request: Any, **known: Any) -> Call:
-        link = self._live_link()
+        link = self._store.live()
         return Call(link, link.begin(request), time.monotonic(), **known)
 
     def _finish(self, call: Call, deadline_s: float | None, kind: type[Any]) -> Any:
         if deadline_s is None:
             deadline_s = self._deadline_s + call.wait_s
         # a call that was under way when the store was lost must not pay the deadline once more
-        wait_s = deadline_s if self._is_live(call.link) else 0.0
+        wait_s = deadline_s if self._store.is_live(call.link) else 0.0
         try:
             return call.link.finish(call.call_id, wait_s, kind)
         except PeerTimeout as error:
             if wait_s > 0:
-                self._lost(call.link, error)
+                self._store.lost(call.link, error)
             raise
 
     @contextlib.contextmanager
@@ -450,56 +407,5 @@ class PoolClient:
         except PeerError as error:
             with contextlib.suppress(MooncakeError):
                 link.send(undo)  # what the store behind that address just gave us would lie idle
-            self._lost(link, error)
+            self._store.lost(link, error)
             raise
-
-    def _use(self, link: StoreLink | None) -> None:
-        assert link is not None
-        with self._lock:
-            old, self._link = self._link, link
-            self._up = not self._closing.is_set()
-        if old is not None:
-            old.close()
-        log.info("pool.attached", node=link.record.node, epoch=link.record.epoch)
-
-    def _lost(self, link: StoreLink | None, error: MooncakeError) -> None:
-        """Open the breaker and start to look for the store, once."""
-        with self._lock:
-            looking = self._reviver is not None and self._reviver.is_alive() and not self._up
-            if link is not self._link or self._closing.is_set() or looking:
-                return
-            self._up = False
-            self._reviver = threading.Thread(target=self._revive, name="pool-revive", daemon=True)
-            self._reviver.start()
-        log.warning("pool.lost", node=self._node, error=str(error))
-
-    def _revive(self) -> None:
-        """Look for the store until it answers; the first look is at once: it may have been a hiccup."""
-        while not self._closing.is_set():
-            try:
-                self._look()
-            except (MooncakeError, OSError, ValueError) as error:  # `resolve` is not ours
-                log.debug("pool.still_lost", node=self._node, error=str(error))
-            else:
-                return
-            self._closing.wait(RETRY_S)
-
-    def _look(self) -> None:
-        link = self._link
-        epoch = link.record.epoch if link else ""
-        try:
-            found = StoreLink.attach(self._fd_path, PROBE_S, touch=self._touch, unless_epoch=epoch)
-        except PeerGone:
-            record = self._resolve() if self._resolve else None
-            if record is None or record.fd_path == self._fd_path:
-                raise
-            found = StoreLink.attach(record.fd_path, PROBE_S, touch=self._touch, unless_epoch=epoch)
-            self._fd_path = record.fd_path
-        if found is not None:
-            self._use(found)
-            return
-        assert link is not None
-        link.finish(link.begin(Stats()), PROBE_S, StoreStats)  # the same start: does it answer again?
-        with self._lock:
-            self._up = not self._closing.is_set()
-        log.info("pool.answers_again", node=self._node)

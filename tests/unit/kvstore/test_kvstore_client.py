@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.engine import client as client_module
+from kvstore.engine import attachment
 from kvstore.engine.client import PoolClient
 from mooncake.core.errors import PeerError, PeerGone, PeerTimeout, ProtocolError, RequestError
 from mooncake.core.keys import block_checksum
@@ -61,8 +61,8 @@ def connect():
 
 @pytest.fixture
 def quick_retry(monkeypatch):
-    monkeypatch.setattr(client_module, "RETRY_S", 0.05)
-    monkeypatch.setattr(client_module, "PROBE_S", 0.3)
+    monkeypatch.setattr(attachment, "RETRY_S", 0.05)
+    monkeypatch.setattr(attachment, "PROBE_S", 0.3)
 
 
 def test_one_engine_writes_and_another_reads_the_same_bytes(start_store, connect):

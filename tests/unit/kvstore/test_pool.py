@@ -317,7 +317,7 @@ def damage(pool: Pool, name: str, tenant: str = "") -> None:
     """Flip a byte in the store's own memory."""
     (access,) = (one for one in pool._members.stores.values() if one.near)
     look = access.find([object_key(name, tenant)], float("inf"))
-    link = access._client._link
+    link = access._client.link
     link.segment.view(look.offsets[0], 1)[0] ^= 1
 
 
