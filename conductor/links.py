@@ -29,7 +29,7 @@ from conductor.vllm_seam import (
 from mooncake.core import rpc, wire
 from mooncake.core.config import LOOPBACK
 from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, PeerTimeout, ProtocolError
-from mooncake.core.messages import Failure, Hello, InstanceRecord, Pulse, RelayOp, Welcome
+from mooncake.core.messages import Failure, Hello, InstanceRecord, Pulse, RelayOp, RoleOrder, Welcome
 
 log = structlog.get_logger(__name__)
 
@@ -205,6 +205,11 @@ class Link:
         """Abort legs; unknown ids are fine."""
         if self.state is LinkState.UP:
             self._send(RelayOp.ENGINE, _ABORT, *self._encoder.encode(list(engine_ids)))
+
+    def take_role(self, role: str, hold_s: float) -> None:
+        """Order the relay to register with another role (see RoleOrder); its new record is the answer."""
+        if self.state is LinkState.UP:
+            self._send(RelayOp.ROLE, wire.encode(RoleOrder(role, hold_s)))
 
     async def call(self, method: str, *args: Any, deadline_s: float) -> Any:
         """Return what the engine's utility `method` returns.

@@ -13,6 +13,7 @@ from conductor.cost import CostModel
 from conductor.metrics import GatewayMetrics
 from conductor.modes import Fallback, Fallbacks, IndexMode, index_mode
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
+from conductor.planner import Planner
 from conductor.pricing import Trail
 from conductor.vllm_seam import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from conductor.why import Decided, Decisions, explain
@@ -59,6 +60,7 @@ class Observer:
         self.decisions = Decisions()
         self._cost = cost
         self._metrics = metrics
+        self.planner: Planner | None = None  # of roles: hears what is planned and answered
         self._steps: dict[str, _Steps] = {}
         self._moved: dict[str, _Moved] = {}
         self._fallbacks = Fallbacks()
@@ -109,6 +111,9 @@ class Observer:
         self._metrics.prefix_hit_blocks.inc(plan.hit_blocks)
         self._metrics.predicted_ttft_s.observe(plan.predicted_ttft_s)
         self._note_roles(plan)
+        if self.planner is not None:
+            answer_tokens = self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
+            self.planner.planned(plan, facts.prompt_len, answer_tokens)
         if facts.keys and plan.decision not in _BLIND and self._index_mode is not IndexMode.EXACT:
             empty = self._index_mode is IndexMode.FALLBACK
             self._count(Fallback.INDEX_EMPTY if empty else Fallback.INDEX_STALE)
@@ -241,6 +246,8 @@ class Observer:
             facts = client.machine.facts
             tokens = len(client.emitted)
             self._cost.observe_output(tokens, facts.tenant, facts.slo_class, facts.max_tokens)
+            if self.planner is not None:
+                self.planner.answered(tokens)
 
 
 def _unnamed(request: EngineCoreRequest) -> str:

@@ -517,6 +517,7 @@ class RelayOp:
     PONG = b"Q"
     BYE = b"B"
     DIED = b"D"
+    ROLE = b"R"
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -528,6 +529,16 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     gateway_id: str
     outputs: str
     protocol: int = RELAY_PROTOCOL
+
+
+class RoleOrder(msgspec.Struct, frozen=True, array_like=True):
+    """Register with this role from now on; with hold_s (seconds), for so long unless another order comes.
+
+    The new record is the answer. role: prefill | decode | both, or draining: part of no pool.
+    """
+
+    role: str
+    hold_s: float = 0.0
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):

@@ -27,6 +27,7 @@ from mooncake.core.messages import (
     Hello,
     Pulse,
     RelayOp,
+    RoleOrder,
     Welcome,
 )
 from mooncake.worker.pulse import Pulse as PulseFile
@@ -44,6 +45,8 @@ GATEWAY_SILENT_S = 5.0
 POLL_MS = 200
 QUEUE_MESSAGES_MAX = 100_000
 """Per gateway: about 20 s of frames at 5,000 tokens/s; a gateway that far behind is cut off."""
+ROLES = ("prefill", "decode", "both", "draining")
+HOLD_S_MAX = 600.0
 DRAIN_FRAMES = 64
 """Frames taken from one socket before the others get a look."""
 
@@ -70,6 +73,7 @@ class Relay:
         self._slots: list[Slot | None] = [None] * RELAY_SLOTS
         self._by_identity: dict[bytes, int] = {}
         self.ready: dict[str, Any] | None = None
+        self.on_role: Callable[[RoleOrder], None] | None = None  # whose record it is; called while running
 
         self._front = self._ctx.socket(zmq.ROUTER)
         self._front.set_hwm(QUEUE_MESSAGES_MAX)
@@ -169,6 +173,8 @@ class Relay:
             self._to_engine(index, frames)
         elif operation == RelayOp.PING:
             self._pong(identity, frames)
+        elif operation == RelayOp.ROLE:
+            self._take_role(slot, frames)
         elif operation == RelayOp.BYE:
             self._release(index, "bye")
         else:
@@ -188,6 +194,16 @@ class Relay:
         if self.ready is None:
             raise CapacityError("the engine is still loading")
         self._engine.send_multipart([ENGINE_IDENTITY, *frames])
+
+    def _take_role(self, slot: Slot, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            raise ProtocolError("an order of a role carries one frame")
+        order = wire.decode(frames[0], RoleOrder)
+        if order.role not in ROLES or not 0 <= order.hold_s <= HOLD_S_MAX:
+            raise ProtocolError(f"role {order.role!r} for {order.hold_s} s: must be {', '.join(ROLES)}")
+        log.info("relay.role", role=order.role, hold_s=order.hold_s, gateway=slot.gateway_id)
+        if self.on_role is not None:
+            self.on_role(order)
 
     def _pong(self, identity: bytes, frames: list[bytes]) -> None:
         if len(frames) != 1 or len(frames[0]) != 8:

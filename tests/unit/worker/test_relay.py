@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import threading
@@ -13,7 +14,16 @@ import zmq
 
 from mooncake.core import wire
 from mooncake.core.errors import ConfigError
-from mooncake.core.messages import RELAY_PROTOCOL, RELAY_SLOTS, Failure, Hello, Pulse, RelayOp, Welcome
+from mooncake.core.messages import (
+    RELAY_PROTOCOL,
+    RELAY_SLOTS,
+    Failure,
+    Hello,
+    Pulse,
+    RelayOp,
+    RoleOrder,
+    Welcome,
+)
 from mooncake.worker import relay as relay_module
 from mooncake.worker.pulse import Pulse as PulseFile
 from mooncake.worker.relay import VLLM_ABORT, VLLM_ADD, VLLM_UTILITY, Relay, make_stop_pipe, request_stop
@@ -406,3 +416,30 @@ def test_many_stop_requests_never_block_a_signal_handler():
     with contextlib.closing(os.fdopen(readable, "rb")), contextlib.closing(os.fdopen(writable, "wb")):
         for _ in range(70_000):
             request_stop(writable)
+
+
+class TestRole:
+    """Orders of roles are handed to whoever keeps the record."""
+
+    def test_an_order_is_handed_on(self, house):
+        orders: queue.SimpleQueue[RoleOrder] = queue.SimpleQueue()
+        house.relay.on_role = orders.put
+        gateway = house.gateway()
+        gateway.join("a")
+        gateway.send(RelayOp.ROLE, wire.encode(RoleOrder("draining", 45.0)))
+        assert orders.get(timeout=WAIT_S) == RoleOrder("draining", 45.0)
+
+    @pytest.mark.parametrize(
+        "order", [RoleOrder("king"), RoleOrder("decode", -1.0), RoleOrder("decode", 1e9)]
+    )
+    def test_an_order_that_makes_no_sense_is_refused(self, house, order):
+        house.relay.on_role = lambda _: pytest.fail("handed on")
+        gateway = house.gateway()
+        gateway.join("a")
+        gateway.send(RelayOp.ROLE, wire.encode(order))
+        assert gateway.is_refused()
+
+    def test_nobody_orders_before_hello(self, house):
+        gateway = house.gateway()
+        gateway.send(RelayOp.ROLE, wire.encode(RoleOrder("decode")))
+        assert gateway.is_refused()

@@ -1,0 +1,37 @@
+"""The role that an instance has now: its own, one it was ordered to take, or one for a while. Pure."""
+
+import msgspec
+
+from mooncake.core.messages import RoleOrder
+
+
+class _Turn(msgspec.Struct, frozen=True):
+    role: str
+    back: str  # what it is again after until_s
+    until_s: float  # inf = for good
+
+
+class HeldRole:
+    """Orders come from the relay's thread, questions from others: what they share is one reference."""
+
+    def __init__(self, role: str) -> None:
+        """`role`: as the instance was started."""
+        self._turn = _Turn(role, role, float("inf"))
+
+    def order(self, now_s: float, order: RoleOrder) -> None:
+        """Take a role; with hold_s, for so long unless another order comes."""
+        settled = self.settled(now_s)
+        if order.hold_s:
+            self._turn = _Turn(order.role, settled, now_s + order.hold_s)
+        else:
+            self._turn = _Turn(order.role, order.role, float("inf"))
+
+    def now(self, now_s: float) -> str:
+        """Return the role to register with."""
+        turn = self._turn
+        return turn.role if now_s < turn.until_s else turn.back
+
+    def settled(self, now_s: float) -> str:
+        """Return the role that stays if no further order comes."""
+        turn = self._turn
+        return turn.role if now_s < turn.until_s and turn.until_s == float("inf") else turn.back
