@@ -155,7 +155,7 @@ def facts_of(
         context_root=context_root,
         single_leg=single,
         first_token=first_token and not single and exact_first(request, 2 if shared else 1),
-        session=terms.session,
+        session=terms.affinity,
         tenant=terms.tenant,
         slo_class=terms.slo_class.name,
     )

@@ -41,8 +41,10 @@ from conductor.plan import (
     Send,
     Stale,
 )
+from conductor.planner import Planner
 from conductor.request import RequestMachine
 from conductor.scheduler import Scheduler
+from conductor.tenants import Quotas
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import (
     EngineCoreOutput,
@@ -69,6 +71,7 @@ _STATUS = {
     Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.DECODE_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
+    Reason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
 }
 """HTTP status of a rejection; 503 where nothing is said."""
 
@@ -101,15 +104,18 @@ class Dispatcher:
         *,
         first_token: bool = True,
         gate: Gate | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9).
 
-        `gate`: who waits before being planned; None = nobody.
+        `gate`: who waits before being planned; None = nobody. `quotas`: of tenants; None = no limits.
         """
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue(OUTPUTS_MAX)
         self.fail_request: FailRequest | None = None
         self._members = members
         self._scheduler = scheduler
+        self._cost = cost
+        self._quotas = Quotas() if quotas is None else quotas
         self._metrics = metrics
         self._observe = Observer(cost, metrics)
         scheduler.listen(self._observe.trail)
@@ -151,6 +157,8 @@ class Dispatcher:
             return self._plan(at_s, client, terms)
 
         prompt_len = len(request.prompt_token_ids or ())
+        if rejection := self._over_quota(now_s, client):
+            self._refused(client, rejection)
         answer, others = self._gate.offer(now_s, request.request_id, prompt_len, terms, place)
         for other in others:
             self._answered(other)
@@ -164,12 +172,34 @@ class Dispatcher:
         if isinstance(answer, Plan):
             self._begin(client, answer)
 
+    def _over_quota(self, now_s: float, client: Client) -> Rejection | None:
+        """Take the request's part of its tenant's quotas; `_settle` corrects it by what it really took."""
+        facts = client.machine.facts
+        answer_tokens = self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
+        sibling = bool(client.family.clients)  # n > 1 choices have one prompt
+        prompt_tokens = 0 if sibling else facts.prompt_len
+        return self._quotas.admit(
+            now_s, facts.request_id, facts.tenant, prompt_tokens, answer_tokens, sibling=sibling
+        )
+
+    def _settle(self, client: Client) -> None:
+        facts, ran = client.machine.facts, client.plan is not None
+        tokens = self._quotas.ended(time.monotonic(), facts.request_id, len(client.emitted), ran=ran)
+        self._metrics.tenant_tokens.labels(self._quotas.tenants.label(facts.tenant)).inc(tokens)
+
+    def _count_rejection(self, client: Client, rejection: Rejection) -> None:
+        reason = str(rejection.reason)
+        self._metrics.rejections.labels(reason, client.slo_class).inc()
+        tenant = self._quotas.tenants.label(client.machine.facts.tenant)
+        self._metrics.tenant_rejections.labels(tenant, reason).inc()
+
     def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
         self._explain_rejection(client, rejection)
+        self._settle(client)
         if not client.family.clients:
             self._families.pop(client.family.family_id, None)
         self._metrics.requests.labels("rejected").inc()
-        self._metrics.rejections.labels(str(rejection.reason), client.slo_class).inc()
+        self._count_rejection(client, rejection)
         error = unavailable(rejection)
         if client.fate is not None:
             client.fate.error = error
@@ -209,7 +239,7 @@ class Dispatcher:
         if self._clients.get(client.request.request_id) is not client:
             return  # it left
         self._explain_rejection(client, rejection)
-        self._metrics.rejections.labels(str(rejection.reason), client.slo_class).inc()
+        self._count_rejection(client, rejection)
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
 
@@ -263,6 +293,10 @@ class Dispatcher:
         for request_id in request_ids:
             if client := self._clients.get(request_id):
                 self._run(client.machine.abort())
+
+    def tell(self, planner: Planner) -> None:
+        """Let the planner of roles hear of every plan and answer."""
+        self._observe.planner = planner
 
     @property
     def decisions(self) -> Decisions:
@@ -522,6 +556,7 @@ class Dispatcher:
     def _done(self, client: Client, command: Done) -> None:
         request_id = client.request.request_id
         self._gate.leave(request_id)
+        self._settle(client)
         del self._clients[request_id]
         self._observe.ended(client, str(command.outcome))
         self._metrics.in_flight.set(len(self._clients))

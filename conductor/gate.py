@@ -31,7 +31,6 @@ class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
     waiting_max: int = 4096
     tenant_max: int = 2048
     wait_s: float = 60.0
-    weights: dict[str, float] = {}
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -44,12 +43,18 @@ class Outcome(msgspec.Struct, frozen=True):
 class Gate:
     """Every request offered gets one answer: from `offer`, or in an Outcome of `offer`, `pump`; or leaves."""
 
-    def __init__(self, config: GateConfig, cost: CostModel, cluster: ClusterView) -> None:
-        """The two views are the Conductor's."""
+    def __init__(
+        self,
+        config: GateConfig,
+        cost: CostModel,
+        cluster: ClusterView,
+        weight: Callable[[str], float] | None = None,
+    ) -> None:
+        """The two views are the Conductor's; `weight` is a tenant's, None: all have the same."""
         self._config = config
         self._cost = cost
         self._cluster = cluster
-        self._room = WaitingRoom(config.waiting_max, config.tenant_max, config.weights)
+        self._room = WaitingRoom(config.waiting_max, config.tenant_max, weight)
         self._places: dict[str, Place] = {}
 
     def __len__(self) -> int:

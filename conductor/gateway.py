@@ -31,6 +31,8 @@ from conductor.index import PrefixIndex
 from conductor.members import Members
 from conductor.metrics import process_metrics
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
+from conductor.tenants import Quotas
+from conductor.tenants_file import TenantsFile, follow
 from mooncake.core.config import GatewayOptions, check_host
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
@@ -53,23 +55,42 @@ class Cluster:
         options: GatewayOptions,
         metadata: MetadataStore,
     ) -> None:
-        """Nothing runs before `start`."""
+        """Nothing runs before `start`.
+
+        Raises:
+            ConfigError: the file of tenants is wrong.
+        """
         metrics = process_metrics()
         self.view = ClusterView()
         index, cost = PrefixIndex(), CostModel()
         scheduler = Scheduler(scheduler_config(options), index, cost, self.view)
         gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
         self.members = Members(metadata, self.view, index, gateway_id, metrics, address=options.address)
-        gate = Gate(GateConfig(hold_s=options.hold_s), cost, self.view)
-        self.dispatcher = Dispatcher(
-            self.members, scheduler, cost, metrics, first_token=options.first_token, gate=gate
+        self._file = TenantsFile(options.tenants) if options.tenants else None
+        self._following: asyncio.Task[None] | None = None
+        self.quotas = Quotas(None if self._file is None else self._file.read())
+        gate = Gate(
+            GateConfig(hold_s=options.hold_s), cost, self.view, lambda name: self.quotas.tenants.weight(name)
         )
+        self.dispatcher = Dispatcher(
+            self.members, scheduler, cost, metrics,
+            first_token=options.first_token, gate=gate, quotas=self.quotas,
+        )  # fmt: skip
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 
     def start(self, llm: Any) -> None:
         """Begin, under the AsyncLLM that was made over `client`."""
         self.client.bind(llm, vllm_seam.fail_requests)
         self.members.start(self.dispatcher)
+        if self._file is not None:
+            self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
+
+    async def close(self) -> None:
+        """End what `start` began."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self.members.close()
 
     async def drain(self) -> None:
         """Take nothing new and wait, at most DRAIN_S, for what is in flight."""
@@ -243,9 +264,11 @@ async def run(options: GatewayOptions) -> None:
             app = await vllm_seam.build_app(llm, args)
             add_routes(app, cluster, args)
             cluster.start(llm)
-            await vllm_seam.serve(app, RejectionMiddleware(app), args, stop, cluster.drain)
+            key = next(iter(api_keys(args)), "")
+            front = RejectionMiddleware(app, cluster.quotas, key)
+            await vllm_seam.serve(app, front, args, stop, cluster.drain)
         finally:
-            await cluster.members.close()
+            await cluster.close()
             llm.shutdown()
 
 

@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
-from conductor.terms import DEFAULT_TERMS, Terms, terms_of
+from conductor.tenants import Quotas
+from conductor.terms import DEFAULT_TERMS, Terms, with_cache_key
 from conductor.vllm_seam import Unavailable
 from mooncake.core.errors import RequestError
 
@@ -21,6 +22,19 @@ Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+TENANT_PATHS = frozenset(
+    (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/responses",
+    )
+)
+"""What a tenant's own key opens: asking for answers. The rest, adapters and decisions, is the operator's."""
 
 
 class HttpFate:
@@ -38,24 +52,54 @@ FATE: ContextVar[HttpFate | None] = ContextVar("mooncake_http_fate", default=Non
 class RejectionMiddleware:
     """ASGI middleware; costs two attribute tests per body chunk."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, quotas: Quotas | None = None, api_key: str = "") -> None:
+        """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own."""
         self._app = app
+        self._quotas = Quotas() if quotas is None else quotas
+        self._api_key = api_key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        tenants = self._quotas.tenants
         try:
-            fate = HttpFate(terms_of(scope["headers"]))
+            fate = HttpFate(tenants.terms_of(scope["headers"]))
         except RequestError as error:
             await _answer(send, HTTPStatus.BAD_REQUEST, str(error), [])
             return
+        if self._api_key and scope["path"] in TENANT_PATHS and tenants.of_key(scope["headers"]) is not None:
+            shown = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+            scope = {**scope, "headers": [*shown, (b"authorization", f"Bearer {self._api_key}".encode())]}
+        if not fate.terms.session and scope["method"] == "POST":
+            receive = _Body(fate, receive)
         token = FATE.set(fate)
         try:
             await self._app(scope, receive, _Held(fate, send))
         finally:
             FATE.reset(token)
+
+
+class _Body:
+    """The receive channel of one request: looks for its prompt_cache_key when all of its body is there.
+
+    The front end reads a body before it adds a request, and drops this field of chats and completions.
+    """
+
+    def __init__(self, fate: HttpFate, receive: Receive) -> None:
+        self._fate = fate
+        self._receive = receive
+        self._parts: list[bytes] = []
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self._fate.terms = with_cache_key(self._fate.terms, b"".join(self._parts))
+                self._parts.clear()
+        return message
 
 
 class _Held:

@@ -18,6 +18,7 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         """A second instance in the same registry raises; tests bring their own."""
+        self.registry = registry
         self.requests = Counter(
             "mooncake_requests", "Client requests by how they ended.", ["outcome"], registry=registry
         )
@@ -25,6 +26,18 @@ class GatewayMetrics:
             "mooncake_rejections",
             "Client requests turned away, by reason and class of service.",
             ["reason", "slo_class"],
+            registry=registry,
+        )
+        self.tenant_rejections = Counter(
+            "mooncake_tenant_rejections",
+            "Client requests turned away, by tenant (those of --tenants, else other) and reason.",
+            ["tenant", "reason"],
+            registry=registry,
+        )
+        self.tenant_tokens = Counter(
+            "mooncake_tenant_tokens",
+            "Tokens of prompts and answers, by tenant (those of --tenants, else other).",
+            ["tenant"],
             registry=registry,
         )
         self.decisions = Counter(

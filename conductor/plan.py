@@ -100,6 +100,7 @@ class Reason(StrEnum):
     TTFT_SLO = "predicted time to first token exceeds its objective"
     TBT_SLO = "predicted time between tokens exceeds its objective"
     DECODE_LOAD = "decode instances are loaded beyond their objective or KV room"
+    QUOTA = "the tenant's quota is used up"
 
 
 class Rejection(msgspec.Struct, frozen=True, gc=False, kw_only=True):

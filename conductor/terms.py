@@ -4,13 +4,15 @@
     x-slo-ttft-ms         objective of time to first token (the name llm-d uses)
     x-slo-tpot-ms         objective of time between tokens (the same)
     x-slo-job-ms          batch: the answer is worth something until so long after its arrival
-    x-session-id          its conversation: instances that served it last are preferred, all else equal
+    x-session-id          its conversation: instances that served it last are preferred, all else equal;
+                          without it, prompt_cache_key of the OpenAI API, in the body, says the same
     x-mooncake-tenant     whose work it is; a name, no authentication: let your ingress set it
 
 A header that makes no sense is the client's mistake (400), never ignored.
 """
 
 from collections.abc import Iterable
+from hashlib import sha256
 
 import msgspec
 
@@ -22,6 +24,7 @@ TPOT_HEADER = b"x-slo-tpot-ms"
 JOB_HEADER = b"x-slo-job-ms"
 TENANT_HEADER = b"x-mooncake-tenant"
 SESSION_HEADER = b"x-session-id"
+CACHE_KEY = b'"prompt_cache_key"'
 MS_MAX = 7 * 24 * 3600 * 1000
 """A week: an objective beyond it is a mistake."""
 NAME_CHARS_MAX = 128
@@ -62,6 +65,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float | None = None
     job_s: float | None = None
 
+    @property
+    def affinity(self) -> str:
+        """Key of what it belongs to: no two tenants have one in common; "" = nothing."""
+        return f"{self.tenant}\n{self.session}" if self.session else ""  # names have no line breaks
+
 
 DEFAULT_TERMS = Terms()
 
@@ -86,6 +94,26 @@ def terms_of(headers: Iterable[tuple[bytes, bytes]]) -> Terms:
         tbt_slo_s=_seconds(found, TPOT_HEADER),
         job_s=_seconds(found, JOB_HEADER),
     )
+
+
+class _Body(msgspec.Struct):
+    prompt_cache_key: str | None = None
+
+
+def with_cache_key(terms: Terms, body: bytes) -> Terms:
+    """Return `terms` with the prompt_cache_key of a JSON body as session, if they name none.
+
+    What is wrong with a body, vLLM tells the client: here it only has no key.
+    """
+    if terms.session or CACHE_KEY not in body:
+        return terms
+    try:
+        key = msgspec.json.decode(body, type=_Body).prompt_cache_key
+    except msgspec.MsgspecError:
+        return terms
+    if key and (len(key) > NAME_CHARS_MAX or not key.isprintable()):
+        key = sha256(key.encode()).hexdigest()  # clients may put anything there
+    return msgspec.structs.replace(terms, session=key) if key else terms
 
 
 _HEADERS = frozenset((CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER, SESSION_HEADER))

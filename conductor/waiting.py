@@ -13,15 +13,13 @@ of queues: constant work per request, linear in tenants.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from enum import StrEnum
 
 import msgspec
 
 PROMOTED = 1
 """Rank of what would be late: after premium, with the interactive ones."""
-WEIGHT_MIN = 1e-6
-"""Smallest weight of a tenant: 0 would be never."""
 TENANTS_MAX = 4096
 """Counters of idle tenants that are remembered; the least busy are forgotten first."""
 
@@ -57,13 +55,15 @@ class Left(msgspec.Struct, frozen=True):
 class WaitingRoom:
     """See the module. Every request added leaves once: taken, removed, or in an answer as Left."""
 
-    def __init__(self, waiting_max: int, tenant_max: int, weights: Mapping[str, float] | None = None) -> None:
-        """`weights` of tenants, 1 where nothing is said; bounds are numbers of requests."""
+    def __init__(
+        self, waiting_max: int, tenant_max: int, weight: Callable[[str], float] | None = None
+    ) -> None:
+        """`weight` of a tenant, 1 where nothing is said; bounds are numbers of requests."""
         assert waiting_max > 0
         assert tenant_max > 0
         self._waiting_max = waiting_max
         self._tenant_max = tenant_max
-        self._weights = {name: max(WEIGHT_MIN, weight) for name, weight in (weights or {}).items()}
+        self._weight = weight
         self._queues: dict[int, dict[str, deque[Waiting]]] = {}  # by rank, then by tenant
         self._there: dict[str, Waiting] = {}
         self._of_tenant: dict[str, int] = {}
@@ -135,7 +135,8 @@ class WaitingRoom:
             tenants = self._queues[rank]
             tenant = min(tenants, key=lambda name: (self._taken.get(name, 0.0), name))
             one = tenants[tenant][0]
-            self._taken[tenant] = self._taken.get(tenant, 0.0) + one.work / self._weights.get(tenant, 1.0)
+            weight = 1.0 if self._weight is None else self._weight(tenant)
+            self._taken[tenant] = self._taken.get(tenant, 0.0) + one.work / weight
             self._remove(one)
             return one
         return None

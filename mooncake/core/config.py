@@ -178,6 +178,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0  # how long `predicted` takes an answer for; 0 = learned
     inline: bool = False  # short prompts may run on decode instances
+    tenants: str = ""  # file of their shares and quotas (conductor.tenants); "" = none
     api_key: str = ""  # from the environment in child processes
     block_size: int = 32
     max_model_len: int = 0

@@ -4,7 +4,7 @@ Order of the list is the order of start; shutdown goes by `stop_rank`. Nothing h
 at anything but its arguments.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -64,6 +64,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0
     inline: bool = False
+    tenants: str = ""  # file of shares and quotas; "" = none
     metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
@@ -87,13 +88,16 @@ def metadata_endpoint(run_dir: str) -> str:
     return f"ipc://{run_dir}/metadata.sock"
 
 
-def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> list[Process]:
+def make_plan(
+    options: UpOptions, cores: Sequence[int], api_key: str = "", tenant_keys: Mapping[str, str] | None = None
+) -> list[Process]:
     """Return the processes of the cluster.
 
     Args:
         options: what was asked for.
         cores: what this process may run on.
         api_key: put into the Conductor's environment, never into options.
+        tenant_keys: environment variables that only the Conductor gets, as the file of tenants names them.
 
     Raises:
         ConfigError: the wish makes no cluster, or a setting is out of range.
@@ -131,6 +135,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
         admission=options.admission,
         decode_s=options.decode_s,
         inline=options.inline,
+        tenants=options.tenants,
         block_size=options.block_size,
         max_model_len=options.max_model_len,
         dtype=options.dtype,
@@ -146,7 +151,7 @@ def make_plan(options: UpOptions, cores: Sequence[int], api_key: str = "") -> li
             name="conductor",
             role="conductor",
             options=msgspec.structs.replace(gateway, api_key=""),
-            env={API_KEY_ENV: api_key} if api_key else {},
+            env={**(tenant_keys or {}), **({API_KEY_ENV: api_key} if api_key else {})},
             stop_rank=0,
             stop_s=CONDUCTOR_STOP_S,
         ),
@@ -215,10 +220,10 @@ def _engine(options: UpOptions, name: str, role: str, cores: list[int]) -> Proce
     )
 
 
-def base_env(environ: Mapping[str, str], model_is_local: bool) -> dict[str, str]:
+def base_env(environ: Mapping[str, str], model_is_local: bool, secrets: Iterable[str] = ()) -> dict[str, str]:
     """Return the environment of every child and of the zygote, before anything is imported.
 
-    What the user set wins, but for the key: only the Conductor gets it.
+    What the user set wins, but for the key and other `secrets`: only the Conductor gets them.
     """
     defaults = {
         "OMP_NUM_THREADS": "1",
@@ -233,5 +238,6 @@ def base_env(environ: Mapping[str, str], model_is_local: bool) -> dict[str, str]
     if model_is_local:
         defaults["HF_HUB_OFFLINE"] = "1"  # a local folder needs no look-up, and no wait for one
     env = {**defaults, **environ}
-    env.pop(API_KEY_ENV, None)
+    for name in (API_KEY_ENV, *secrets):
+        env.pop(name, None)
     return env

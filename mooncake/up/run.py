@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from conductor.tenants_file import TenantsFile
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.up.cluster import Cluster, check_port, prepare_run_dir
@@ -37,13 +38,26 @@ def up(
     logs.setup("up", "error")  # states are on the board; details in the children's logs
     check_port(options.host, options.port)
     options = with_metrics_ports(options, metrics_port)
-    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key)
+    keys = tenant_keys(options.tenants)
+    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key, keys)
     run_dir = Path(options.run_dir)
     prepare_run_dir(run_dir)
     write_prometheus_config(options, f"{_url_host(options.host)}:{options.port}")
     board = Board(console)
-    cluster = Cluster(plan, run_dir, base_env(os.environ, options.model_is_local), board, use_zygote)
+    env = base_env(os.environ, options.model_is_local, keys)
+    cluster = Cluster(plan, run_dir, env, board, use_zygote)
     return asyncio.run(_run(cluster, board, options, bool(api_key)))
+
+
+def tenant_keys(path: str) -> dict[str, str]:
+    """Return the environment variables that a file of tenants takes keys from; "" = no file.
+
+    Raises:
+        ConfigError: something in the file is wrong.
+    """
+    if not path:
+        return {}
+    return {name: os.environ[name] for name in TenantsFile(path).read().keys_env}
 
 
 async def _run(cluster: Cluster, board: Board, options: UpOptions, has_key: bool) -> int:

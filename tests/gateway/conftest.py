@@ -22,6 +22,7 @@ from conductor.index import PrefixIndex
 from conductor.members import Members
 from conductor.metrics import GatewayMetrics
 from conductor.scheduler import Mode, Scheduler, SchedulerConfig
+from conductor.tenants import Quotas
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import (
     EngineCoreOutput,
@@ -61,7 +62,13 @@ class World:
     """Fake engines, metadata, and the production shell over them."""
 
     def __init__(
-        self, first_token: bool, mode: Mode, gate: GateConfig, cost: CostModel, **config: object
+        self,
+        first_token: bool,
+        mode: Mode,
+        gate: GateConfig,
+        cost: CostModel,
+        quotas: Quotas | None = None,
+        **config: object,
     ) -> None:
         self.metadata = MemoryMetadata()
         self.view = ClusterView()
@@ -78,7 +85,8 @@ class World:
             self.cost,
             self.metrics,
             first_token=first_token,
-            gate=Gate(gate, self.cost, self.view),
+            gate=Gate(gate, self.cost, self.view, None if quotas is None else quotas.tenants.weight),
+            quotas=quotas,
         )
         self.members.start(self.dispatcher)
         self.engines: list[FakeEngine] = []

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,14 @@ from conductor.admission import AdmissionMode
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
 from conductor.scheduler import Policy, SchedulerConfig
+from conductor.tenants import Tenant, Tenants
 from mooncake.core.config import ADMISSIONS, POLICIES, GatewayOptions
 from mooncake.core.errors import ConfigError
 from mooncake.core.messages import INSTANCES_PREFIX, StoreRecord
 from mooncake.core.metadata_memory import MemoryMetadata
 
 KEY = "k" * 24
+ACME = "the-key-of-acme-alone"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
 
 
@@ -68,7 +71,7 @@ async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         return engines[-1]
 
     headers = {"Authorization": f"Bearer {KEY}"}
-    transport = httpx.ASGITransport(app=RejectionMiddleware(app))
+    transport = httpx.ASGITransport(app=RejectionMiddleware(app, cluster.quotas, KEY))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
         yield SimpleNamespace(
             client=client, cluster=cluster, llm=llm, engine=engine, registry=registry, app=app
@@ -243,6 +246,82 @@ async def test_an_objective_in_the_headers_is_enforced_with_429_and_retry_after(
         assert int(answer.headers["retry-after"]) >= 1
     relaxed = {"x-slo-ttft-ms": "60000", "x-slo-class": "premium"}
     assert (await site.client.post("/v1/chat/completions", json=CHAT, headers=relaxed)).status_code == 200
+
+
+@pytest.fixture
+async def sdk(site: Any) -> AsyncIterator[Any]:
+    """OpenAI's own client, with the key of a tenant."""
+    import openai
+
+    keys = {sha256(ACME.encode()).digest(): "acme"}
+    site.cluster.quotas.change(0.0, Tenants({"acme": Tenant()}, keys=keys))
+    async with openai.AsyncOpenAI(
+        base_url="http://gateway/v1", api_key=ACME, max_retries=0,
+        http_client=httpx.AsyncClient(transport=site.client._transport),
+    ) as client:  # fmt: skip
+        yield client
+
+
+async def test_a_prompt_cache_key_goes_back_to_the_engines_that_served_it_last(site, sdk) -> None:
+    for number in range(4):
+        await site.engine(f"b{number}", "both")
+    sessions = site.cluster.dispatcher._scheduler._sessions
+    hello = {"model": "tiny", "prompt_cache_key": "chat-7"}
+    chat = {"messages": CHAT["messages"], "max_tokens": 6}
+    await sdk.chat.completions.create(**hello, **chat)
+    await sdk.chat.completions.create(**hello, **chat, stream=True)
+    assert len(sessions) == 1
+    first = sessions.last("acme\nchat-7").prefill
+    assert first
+    await sdk.completions.create(model="tiny", prompt="x", extra_body={"prompt_cache_key": "chat-8"})
+    await sdk.responses.create(model="tiny", input="x", max_output_tokens=6, prompt_cache_key="chat-9")
+    assert all(sessions.last(f"acme\nchat-{n}").prefill for n in (8, 9))
+    await sdk.chat.completions.create(**hello, **chat, extra_headers={"x-session-id": "own"})
+    assert sessions.last("acme\nown").prefill
+    await site.client.post("/v1/chat/completions", json={**CHAT, "prompt_cache_key": "chat-7"})
+    assert sessions.last("\nchat-7").prefill  # nobody's is not acme's
+    assert len(sessions) == 5
+
+
+async def test_a_tenant_s_own_key_asks_for_answers_and_opens_nothing_else(site, sdk) -> None:
+    await site.engine("b0", "both")
+    answer = await sdk.chat.completions.create(model="tiny", messages=CHAT["messages"], max_tokens=6)
+    assert answer.usage.completion_tokens == 6
+    labels = {"tenant": "acme"}
+    assert site.registry.get_sample_value("mooncake_tenant_tokens_total", labels) == answer.usage.total_tokens
+    shown = {"Authorization": f"Bearer {ACME}"}
+    for path in ("/mooncake/decisions", "/mooncake/instances"):
+        assert (await site.client.get(path, headers=shown)).status_code == 401
+    lora = {"lora_name": "x", "lora_path": "/x"}
+    refused = await site.client.post("/v1/load_lora_adapter", json=lora, headers=shown)
+    assert refused.status_code in {401, 404}
+    lent = {**shown, "x-mooncake-tenant": "b"}
+    assert (await site.client.post("/v1/chat/completions", json=CHAT, headers=lent)).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tenant_over_its_quota_is_told_429_and_when_to_come_again(site, stream) -> None:
+    await site.engine("b0", "both")
+    site.cluster.quotas.change(0.0, Tenants({"acme": Tenant(requests_per_s=0.001)}))
+    named, body = {"x-mooncake-tenant": "acme"}, {**CHAT, "stream": stream}
+    assert (await site.client.post("/v1/chat/completions", json=body, headers=named)).status_code == 200
+    answer = await site.client.post("/v1/chat/completions", json=body, headers=named)
+    assert answer.status_code == 429
+    assert 900 < int(answer.headers["retry-after"]) <= 1000
+    assert "0.001 requests/s of tenant 'acme'" in answer.json()["error"]["message"]
+    assert (await site.client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert site.llm.output_processor.get_num_unfinished_requests() == 0
+
+
+async def test_several_choices_are_one_request_of_a_quota(site) -> None:
+    await site.engine("b0", "both")
+    site.cluster.quotas.change(0.0, Tenants({"acme": Tenant(requests_per_s=0.001, concurrent=1)}))
+    named = {"x-mooncake-tenant": "acme"}
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "n": 3}, headers=named)
+    assert len(answer.json()["choices"]) == 3, answer.text
+    usage = answer.json()["usage"]
+    labels = {"tenant": "acme"}
+    assert site.registry.get_sample_value("mooncake_tenant_tokens_total", labels) == usage["total_tokens"]
 
 
 async def test_utility_calls_go_to_every_engine(site) -> None:

@@ -6,6 +6,7 @@ import pytest
 from mooncake.core.config import API_KEY_ENV
 from mooncake.core.errors import ConfigError
 from mooncake.up.plan import UpOptions, base_env, make_plan, metrics_names
+from mooncake.up.run import tenant_keys
 
 WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x")
 KEY = "k" * 20
@@ -57,6 +58,19 @@ def test_the_api_key_goes_to_the_conductors_environment_only():
     assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
     assert [process.name for process in processes if KEY in process.env.values()] == ["conductor"]
     assert API_KEY_ENV not in base_env({API_KEY_ENV: KEY}, True)
+
+
+def test_keys_of_tenants_go_to_the_conductors_environment_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACME_KEY", KEY)
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.acme]\nkeys_env = ["ACME_KEY"]\n')
+    keys = tenant_keys(str(file))
+    assert keys == {"ACME_KEY": KEY}
+    wish = UpOptions(model="m", served_name="m", run_dir="/r", tenants=str(file))
+    processes = make_plan(wish, [0], "", keys)
+    assert [process.name for process in processes if KEY in process.env.values()] == ["conductor"]
+    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+    assert base_env({"ACME_KEY": KEY, "HOME": "/h"}, False, keys).keys() & {"ACME_KEY", "HOME"} == {"HOME"}
 
 
 def test_what_the_user_set_wins_over_our_environment():

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -17,7 +18,7 @@ def one(request_id: str, **kwargs) -> Waiting:
 
 
 def room(waiting_max: int = 100, tenant_max: int = 100, **weights: float) -> WaitingRoom:
-    return WaitingRoom(waiting_max, tenant_max, weights)
+    return WaitingRoom(waiting_max, tenant_max, lambda name: weights.get(name, 1.0))
 
 
 def taken(waiting_room: WaitingRoom, count: int, now_s: float = 0.0) -> list[str]:
@@ -71,6 +72,46 @@ def test_shares_are_of_work_not_of_requests():
         waiting_room.add(one(f"short{n}", tenant="short", work=1.0))
     shares = Counter(name.rstrip("0123456789") for name in taken(waiting_room, 22))
     assert shares == {"short": 20, "long": 2}
+
+
+@given(
+    weights=st.lists(st.floats(0.1, 10), min_size=2, max_size=4),
+    works=st.lists(st.floats(0.01, 10), min_size=4, max_size=12),
+    takes=st.integers(1, 120),
+)
+@settings(deadline=None)
+def test_while_tenants_have_work_waiting_they_get_it_in_proportion_to_their_weights(weights, works, takes):
+    waiting_room = room(1000, 1000, **{str(n): weight for n, weight in enumerate(weights)})
+    for tenant in range(len(weights)):
+        for n in range(takes):  # nobody can run out of work
+            work = works[(tenant + n) % len(works)]
+            waiting_room.add(one(f"{tenant}/{n}", tenant=str(tenant), work=work))
+    got = [0.0] * len(weights)
+    for _ in range(takes):
+        taken_one = waiting_room.take(0.0)
+        got[int(taken_one.tenant)] += taken_one.work / weights[int(taken_one.tenant)]
+        # whoever is taken is least served then: nobody is ahead of another by more than one own request
+        for ahead, weight in enumerate(weights):
+            assert got[ahead] - min(got) <= max(works) / weight + 1e-6
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=200))
+@settings(deadline=None)
+def test_a_tenant_that_always_has_work_waiting_is_not_left_behind_by_those_that_come_and_go(steps):
+    weights = {"a": 4.0, "b": 1.0, "c": 0.5}
+    waiting_room = room(1000, 1000, steady=2.0, **weights)
+    for n in range(len(steps) + 1):
+        waiting_room.add(one(f"steady{n}", tenant="steady"))
+    behind = dict.fromkeys(weights, 0.0)  # by weight, beyond the steady tenant, since it was level last
+    for n, (tenant, comes) in enumerate(steps):
+        if comes:
+            waiting_room.add(one(str(n), tenant=tenant))
+            continue
+        got = waiting_room.take(0.0)
+        for name, weight in weights.items():
+            gain = 1 / weight if got.tenant == name else -1 / 2 if got.tenant == "steady" else 0.0
+            behind[name] = max(0.0, behind[name] + gain)
+            assert behind[name] <= 1 / weight + 1 / 2
 
 
 def test_nobody_saves_up_by_being_idle():
