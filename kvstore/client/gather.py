@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 
+from kvstore.client.access import Access
 from kvstore.client.local import SLACK_S, LocalStore
 from kvstore.client.locate import Holders, Locator
-from kvstore.client.members import Access, Members
+from kvstore.client.members import Members
 from kvstore.client.model import Look, Outcome, Result, Sink
 from kvstore.node.finding import ELSEWHERE
 from mooncake.core.errors import MooncakeError
@@ -35,8 +36,8 @@ class Gather:
         pending = list(range(len(keys)))
         for access in near:
             ask = pending
-            if self._verify and isinstance(access, LocalStore):
-                ask = access.read_shown(keys, pending, sink, results, self.end_s)
+            if self._verify and isinstance(access, LocalStore) and access.shown:
+                ask = access.shown.read(keys, pending, sink, results, self.end_s)
             if ask:
                 self._read_from(access, keys, ask, sink, results, reasons)
             pending = [row for row in pending if results[row] is None]

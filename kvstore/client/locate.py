@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import msgspec
 import structlog
 
-from kvstore.client.members import AWAY_S, Access, Members
+from kvstore.client.access import Access
+from kvstore.client.members import AWAY_S, Members
 from kvstore.directory.directory import Mode
 from kvstore.directory.messages import DirectoryReply, Locate, Located
 from mooncake.core.errors import MooncakeError

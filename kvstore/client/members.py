@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
 
+from kvstore.client.access import Access
 from kvstore.client.local import LocalStore
 from kvstore.client.remote import DistantStore
 from kvstore.client.stage import Stage
@@ -39,7 +40,6 @@ CLOSE_S = 10.0
 LIST_EVERY_S = 0.2
 NEAR = "here"
 
-Access: TypeAlias = LocalStore | DistantStore
 OpenMetadata = Callable[[], MetadataStore]
 Take = Callable[[str, bytes | None], None]
 T = TypeVar("T")

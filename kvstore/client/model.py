@@ -204,6 +204,17 @@ def copy(target: memoryview, source: memoryview) -> None:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
+def fill(target: memoryview, parts: Sequence[memoryview]) -> None:
+    """Copy `parts` into `target`, one behind the other."""
+    if len(parts) == 1:
+        copy(target, parts[0])
+        return
+    at = 0
+    for part in parts:
+        copy(target[at : at + part.nbytes], part)
+        at += part.nbytes
+
+
 def flat(buffer: object, *, writable: bool = False) -> memoryview:
     """Return the bytes of `buffer` (bytes, bytearray, memoryview, numpy array, ...) without a copy.
 

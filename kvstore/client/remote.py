@@ -1,42 +1,23 @@
-"""A store of another host, as the pool's client uses it: see pool_local for the same calls.
+"""A store of another host, as the pool's client uses it.
 
 Requests travel over the engine's control connection; bytes go between the store's segment and registered
 memory here, or through the stage where the caller's is not registered. Small objects come with the answer.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import structlog
 
-from kvstore.client.local import by_size, left_s, put_result, reserve_request
-from kvstore.client.model import Hints, Look, Outcome, Result, Sink, copy
+from kvstore.client.access import Access, by_size, left_s, reserve_request
+from kvstore.client.model import Hints, Look, Outcome, Result, Sink, fill
 from kvstore.client.stage import Range, Stage, batches
 from kvstore.engine.remote import scattered_checksum
 from kvstore.engine.remote_call import RemoteCall
-from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX
+from kvstore.limits import LEASE_S_MAX
 from kvstore.node.finding import ELSEWHERE, INLINE
 from mooncake.core.errors import MooncakeError, ProtocolError
-from mooncake.core.messages import (
-    Abandon,
-    Commit,
-    Committed,
-    DropKeys,
-    Find,
-    Findings,
-    KeysDropped,
-    ListNames,
-    NamesPage,
-    Release,
-    ReportBad,
-    Reserve,
-    Reserved,
-    Stats,
-    StoreRecord,
-    StoreRequest,
-    StoreStats,
-)
+from mooncake.core.messages import Abandon, Find, Findings, Release, ReportBad, Reserve, Reserved, StoreRecord
 from transfer.engine import TransferEngine
 from transfer.model import Buffer, Opcode
 
@@ -46,47 +27,43 @@ INLINE_BYTES = 16 << 10
 """Objects up to here come with the answer: a message more costs what moving them does."""
 
 
-class DistantStore:
+class DistantStore(Access):
     """One store of another host. Thread-safe as its engine is; holds nothing open of its own."""
 
     near = False
 
     def __init__(self, engine: TransferEngine, stage: Stage, record: StoreRecord, writer: str) -> None:
         """`record` has a transfer address."""
-        self.node = record.node
-        self.record = record
+        super().__init__(record, writer)
         self._engine = engine
         self._stage = stage
-        self._writer = writer
         self._call = RemoteCall(engine, record)
 
     def close(self) -> None:
         """Hang up; the next call would connect anew."""
         self._engine.forget(self.record.transfer)
 
-    def stats(self, deadline_s: float) -> StoreStats:
-        """Return the store's counters; raises PeerError."""
-        stats: StoreStats = self._ask(Stats(), StoreStats, time.monotonic() + deadline_s)
-        return stats
+    def _ask(self, request: Any, kind: type[Any], wait_s: float) -> Any:
+        return self._call.ask(request, kind, wait_s)
 
     # ------------------------------------------------------------ reading
 
     def find(self, keys: Sequence[bytes], end_s: float, lease_s: float = 0.0) -> Look:
-        """See LocalStore."""
+        """See Access."""
         request = Find(b"".join(keys), min(lease_s, LEASE_S_MAX), INLINE_BYTES)
-        look = Look.of(keys, self._ask(request, Findings, end_s))
+        look = Look.of(keys, self._ask(request, Findings, left_s(end_s)))
         self._call.check_epoch([look.lease_id] if look.lease_id else [])
         return look
 
     def release(self, look: Look) -> None:
-        """See LocalStore."""
+        """See Access."""
         if look.lease_id:
             self._call.tell(Release(look.lease_id))
 
     def read(
         self, look: Look, rows: Sequence[int], into: Sequence[int], sink: Sink, verify: bool, end_s: float
     ) -> dict[int, str]:
-        """See LocalStore; raises PeerError: nothing of this call counts then."""
+        """See Access."""
         targets = dict(zip(rows, into, strict=True))
         reasons = self._refused(look, targets, sink)
         self._take_inline(look, targets, sink, verify, reasons)
@@ -152,7 +129,7 @@ class DistantStore:
     def put(
         self, keys: Sequence[bytes], sources: Sequence[Sequence[memoryview]], hints: Hints, end_s: float
     ) -> list[Result]:
-        """See LocalStore."""
+        """See Access."""
         sizes = [sum(part.nbytes for part in source) for source in sources]
         results: list[Result] = [Result(Outcome.FAILED)] * len(keys)
         for size, rows in by_size(sizes).items():
@@ -166,7 +143,7 @@ class DistantStore:
         self, request: Reserve, sources: Sequence[Sequence[memoryview]], hints: Hints, end_s: float
     ) -> list[Result]:
         keys, size = request.keys, request.size_bytes
-        room: Reserved = self._ask(request, Reserved, end_s)
+        room: Reserved = self._ask(request, Reserved, left_s(end_s))
         if not len(room.offsets) == len(room.tickets) == len(keys):
             raise ProtocolError(f"store {self.node}: {len(room.offsets)} slots for {len(keys)} keys")
         mine = [row for row, ticket in enumerate(room.tickets) if ticket]
@@ -178,23 +155,13 @@ class DistantStore:
             self._write(mine, sources, room.offsets, size, end_s)
             sums = [scattered_checksum(keys[row], sources[row]) for row in mine]
             names = hints.names_of([keys[row] for row in mine])
-            done: list[bool] = []
-            for at in range(0, len(tickets), KEYS_PER_REQUEST_MAX):
-                part = slice(at, at + KEYS_PER_REQUEST_MAX)
-                answer: Committed = self._ask(
-                    Commit(tickets[part], sums[part], names[part]), Committed, end_s
-                )
-                done += answer.done
-            if len(done) != len(mine):
-                raise ProtocolError(f"store {self.node}: {len(done)} results for {len(mine)} tickets")
+            done = self._commit(tickets, sums, names, end_s)
         except MooncakeError:
             if tickets:  # an empty list would mean everything of this writer
                 self._call.tell(Abandon(self._writer, tickets))
             raise
         committed = dict(zip(mine, done, strict=True))
-        return [
-            put_result(self.node, offset, committed.get(row), size) for row, offset in enumerate(room.offsets)
-        ]
+        return [self._result(offset, committed.get(row), size) for row, offset in enumerate(room.offsets)]
 
     def _write(
         self,
@@ -217,28 +184,10 @@ class DistantStore:
             with self._stage.room(size * len(batch), end_s) as buffer:
                 places = _spread(buffer, [size] * len(batch))
                 for row, (address, _) in zip(batch, places, strict=True):
-                    at = address
-                    for part in sources[row]:
-                        copy(buffer.part(at, part.nbytes), part)
-                        at += part.nbytes
+                    fill(buffer.part(address, size), sources[row])
                 self._call.move(
                     Opcode.WRITE, [offsets[row] for row in batch], [[one] for one in places], end_s
                 )
-
-    def remove(self, request: DropKeys, end_s: float) -> KeysDropped:
-        """See LocalStore."""
-        answer: KeysDropped = self._ask(request, KeysDropped, end_s)
-        return answer
-
-    def names(self, cursor: int, end_s: float) -> NamesPage:
-        """See LocalStore."""
-        page: NamesPage = self._ask(ListNames(cursor), NamesPage, end_s)
-        return page
-
-    # ------------------------------------------------------------ inside
-
-    def _ask(self, request: StoreRequest, kind: type[Any], end_s: float) -> Any:
-        return self._call.ask(request, kind, left_s(end_s))
 
 
 def _spread(buffer: Buffer, sizes: Sequence[int]) -> list[Range]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kvstore.client.members import Access, Members
+from kvstore.client.access import Access
+from kvstore.client.members import Members
 from kvstore.client.model import Outcome, Result
 from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import DropKeys, KeysDropped

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 
+from kvstore.client.access import Access
 from kvstore.client.gather import Gather
 from kvstore.client.locate import Locator
-from kvstore.client.members import NEAR, Access, Members
+from kvstore.client.members import NEAR, Members
 from kvstore.client.model import Hints, Outcome, Result
 from kvstore.client.removal import Removal
 from mooncake.core.errors import MooncakeError

@@ -28,10 +28,10 @@ class Pieces(msgspec.Struct, frozen=True):
 
 def get(access: LocalStore, keys: Sequence[bytes], pieces: Pieces, end_s: float) -> bool:
     """Read objects; False: not all were read, and what is in the pieces means nothing."""
-    shown = access.shown()
-    if shown is None:
+    shown = access.shown
+    if shown is None or (table := shown.table) is None:
         return False
-    table, link, segment = shown
+    segment = shown.memory
     offsets, sizes, sums = table.columns(keys)
     if list(pieces.sizes) != sizes or 0 in sizes:
         return False
@@ -55,9 +55,9 @@ def get(access: LocalStore, keys: Sequence[bytes], pieces: Pieces, end_s: float)
                 return False
         return True
 
-    if not all(access.in_lanes(take, range(len(keys)), sum(sizes))):
+    if not all(access.lanes.run(take, range(len(keys)), sum(sizes))):
         return False
-    link.used(keys)
+    shown.link.used(keys)
     return True
 
 
@@ -69,10 +69,10 @@ def put(
     Raises:
         PeerError, CapacityError: as LocalStore.put.
     """
-    shown, desk, size = access.shown(), access.desk, pieces.sizes[0]
-    if shown is None or desk is None or not 0 < size <= len(shown[2]):
+    shown, size = access.shown, pieces.sizes[0]
+    if shown is None or (table := shown.table) is None or not 0 < size <= len(shown.memory):
         return False
-    table, _, segment = shown
+    desk, segment = shown.desk, shown.memory
     one_size = len(pieces.sizes) == 1 or list(pieces.sizes).count(size) == len(pieces.sizes)
     if not one_size or any(table.sizes(keys)) or len(keys) > len(dict.fromkeys(keys)):
         return False
@@ -99,7 +99,7 @@ def put(
 
     filled = False
     try:
-        lanes = access.in_lanes(give, range(len(keys)), size * len(keys))
+        lanes = access.lanes.run(give, range(len(keys)), size * len(keys))
         sums = [one for lane in lanes for one in lane]
         filled = desk.fill(slots, keys, sums, names, end_s - time.monotonic())
     finally:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from kvstore.client.local import reserve_request
+from kvstore.client.access import reserve_request
 from kvstore.client.model import Hints
 from kvstore.client.object_names import object_key
 from mooncake.core.errors import MooncakeError, PeerError, RequestError

@@ -113,9 +113,8 @@ def test_bytes_that_do_not_verify_are_never_read(store, area):
     store.batch_put_from(keys, places(area)[:2], [SIZE] * 2)
     assert store.batch_is_exist(keys) == [1, 1]
     (access,) = store._calls.pool._members.stores.values()
-    table, _, segment = access.shown()
-    _, offset, _ = table.find(object_key(keys[1]))
-    segment[offset + 5] ^= 1
+    _, offset, _ = access.shown.table.find(object_key(keys[1]))
+    access.shown.memory[offset + 5] ^= 1
     codes = store.batch_get_into(keys, places(area, COUNT)[:2], [SIZE] * 2)
     assert codes[0] == SIZE
     assert codes[1] < 0

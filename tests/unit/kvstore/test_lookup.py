@@ -94,8 +94,8 @@ def test_what_another_pool_removes_is_gone_at_once(store, pool):
 def test_bytes_that_do_not_verify_are_asked_for_again_and_reported(pool):
     pool.put(["a", "b"], [b"a" * 100_000, b"b"])
     (access,) = pool._members.stores.values()
-    _, offset, _ = access._lookup.rows.find(object_key("a"))
-    access._lookup.memory[offset + 50_000] ^= 1
+    _, offset, _ = access.shown.table.find(object_key("a"))
+    access.shown.memory[offset + 50_000] ^= 1
     assert pool.get(["a", "b"]) == [None, b"b"]
     until(lambda: stats(pool).checksum_failures == 1, "the store drops the block")
     assert pool.get_into(["a"], [bytearray(100_000)])[0].outcome is Outcome.MISSING
@@ -105,7 +105,7 @@ def test_the_memory_of_a_dead_store_is_not_read(store, pool):
     pool.put(["a"], [b"a"])
     (access,) = pool._members.stores.values()
     store.kill()
-    assert access._lookup.rows is None
+    assert access.shown.table is None
     (one,) = pool.get_into(["a"], [bytearray(1)])
     assert one.outcome is Outcome.FAILED
 
@@ -120,9 +120,9 @@ def test_a_store_that_stands_still_is_asked_before_it_is_believed(store, pool):
     pool.put(["a"], [b"a"])
     (access,) = pool._members.stores.values()
     store.signal(signal.SIGSTOP)
-    until(lambda: access._lookup.rows is None, "no sign of life")
+    until(lambda: access.shown.table is None, "no sign of life")
     store.signal(signal.SIGCONT)
-    until(lambda: access._lookup.rows is not None, "it lives again")
+    until(lambda: access.shown.table is not None, "it lives again")
 
 
 def test_a_store_without_a_table_is_asked(store, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_store_without_a_table_is_asked(store, monkeypatch):
     monkeypatch.setattr("kvstore.client.lookup.fetch_segment", refuse)
     with Pool(stores=[store.record]) as pool:
         (access,) = pool._members.stores.values()
-        assert access._lookup is None
+        assert access.shown is None
         pool.put(["a"], [b"a"])
         assert (pool.get(["a", "b"]), pool.exists(["a", "b"])) == ([b"a", None], [True, False])
 
@@ -141,6 +141,6 @@ def test_where_memory_is_not_seen_in_order_a_store_is_asked(store, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with Pool(stores=[store.record]) as pool:
         (access,) = pool._members.stores.values()
-        assert access._lookup is None
+        assert access.shown is None
         pool.put(["a"], [b"a"])
         assert (pool.get(["a", "b"]), pool.exists(["a", "b"])) == ([b"a", None], [True, False])
