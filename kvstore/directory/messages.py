@@ -100,14 +100,17 @@ class UndrainNode(msgspec.Struct, frozen=True, array_like=True, tag="udr"):
 
 
 class KeepHot(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hot"):
-    """Keep `copies` replicas of each key until ForgetHot. Answer: Ok.
+    """Keep `copies` replicas of each key until ForgetHot, or for `ttl_s` if it is not 0. Answer: Ok.
 
-    A wish of this leader: whoever has it says it again now and then, for the next leader.
+    A wish of this leader: whoever has it says it again now and then, for the next leader; the last one said
+    for a key holds. With `nodes`, only copies there count, and are made, on the first of them that can.
     """
 
     keys: list[bytes]
     copies: int
     size_bytes: int
+    nodes: list[str] = []
+    ttl_s: float = 0.0
 
 
 class ForgetHot(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cold"):

@@ -89,11 +89,7 @@ class Placer:
         """
         if size_bytes <= 0 or not 0 < copies <= COPIES_MAX:
             raise RequestError(f"{copies} copies of {size_bytes} bytes: 1 to {COPIES_MAX} of at least 1")
-        fit = [
-            node
-            for node, room in self._rooms.items()
-            if room.capacity_bytes >= size_bytes and node not in self._draining and node not in exclude
-        ]
+        fit = [node for node in self._rooms if self.takes(node, size_bytes) and node not in exclude]
         chosen = [node for node in dict.fromkeys(preferred) if node in fit][:copies]
         fit = [node for node in fit if node not in chosen]
         close = [node for node in fit if near and self._is_near(node, near)]
@@ -105,6 +101,11 @@ class Placer:
         for node in chosen:
             self._given_bytes[node] += aligned(size_bytes)
         return Choice(tuple(chosen), copies - len(chosen))
+
+    def takes(self, node: str, size_bytes: int) -> bool:
+        """Return whether a block may be placed there."""
+        room = self._rooms.get(node)
+        return room is not None and room.capacity_bytes >= size_bytes and node not in self._draining
 
     def free_ratio(self, node: str) -> float:
         """Return the share of a known node that is free, less what was given out since."""

@@ -50,6 +50,8 @@ DROPPED_S = 10.0
 A confirmed copy counts without the index as long, not longer: another task may have dropped it since."""
 HOT_MAX = 65_536
 """Standing goals: 200 GB of 3 MB blocks; beyond that it is not a hot spot."""
+HOT_NODES_MAX = 64
+"""Nodes that one wish may name: a few for each of COPIES_MAX copies."""
 HOT_PER_TICK = 2_048
 """Standing goals looked at in one tick: 2 ms; all of them in 32 ticks."""
 HOT_REST_S = 10.0
@@ -95,6 +97,15 @@ class _Running(msgspec.Struct, frozen=True):
     command: Command
 
 
+class _Wish(msgspec.Struct, frozen=True):
+    """For a hot key; one object for all that were named together."""
+
+    copies: int
+    size_bytes: int
+    nodes: tuple[str, ...]
+    until_s: float
+
+
 class _Copy(msgspec.Struct, frozen=True):
     source: str
     target: str
@@ -132,7 +143,7 @@ class Tasks:
         self._touched: dict[bytes, None] = {}  # keys of running commands
         self._dropped: OrderedDict[tuple[bytes, str], float] = OrderedDict()  # until when, ascending
         self._waiting: list[tuple[float, int, _Step]] = []  # heap of steps that pause
-        self._hot: dict[bytes, tuple[int, int]] = {}  # key -> (copies, size_bytes)
+        self._hot: dict[bytes, _Wish] = {}
         self._hot_busy: dict[bytes, None] = {}  # being copied, or resting after a failure
         self._hot_round: deque[bytes] = deque()
         self._now_s = 0.0
@@ -178,8 +189,22 @@ class Tasks:
                 self.cancel(task.task_id)
         self._placer.drain(node, on=False)
 
-    def keep_hot(self, keys: Sequence[bytes], copies: int, size_bytes: int) -> None:
+    def keep_hot(
+        self,
+        keys: Sequence[bytes],
+        copies: int,
+        size_bytes: int,
+        nodes: Sequence[str] = (),
+        until_s: float = math.inf,
+    ) -> None:
         """Keep `copies` replicas of each key until `forget_hot`; replaces an earlier wish for a key.
+
+        Args:
+            keys: the blocks.
+            copies: of each.
+            size_bytes: of a block.
+            nodes: only copies on these count; the first come first. None = any node.
+            until_s: when the wish ends by itself.
 
         Raises:
             RequestError: a count of copies that makes no sense.
@@ -190,8 +215,11 @@ class Tasks:
         fresh = [key for key in dict.fromkeys(keys) if key not in self._hot]
         if len(self._hot) + len(fresh) > HOT_MAX:
             raise CapacityError(f"{len(self._hot)} hot keys: at most {HOT_MAX}")
+        if len(nodes) > HOT_NODES_MAX:
+            raise RequestError(f"{len(nodes)} nodes for hot keys: at most {HOT_NODES_MAX}")
+        wish = _Wish(copies, size_bytes, tuple(nodes), until_s)
         for key in keys:
-            self._hot[key] = (copies, size_bytes)
+            self._hot[key] = wish
         self._hot_round.extend(fresh)
 
     def forget_hot(self, keys: Sequence[bytes]) -> None:
@@ -308,10 +336,16 @@ class Tasks:
         return _Copy(task.source if task.source in sources else sources[0], lacking[0])
 
     def _decide_hot(self, step: _Step, held: list[str]) -> _Decision:
-        copies, size_bytes = self._hot.get(step.key, (0, 1))
-        if not held or len(held) >= copies:
-            return _Reached()  # enough of them, unwanted, or lost: then nobody can copy it
-        target = self._placer.choose(step.key, size_bytes, exclude=held).nodes
+        wish = self._hot.get(step.key)
+        if wish is None or not held:
+            return _Reached()  # unwanted, or lost: then nobody can copy it
+        there = [node for node in wish.nodes if node in held] if wish.nodes else held
+        if len(there) >= wish.copies:
+            return _Reached()
+        if wish.nodes:
+            target = [n for n in wish.nodes if n not in held and self._placer.takes(n, wish.size_bytes)][:1]
+        else:
+            target = list(self._placer.choose(step.key, wish.size_bytes, exclude=held).nodes)
         if not target:
             return _Reached()  # it is wherever it can be
         # spread over the sources: many readers want this block
@@ -452,7 +486,11 @@ class Tasks:
     def _look_at_hot(self, now_s: float) -> None:
         for _ in range(min(HOT_PER_TICK, len(self._hot_round))):
             key = self._hot_round.popleft()
-            if key not in self._hot:
+            wish = self._hot.get(key)
+            if wish is None:
+                continue
+            if wish.until_s <= now_s:
+                del self._hot[key]
                 continue
             self._hot_round.append(key)
             if key in self._hot_busy:

@@ -6,6 +6,7 @@ the book has: every step of a task looks before it does anything, so nothing is 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -123,9 +124,8 @@ class LeaderTerm:
             case messages.UndrainNode(node):
                 async with self._book_turn:
                     await self._undrain(node)
-            case messages.KeepHot(keys, copies, size_bytes):
-                self._check(keys)
-                self.tasks.keep_hot(keys, copies, max(1, size_bytes))
+            case messages.KeepHot():
+                self._keep_hot(request)
             case messages.ForgetHot(keys):
                 self._check(keys)
                 self.tasks.forget_hot(keys)
@@ -135,6 +135,13 @@ class LeaderTerm:
                 async with self._book_turn:
                     await self._cancel(task_id)
         return Ok()
+
+    def _keep_hot(self, wish: messages.KeepHot) -> None:
+        self._check(wish.keys)  # its nodes may have left, or not have come yet
+        if not 0 <= wish.ttl_s < math.inf:
+            raise RequestError(f"ttl_s={wish.ttl_s}: must be seconds, or 0 = until ForgetHot")
+        until_s = self._clock() + wish.ttl_s if wish.ttl_s else math.inf
+        self.tasks.keep_hot(wish.keys, wish.copies, max(1, wish.size_bytes), wish.nodes, until_s)
 
     def _check(self, keys: list[bytes], *nodes: str) -> None:
         check_keys(keys)
