@@ -63,6 +63,18 @@ def simulate(
     plan_roles: Annotated[
         bool, typer.Option(help="Let instances change their roles as the load asks for.")
     ] = False,
+    kill: Annotated[
+        str,
+        typer.Option(
+            help="What breaks down: prefill-003@120+30 (at 120 s, for 30 s), host-prefill-003@120, ..."
+        ),
+    ] = "",
+    mtbf_s: Annotated[float, typer.Option(help="Seconds between failures of an instance; 0 = none.")] = 0,
+    repair_s: Annotated[float, typer.Option(help="Until such an instance is back.")] = 30.0,
+    event_delay_s: Annotated[
+        float, typer.Option(help="From a store's change to the Conductor's index.")
+    ] = 0.005,
+    event_loss: Annotated[float, typer.Option(help="Share of these messages that is lost.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
@@ -79,6 +91,7 @@ def simulate(
             start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, pool_tokens=pool_tokens,
             decode_pool_tokens=decode_pool_tokens, eviction=eviction, ttft_slo_s=ttft_slo_s,
             tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, plan_roles=plan_roles, seed=seed,
+            kill=kill, mtbf_s=mtbf_s, repair_s=repair_s, event_delay_s=event_delay_s, event_loss=event_loss,
         )  # fmt: skip
         _run(options, json, plot, _console(), _console(stderr=True))
 

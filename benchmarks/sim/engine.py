@@ -13,6 +13,7 @@ import heapq
 import itertools
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,6 +21,8 @@ import msgspec
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.timeline import Timeline
 
+Gap = tuple[float, int]
+"""Seconds between two tokens, and how many such intervals there were."""
 TAIL = 0.1
 """The paper's TBT: mean of the longest tenth of a request's intervals (FAST'25, section 5)."""
 
@@ -42,13 +45,27 @@ class Job:
         self.answer_tokens = answer_tokens
         self.blocked = False
         self.first_token_s = 0.0
-        self.order = 0
         self.run_from = 0  # of the engine's runs
+        self.resumed = False  # its answer began in engines that broke down; their last token came
+        self.before: list[Gap] = []  # at first_token_s, after these intervals
 
     @property
     def kv_tokens(self) -> int:
         """Room it needs."""
         return self.prompt_tokens + self.answer_tokens
+
+
+class Stopped(msgspec.Struct, frozen=True):
+    """A leg whose engine broke down: what it had given, and computed of its prompt.
+
+    tokens: after the first; the last of them, or the first, came at last_s. gaps: between all of them.
+    """
+
+    job: Job
+    tokens: int
+    last_s: float
+    gaps: list[Gap]
+    prompt_tokens: int
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):
@@ -108,6 +125,8 @@ class Engine:
         self._run: tuple[float, int, float, float] | None = None  # start, steps, first step, growth
         self._run_id = 0
         self._chunked: tuple[Job, Work, int, float] | None = None  # and tokens done, seconds so far
+        self._prompt: tuple[Job, Work, float, float] | None = None  # computed whole: from when, how long
+        self._broken = False
         self.busy_s = 0.0
         self.prefill_busy_s = 0.0
 
@@ -125,11 +144,43 @@ class Engine:
 
     def kick(self) -> None:
         """Something changed: look at it at once if idle, else at the next boundary of steps."""
+        if self._broken:
+            return
         if not self._busy:
             self._busy = True
             self._time.at(self._time.now_s, self._next)  # all that come at this moment begin together
         elif self._run is not None:
             self._cut(self._run)
+
+    def stop(self) -> list[Stopped]:
+        """Break down: call nobody back any more, and return how far every leg had come."""
+        now_s, k = self._time.now_s, 0
+        self._broken = True
+        runs = list(self._runs)
+        if self._run is not None:
+            start_s, steps, first_s, growth_s = self._run
+            while k < steps and start_s + _run_s(k + 1, first_s, growth_s) <= now_s:
+                k += 1
+            if k:
+                runs.append(Run(start_s, k, _run_s(k, first_s, growth_s) / k, self._stall_s))
+        end_s = runs[-1].start_s + runs[-1].steps * runs[-1].step_s if runs else 0.0
+        stopped = []
+        for end_step, _, job in sorted(self._batch, key=lambda one: one[1]):
+            tokens = self._steps + k - (end_step - job.answer_tokens)
+            gaps = _gaps(job, runs) if tokens else list(job.before)
+            stopped.append(
+                Stopped(job, tokens, end_s if tokens else job.first_token_s, gaps, job.prompt_tokens)
+            )
+        if self._prompt is not None:
+            job, work, begun_s, seconds = self._prompt
+            stopped.append(
+                _unbegun(job, work.known_tokens + int(work.new_tokens * (now_s - begun_s) / seconds))
+            )
+        if self._chunked is not None:
+            job, work, done_tokens, _ = self._chunked
+            stopped.append(_unbegun(job, work.known_tokens + done_tokens))
+        stopped += [_unbegun(job, job.prompt_tokens) for job in self._answers]
+        return stopped + [_unbegun(job, 0) for job in self._prompts]
 
     @property
     def waiting(self) -> int:
@@ -149,6 +200,8 @@ class Engine:
     # ------------------------------------------------------------ what to do next
 
     def _next(self) -> None:
+        if self._broken:
+            return
         self._busy = False
         while self._answers and self._has_room(self._answers[0]):
             self._join(self._answers.popleft())
@@ -193,15 +246,21 @@ class Engine:
         seconds = max(compute_s, work.load_s)  # layer by layer: the longer one hides the other
 
         def done() -> None:
+            if self._broken:
+                return
+            self._prompt = None
             self.busy_s += seconds
             self.prefill_busy_s += seconds
             self._stall_s += seconds if self._batch else 0.0
             self._prefilled(job, work, seconds)
 
         self._busy = True
+        self._prompt = job, work, self._time.now_s, seconds
         self._time.at(self._time.now_s + seconds, done)
 
     def _prefilled(self, job: Job, work: Work, seconds: float) -> None:
+        if job.resumed:
+            job.before.append((self._time.now_s - job.first_token_s, 1))
         job.first_token_s = self._time.now_s
         self._events.prefilled(job, work, seconds)
         if job.answer_tokens:
@@ -220,6 +279,8 @@ class Engine:
         start_s = self._time.now_s
 
         def ended() -> None:
+            if self._broken:
+                return
             self.busy_s += seconds
             self.prefill_busy_s += chunk_s
             if self._batch:
@@ -263,7 +324,7 @@ class Engine:
             self._set_run(start_s, k, first_s, growth_s)
 
     def _run_ended(self, run_id: int) -> None:
-        if run_id != self._run_id or self._run is None:
+        if run_id != self._run_id or self._run is None or self._broken:
             return  # it was cut
         start_s, steps, first_s, growth_s = self._run
         self._run = None
@@ -284,18 +345,22 @@ class Engine:
             job = heapq.heappop(self._batch)[2]
             self._kv_tokens -= job.kv_tokens + 1
             self._room_tokens += job.kv_tokens
-            self._events.answered(job, _tbt(job, self._runs))
+            self._events.answered(job, tbt_of(_gaps(job, self._runs)))
 
 
 def _run_s(steps: int, first_s: float, growth_s: float) -> float:
     return steps * first_s + growth_s * steps * (steps - 1) / 2
 
 
-def _tbt(job: Job, runs: list[Run]) -> Tbt:
-    """Weigh the intervals of a leg that ends with the last of `runs`."""
+def _unbegun(job: Job, prompt_tokens: int) -> Stopped:
+    return Stopped(job, 0, job.first_token_s, list(job.before), prompt_tokens)
+
+
+def _gaps(job: Job, runs: list[Run]) -> list[Gap]:
+    """Return the intervals between the tokens of a leg, which ends with the last of `runs`."""
     first = runs[job.run_from]
     # its own wait between first token and batch is its first interval, whatever stalled the others
-    gaps = [(first.start_s + first.step_s - job.first_token_s, 1)]
+    gaps = [*job.before, (first.start_s + first.step_s - job.first_token_s, 1)]
     if first.steps > 1:
         gaps.append((first.step_s, first.steps - 1))
     for run in runs[job.run_from + 1 :]:
@@ -305,7 +370,12 @@ def _tbt(job: Job, runs: list[Run]) -> Tbt:
                 gaps.append((run.step_s, run.steps - 1))
         else:
             gaps.append((run.step_s, run.steps))
-    count = job.answer_tokens
+    return gaps
+
+
+def tbt_of(gaps: Sequence[Gap]) -> Tbt:
+    """Weigh the intervals of one request."""
+    count = sum(times for _, times in gaps)
     left = kept = math.ceil(TAIL * count)
     tail_s = 0.0
     for gap_s, times in sorted(gaps, reverse=True):

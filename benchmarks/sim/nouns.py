@@ -2,11 +2,13 @@
 
 import msgspec
 
-from benchmarks.sim.engine import Engine, Tbt
+from benchmarks.sim.engine import Engine, Gap, Job, Tbt
+from benchmarks.sim.failures import Failure
+from benchmarks.sim.feed import Feed
 from benchmarks.sim.host import Host
 from benchmarks.sim.trace import TraceRequest
 from conductor.admission import AdmissionMode
-from conductor.plan import Plan
+from conductor.plan import Leg, Plan
 from conductor.planner import PlannerConfig
 from conductor.request import RequestMachine
 from conductor.scheduler import Policy
@@ -16,6 +18,8 @@ from mooncake.core.messages import InstanceRecord
 
 WAITING_MAX = 1 << 20
 """Nothing is turned away for the length of a queue unless the caller asks for it."""
+EVENT_DELAY_S = 0.005
+"""From a store's change to the index: a turn of the store's loop, a message, a turn of the gateway's."""
 
 
 class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +33,8 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
     inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
     session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
-    blind: no event of the stores reaches the Conductor's index.
+    event_delay_s, event_loss: of what the stores tell the Conductor's index; blind: it hears nothing.
+    failures: in order of time; see benchmarks.sim.failures.
     """
 
     prefill: int = 8
@@ -52,7 +57,10 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     inline: bool = False
     session_bonus_s: float = 0.0
+    event_delay_s: float = EVENT_DELAY_S
+    event_loss: float = 0.0
     blind: bool = False
+    failures: tuple[Failure, ...] = ()
 
 
 class Entry:
@@ -68,14 +76,29 @@ class Entry:
         self.terms = DEFAULT_TERMS
         self.session = ""
         self.rejected = ""
+        self.failed = ""
         self.ttft_s = -1.0
         self.tbt: Tbt | None = None
+        self.given_tokens = 0  # to the client
         self.hit_tokens = 0
         self.new_tokens = 0
         self.prefill_s = 0.0
-        self.lease = 0
         self.handed_over_s = 0.0
         self.done = False
+        self.ended_s = 0.0
+        # of those whose engine or host broke down
+        self.retries = self.moves = 0
+        self.leg1_node = ""
+        self.pushed = True  # its blocks go where it is to be decoded, while they are computed
+        self.gaps: list[Gap] = []
+        self.last_token_s = 0.0
+        self.reached_tokens = 0  # of its context, computed for it or found, at some time
+        self.twice_tokens = 0
+
+    @property
+    def affected(self) -> bool:
+        """Whether a leg of it was lost."""
+        return self.retries + self.moves > 0
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -88,12 +111,28 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Instance:
-    """One engine and the host it runs on."""
+    """One engine, the host it runs on, and what the host's store tells the Conductor."""
 
-    def __init__(self, record: InstanceRecord, host: Host, engine: Engine) -> None:
+    def __init__(self, record: InstanceRecord, host: Host, engine: Engine, feed: Feed) -> None:
         """Idle."""
         self.record = record
         self.host = host
         self.engine = engine
+        self.feed = feed
+        self.up = True
         self.jobs = 0
         self.next_role = ""  # while it finishes what it has
+
+
+class Running:
+    """One leg in one engine, or on its way there."""
+
+    def __init__(self, entry: Entry, job: Job, leg: Leg, instance: Instance) -> None:
+        """`engine`: that start of the instance."""
+        self.entry = entry
+        self.job = job
+        self.leg = leg
+        self.instance = instance
+        self.engine = instance.engine
+        self.lease = 0
+        self.staged_blocks = 0  # which came for it alone, to a host without a store

@@ -1,6 +1,7 @@
 """What a simulated run says of itself: one summary per run, a table, JSON, and a digest for comparison."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -28,7 +29,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tbt_mean_s, tbt_tail_s: per request the mean, and the mean of its longest tenth of intervals.
     goodput: requests per second, over the time of arrivals, that kept both objectives; attainment: share.
     prefill_imbalance, decode_imbalance: busiest instance's busy time by the mean one's.
-    switches: of an instance's role.
+    switches: of an instance's role. gaps: in what stores told the index, each followed by a snapshot.
+    failures: of engines; hosts: of these, that took the store's blocks along. retries, moves: legs begun
+    again before and after the first token; affected: requests with any; twice_tokens: computed again.
     load_correlation: of the two pools' load over time; the see-saw of early rejection is negative.
     """
 
@@ -54,6 +57,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     fetches: int
     fetched_bytes: int
     switches: int
+    gaps: int
+    failures: int
+    hosts: int
+    affected: int
+    retries: int
+    moves: int
+    twice_tokens: int
+    affected_ttft_s: Spread
+    failed: dict[str, int]
     digest: str
 
 
@@ -70,18 +82,15 @@ def spread(values: Sequence[float]) -> Spread:
 def within(entry: Entry, ttft_slo_s: float, tbt_slo_s: float) -> bool:
     """Return whether a request was served and kept both objectives."""
     slow = entry.tbt is not None and entry.tbt.tail_s > tbt_slo_s
-    return not entry.rejected and entry.ttft_s <= ttft_slo_s and not slow
+    return not entry.rejected and not entry.failed and entry.ttft_s <= ttft_slo_s and not slow
 
 
 def summarize(world: World, ttft_slo_s: float = TTFT_SLO_S, tbt_slo_s: float = TBT_SLO_S) -> Summary:
     """Return what became of a world whose run has ended."""
     entries = world.entries
     prefilled = [entry for entry in entries if entry.ttft_s >= 0]
-    served = [entry for entry in prefilled if not entry.rejected]
-    rejected: dict[str, int] = {}
-    for entry in entries:
-        if entry.rejected:
-            rejected[entry.rejected] = rejected.get(entry.rejected, 0) + 1
+    served = [entry for entry in prefilled if not entry.rejected and not entry.failed]
+    affected = [entry for entry in entries if entry.affected]
     length_s = max(entries[-1].trace.arrival_s - entries[0].trace.arrival_s, 1e-9)
     good = sum(within(entry, ttft_slo_s, tbt_slo_s) for entry in entries)
     asked = sum(entry.trace.input_tokens for entry in prefilled)
@@ -91,7 +100,7 @@ def summarize(world: World, ttft_slo_s: float = TTFT_SLO_S, tbt_slo_s: float = T
     return Summary(
         requests=len(entries),
         length_s=length_s,
-        simulated_s=world.time.now_s,
+        simulated_s=world.ended_s,
         ttft_s=spread([entry.ttft_s for entry in served]),
         tbt_mean_s=spread([entry.tbt.mean_s for entry in served if entry.tbt is not None]),
         tbt_tail_s=spread([entry.tbt.tail_s for entry in served if entry.tbt is not None]),
@@ -99,27 +108,42 @@ def summarize(world: World, ttft_slo_s: float = TTFT_SLO_S, tbt_slo_s: float = T
         tbt_slo_s=tbt_slo_s,
         attainment=good / len(entries),
         goodput=good / length_s,
-        rejected=dict(sorted(rejected.items())),
+        rejected=_counted([entry.rejected for entry in entries]),
         hit_rate=sum(entry.hit_tokens for entry in prefilled) / max(1, asked),
         prefill_s=statistics.fmean([entry.prefill_s for entry in prefilled]) if prefilled else 0.0,
         wasted_prefill_s=sum(entry.prefill_s for entry in prefilled if entry.rejected),
-        prefill_busy=_share(prefills, world.time.now_s),
-        decode_busy=_share(decodes, world.time.now_s),
+        prefill_busy=_share(prefills, world.ended_s),
+        decode_busy=_share(decodes, world.ended_s),
         prefill_imbalance=_imbalance(prefills),
         decode_imbalance=_imbalance(decodes),
         load_correlation=_correlation(world),
         fetches=world.fetches,
         fetched_bytes=world.fetched_bytes,
         switches=len(world.switches),
+        gaps=sum(one.feed.gaps for one in world.instances.values()),
+        failures=len(world.faults.happened),
+        hosts=sum(one.host for one in world.faults.happened),
+        affected=len(affected),
+        retries=sum(entry.retries for entry in affected),
+        moves=sum(entry.moves for entry in affected),
+        twice_tokens=sum(entry.twice_tokens for entry in entries),
+        affected_ttft_s=spread([entry.ttft_s for entry in affected if entry.ttft_s >= 0]),
+        failed=_counted([entry.failed for entry in entries]),
         digest=digest(entries),
     )
+
+
+def _counted(reasons: Sequence[str]) -> dict[str, int]:
+    counts = Counter(filter(None, reasons))
+    return {reason: counts[reason] for reason in sorted(counts)}
 
 
 def digest(entries: Sequence[Entry]) -> str:
     """Return what is equal only if every request fared the same to the last bit."""
     lines = (
-        f"{e.number} {e.rejected} {e.ttft_s!r} {e.tbt!r} {e.hit_tokens}"
-        f" {'' if e.plan is None else (e.plan.prefill, e.plan.decode, e.plan.fetch_node)}\n"
+        f"{e.number} {e.rejected}{e.failed} {e.ttft_s!r} {e.tbt!r} {e.hit_tokens}"
+        f" {'' if e.plan is None else (e.plan.prefill, e.plan.decode, e.plan.fetch_node)}"
+        f"{f' {e.retries} {e.moves} {e.twice_tokens}' if e.affected else ''}\n"
         for e in entries
     )
     return sha256("".join(lines).encode()).hexdigest()[:16]
@@ -147,37 +171,62 @@ def _correlation(world: World) -> float:
     return statistics.correlation(left, right)
 
 
-def rows(summaries: dict[str, Summary]) -> list[tuple[str, list[str]]]:
+Line = tuple[str, list[str]]
+"""Of a table: what it is, and one cell per run."""
+
+
+def _line(name: str, cells: Sequence[str]) -> Line:
+    return name, list(cells)
+
+
+def _of(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[Line]:
+    return [
+        _line(f"{name} {field}", [f"{getattr(one, field) * unit:.{digits}f}" for one in spreads])
+        for field in Spread.__struct_fields__
+    ]
+
+
+def rows(summaries: dict[str, Summary]) -> list[Line]:
     """Return the lines of a table with one column per run."""
     runs = list(summaries.values())
-
-    def line(name: str, cells: Sequence[str]) -> tuple[str, list[str]]:
-        return name, list(cells)
-
-    def of(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[tuple[str, list[str]]]:
-        return [
-            line(f"{name} {field}", [f"{getattr(one, field) * unit:.{digits}f}" for one in spreads])
-            for field in Spread.__struct_fields__
-        ]
 
     slo = f"TTFT <= {runs[0].ttft_slo_s:g} s, TBT <= {runs[0].tbt_slo_s:g} s"
     reasons = dict.fromkeys(reason for run in runs for reason in run.rejected)
     return [
-        *of("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
-        *of("TBT, ms,", [run.tbt_mean_s for run in runs], 1000, 1),
-        *of("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
-        line(f"within {slo}", [f"{run.attainment:.2%}" for run in runs]),
-        line("goodput, requests/s", [f"{run.goodput:.3f}" for run in runs]),
-        line("tokens found in the pool", [f"{run.hit_rate:.2%}" for run in runs]),
-        line("prefill, GPU s a request", [f"{run.prefill_s:.3f}" for run in runs]),
-        line("fetches between hosts", [f"{run.fetches:,}" for run in runs]),
-        line("prefill instances busy", [f"{run.prefill_busy:.1%}" for run in runs]),
-        line("decode instances busy", [f"{run.decode_busy:.1%}" for run in runs]),
-        line("busiest prefill / mean", [f"{run.prefill_imbalance:.2f}" for run in runs]),
-        line("busiest decode / mean", [f"{run.decode_imbalance:.2f}" for run in runs]),
-        line("correlation of both loads", [f"{run.load_correlation:+.2f}" for run in runs]),
-        line("rejected", [f"{sum(run.rejected.values()):,}" for run in runs]),
-        *(line(f"  {why}", [f"{run.rejected.get(why, 0):,}" for run in runs]) for why in reasons),
-        line("prefill wasted, GPU s", [f"{run.wasted_prefill_s:,.0f}" for run in runs]),
-        line("digest", [run.digest for run in runs]),
+        *_of("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
+        *_of("TBT, ms,", [run.tbt_mean_s for run in runs], 1000, 1),
+        *_of("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
+        _line(f"within {slo}", [f"{run.attainment:.2%}" for run in runs]),
+        _line("goodput, requests/s", [f"{run.goodput:.3f}" for run in runs]),
+        _line("tokens found in the pool", [f"{run.hit_rate:.2%}" for run in runs]),
+        _line("prefill, GPU s a request", [f"{run.prefill_s:.3f}" for run in runs]),
+        _line("fetches between hosts", [f"{run.fetches:,}" for run in runs]),
+        _line("prefill instances busy", [f"{run.prefill_busy:.1%}" for run in runs]),
+        _line("decode instances busy", [f"{run.decode_busy:.1%}" for run in runs]),
+        _line("busiest prefill / mean", [f"{run.prefill_imbalance:.2f}" for run in runs]),
+        _line("busiest decode / mean", [f"{run.decode_imbalance:.2f}" for run in runs]),
+        _line("correlation of both loads", [f"{run.load_correlation:+.2f}" for run in runs]),
+        _line("rejected", [f"{sum(run.rejected.values()):,}" for run in runs]),
+        *(_line(f"  {why}", [f"{run.rejected.get(why, 0):,}" for run in runs]) for why in reasons),
+        _line("prefill wasted, GPU s", [f"{run.wasted_prefill_s:,.0f}" for run in runs]),
+        *_failures(runs),
+        _line("digest", [run.digest for run in runs]),
+    ]
+
+
+def _failures(runs: Sequence[Summary]) -> list[Line]:
+    """Return what became of those whose engine broke down; nothing if none did."""
+    if not any(run.failures for run in runs):
+        return []
+    reasons = dict.fromkeys(reason for run in runs for reason in run.failed)
+    return [
+        _line("engines broken down", [f"{run.failures:,} ({run.hosts:,} with host)" for run in runs]),
+        _line("requests that lost a leg", [f"{run.affected:,}" for run in runs]),
+        _line("  legs begun again before the first token", [f"{run.retries:,}" for run in runs]),
+        _line("  after it", [f"{run.moves:,}" for run in runs]),
+        _line("  tokens computed again", [f"{run.twice_tokens:,}" for run in runs]),
+        _line("  their TTFT, s, mean", [f"{run.affected_ttft_s.mean:.3f}" for run in runs]),
+        _line("  their TTFT, s, p99", [f"{run.affected_ttft_s.p99:.3f}" for run in runs]),
+        _line("failed", [f"{sum(run.failed.values()):,}" for run in runs]),
+        *(_line(f"  {why}", [f"{run.failed.get(why, 0):,}" for run in runs]) for why in reasons),
     ]

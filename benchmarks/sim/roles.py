@@ -38,7 +38,7 @@ class Roles:
         if self._planner is None:
             return
         now_s = self._time.now_s
-        for switch in self._planner.step([self._member(one) for one in self._instances.values()]):
+        for switch in self._planner.step([self._member(one) for one in self._instances.values() if one.up]):
             self._switch(switch)
         if self._going():
             self._time.at(now_s + self._planner.interval_s, self.replan)

@@ -1,11 +1,13 @@
 """Runs of the simulator as asked for on the command line: requests, one world per policy, files."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.sim.nouns import Sample, WorldConfig
+from benchmarks.sim.failures import Failure, draw, parse
+from benchmarks.sim.nouns import EVENT_DELAY_S, Sample, WorldConfig
 from benchmarks.sim.profile import Profile, read_profile
 from benchmarks.sim.report import Summary, summarize
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
@@ -48,6 +50,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float = 0.0
     plan_roles: bool = False
     seed: int = 0
+    kill: str = ""
+    mtbf_s: float = 0.0
+    repair_s: float = 30.0
+    event_delay_s: float = EVENT_DELAY_S
+    event_loss: float = 0.0
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -94,8 +101,29 @@ def policies_of(names: str) -> list[Policy]:
         raise ConfigError(f"policy={names!r}: must be all, or some of {', '.join(Policy)}") from None
 
 
-def config_of(options: Options, policy: Policy) -> WorldConfig:
-    """Return the world that is wanted.
+def failures_of(options: Options, length_s: float) -> tuple[Failure, ...]:
+    """Return what breaks down within `length_s`, as written down and drawn.
+
+    Raises:
+        ConfigError: a number is out of range, or nobody is called so.
+    """
+    counts = (("prefill", options.prefill), ("decode", options.decode), ("both", options.both))
+    names = [f"{role}-{number:03}" for role, count in counts for number in range(count)]
+    found = parse(options.kill, names)
+    if options.mtbf_s:
+        found += draw(names, length_s, options.mtbf_s, options.repair_s, options.seed)
+    return tuple(sorted(found, key=lambda failure: failure.at_s))
+
+
+def _check_events(options: Options) -> None:
+    if not 0 <= options.event_loss < 1:
+        raise ConfigError(f"event_loss={options.event_loss}: must be a share below 1")
+    if not 0 <= options.event_delay_s < inf:
+        raise ConfigError(f"event_delay_s={options.event_delay_s}: must not be negative")
+
+
+def config_of(options: Options, policy: Policy, length_s: float) -> WorldConfig:
+    """Return the world that is wanted; `length_s`: of the trace.
 
     Raises:
         ConfigError: a number is out of range.
@@ -118,6 +146,7 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         raise ConfigError("plan_roles: instances that do both have no role to change")
     if not (options.ttft_slo_s > 0 and options.tbt_slo_s > 0):
         raise ConfigError(f"objectives {options.ttft_slo_s} s, {options.tbt_slo_s} s: must be positive")
+    _check_events(options)
     return WorldConfig(
         prefill=options.prefill,
         decode=options.decode,
@@ -132,6 +161,9 @@ def config_of(options: Options, policy: Policy) -> WorldConfig:
         admission=AdmissionMode.OBJECTIVES if options.admission == NONE else AdmissionMode(options.admission),
         decode_s=options.decode_s or None,
         planner=PlannerConfig(tbt_slo_s=options.tbt_slo_s) if options.plan_roles else None,
+        event_delay_s=options.event_delay_s,
+        event_loss=options.event_loss,
+        failures=failures_of(options, length_s),
         reject_ttft_s=None if options.admission == NONE else options.ttft_slo_s,
         reject_tbt_s=None if options.admission == NONE else options.tbt_slo_s,
     )
@@ -148,7 +180,7 @@ def run_one(
     """Run one world to its end."""
     world = World(requests, profile, config)
     world.run(progress)
-    served = [entry for entry in world.entries if entry.ttft_s >= 0 and not entry.rejected]
+    served = [e for e in world.entries if e.ttft_s >= 0 and not (e.rejected or e.failed)]
     return Result(
         summarize(world, ttft_slo_s, tbt_slo_s),
         [entry.ttft_s for entry in served],
@@ -164,8 +196,9 @@ def simulate(options: Options, progress: Callable[[str, int, int], None]) -> dic
         ConfigError: before anything runs.
     """
     profile = read_profile(options.profile)
-    configs = {str(policy): config_of(options, policy) for policy in policies_of(options.policy)}
+    chosen = policies_of(options.policy)
     requests = requests_of(options)
+    configs = {str(policy): config_of(options, policy, requests[-1].arrival_s) for policy in chosen}
     longest = max(one.input_tokens + one.output_tokens for one in requests)
     if longest >= profile.context_tokens_max:
         raise ConfigError(

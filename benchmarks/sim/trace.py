@@ -5,7 +5,7 @@ A trace is JSON lines of {timestamp (ms), input_length, output_length, hash_ids}
 that what runs in the world is a function of the list of requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from random import Random
@@ -188,3 +188,9 @@ def synthesize(
         if len(sessions) > SESSIONS_MAX:
             del sessions[0]
     return requests
+
+
+def losses(share: float, seed: int) -> Callable[[], bool]:
+    """Return what says of one message after another whether it is lost."""
+    random = Random(seed)
+    return lambda: share > 0 and random.random() < share

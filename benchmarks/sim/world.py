@@ -6,25 +6,40 @@ fed as the gateway's dispatcher feeds them. Only what stands around them is simu
     arrival --Scheduler--> fetch of blocks from another host --> prompt --> first token
             hand-over, from the begin of the prompt on --> decode batch --> last token
 
-What is not: the gateway's own time, network latency, losses of engines, blocks of answers (a trace does not
-name them). A prompt's blocks become visible when it is done. Fetches begin when a request is sent, so they
-overlap with the queue; a prompt whose blocks have not come keeps its place, as the Scheduler expects.
+What is not: the gateway's own time, network latency, blocks of answers (a trace does not name them). A
+prompt's blocks are in the store when it is done. Fetches begin when a request is sent, so they overlap with
+the queue; a prompt whose blocks have not come keeps its place, as the Scheduler expects.
 """
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.sim.engine import Engine, Job, Tbt, Work
+from benchmarks.sim.engine import Engine
+from benchmarks.sim.faults import Faults
+from benchmarks.sim.feed import Feed
 from benchmarks.sim.host import Host
+from benchmarks.sim.legs import Legs
 from benchmarks.sim.nouns import Entry, Instance, Sample, WorldConfig
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.roles import Roles
-from benchmarks.sim.timeline import Link, Timeline
-from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, sessions_of
+from benchmarks.sim.timeline import Timeline
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, losses, sessions_of
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.gate import Gate, GateConfig
 from conductor.index import PrefixIndex
-from conductor.plan import Abort, Command, Deliver, Done, Leg, Plan, Rejection, Release, RequestFacts, Send
+from conductor.plan import (
+    Abort,
+    Command,
+    Deliver,
+    Done,
+    Fail,
+    Plan,
+    Rejection,
+    Release,
+    Replan,
+    RequestFacts,
+    Send,
+)
 from conductor.planner import Planner
 from conductor.request import RequestMachine
 from conductor.scheduler import Mode, Scheduler, SchedulerConfig
@@ -93,15 +108,19 @@ class World:
             self.cluster,
         )
         self._pumping = False
+        self._is_lost = losses(config.event_loss, config.seed)
         self.samples: list[Sample] = []
-        self.active = 0
-        self.fetches = 0
-        self.fetched_bytes = 0
+        self.in_flight: dict[int, Entry] = {}  # by number, in order of arrival
+        self.ended_s = 0.0
         self.instances: dict[str, Instance] = {}
         self._hosts: dict[str, Host] = {}
+        conductor = self.scheduler, self.cost, self.planner
+        self._legs = Legs(self.time, profile, conductor, self.instances, self._hosts, self._execute)
+        self.copies = self._legs.copies
         self._next_arrival = 0
         self._roles = Roles(self.time, self.cluster, self.planner, self.instances, self._going)
         self.switches = self._roles.switches
+        self.faults = Faults(self.time, self.cluster, self.instances, config.failures, self._going, self)
         for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):
             for number in range(count if bool(config.both) == (role == "both") else 0):
                 self._boot(f"{role}-{number:03}", role)
@@ -112,7 +131,9 @@ class World:
         own = profile.host_kv_tokens // BLOCK_TOKENS if config.host_blocks is None else config.host_blocks
         blocks = config.decode_host_blocks if role == "decode" else own
         index = PrefixIndex() if config.blind else self.index
-        host = Host(node, blocks, config.eviction, Link(profile.egress_bytes_s), index)
+        host = Host(node, blocks, config.eviction, profile.egress_bytes_s)
+        feed = Feed(self.time, node, index, config.event_delay_s, self._is_lost, host.keys)
+        host.tell = feed.publish
         record = InstanceRecord(
             instance_id=name, role=role, epoch="1", endpoint="", node=node, pid=1, model="m",
             context_root=ROOT, block_size=BLOCK_TOKENS, max_model_len=profile.context_tokens_max,
@@ -120,15 +141,23 @@ class World:
             max_num_batched_tokens=config.chunk_tokens or profile.context_tokens_max,
             block_bytes=self.block_bytes, vllm_version="",
         )  # fmt: skip
-        engine = Engine(self.time, profile, self, config.chunk_tokens, mixed=config.mixed)
-        self.instances[name] = Instance(record, host, engine)
+        self.instances[name] = instance = Instance(record, host, self._engine(), feed)
         self._hosts[node] = host
-        if blocks:
-            # the address only says that the store is open to other hosts
-            self.cluster.store_up(StoreRecord(node, "1", "", "", "", 0, 1, transfer=node))
+        self._open(instance)
         self.cluster.instance_up(0.0, record)
         self.cluster.link_up(0.0, name)
         self.cluster.pulse(0.0, name, 0.0)
+
+    def _engine(self) -> Engine:
+        config = self.config
+        return Engine(self.time, self.profile, self._legs, config.chunk_tokens, mixed=config.mixed)
+
+    def _open(self, instance: Instance) -> None:
+        """The host's store puts its record; its address only says that it is open to other hosts."""
+        host = instance.host
+        if host.node is not None:
+            self.cluster.store_up(StoreRecord(host.name, host.epoch, "", "", "", 0, 1, transfer=host.name))
+            instance.feed.start(host.epoch)
 
     # ------------------------------------------------------------ the run
 
@@ -138,6 +167,7 @@ class World:
         self._sample()
         self._tick()
         self._roles.replan()
+        self.faults.start()
         told = 0
         while self.time.step():
             if progress is not None and self._next_arrival - told >= 100:
@@ -158,14 +188,31 @@ class World:
 
         self.time.at(entry.trace.arrival_s, come)
 
+    @property
+    def fetches(self) -> int:
+        """Copies of blocks between hosts."""
+        return self.copies.count
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Their size."""
+        return self.copies.size_bytes
+
+    @property
+    def active(self) -> int:
+        """Requests that have come and not ended."""
+        return len(self.in_flight)
+
     def _going(self) -> bool:
         """Return whether there is work still, or to come."""
-        return self.active > 0 or self._next_arrival < len(self.entries)
+        return bool(self.in_flight) or self._next_arrival < len(self.entries)
 
     def _sample(self) -> None:
         now_s = self.time.now_s
         queue_s, tbt_s, batch = [], [], []
         for instance in self.instances.values():
+            if not instance.up:
+                continue
             if instance.record.role != "decode":
                 queue_s.append(self.cluster.load(instance.record.instance_id).queue_s(now_s))
             if instance.record.role != "prefill":
@@ -205,7 +252,7 @@ class World:
             self.time.now_s, facts.request_id, prompt_len, entry.terms,
             lambda now_s: self.scheduler.on_request(now_s, facts),
         )  # fmt: skip
-        self.active += 1
+        self.in_flight[entry.number] = entry
         for other in others:
             self._answered(other.request_id, other.answer)
         if answer is not None:
@@ -238,133 +285,70 @@ class World:
         for command in commands:
             match command:
                 case Send():
-                    self._send(entry, command)
+                    self._legs.send(entry, command)
                 case Release():
                     self.scheduler.release(self.time.now_s, command.ticket)
                     self._pump_soon()
                 case Deliver():
-                    if entry.ttft_s < 0:
-                        entry.ttft_s = self.time.now_s - entry.trace.arrival_s
+                    self._delivered(entry, len(command.tokens))
+                case Replan():
+                    self._replan(entry, command)
                 case Abort():
-                    pass  # the leg has not begun
+                    self._legs.abort(command.eid)
+                case Fail():
+                    entry.failed = command.reason
                 case Done():
-                    entry.done = True
-                    entry.machine = None
-                    self.active -= 1
-                case _:
-                    raise AssertionError(f"nothing fails here: {command}")
+                    self._done(entry)
+                # and Stale, which says that there is nothing to do
 
-    def _send(self, entry: Entry, command: Send) -> None:
-        instance = self.instances[command.instance_id]
-        trace, plan = entry.trace, entry.plan
-        assert plan is not None
-        answer_tokens = trace.output_tokens - 1
-        instance.jobs += 1
-        if command.leg is Leg.DECODE:
-            job = Job(command.eid, trace.input_tokens, answer_tokens)
-            job.first_token_s = self.time.now_s
-            self.time.at(entry.handed_over_s, lambda: self._handed_over(entry, instance, job))
-            return
-        job = Job(command.eid, trace.input_tokens, answer_tokens if command.leg is Leg.WHOLE else 0)
-        if plan.fetch_node is not None and entry.machine is not None:
-            # as conductor.dispatch asks for a leg's source
-            node = instance.record.node
-            source = self.scheduler.source(entry.machine.facts, node, plan.fetch_node)
-            if source:
-                self._fetch(entry, instance, job, self._hosts[source])
-        instance.engine.add_prompt(job)
+    def _delivered(self, entry: Entry, tokens: int) -> None:
+        entry.given_tokens += tokens
+        if entry.ttft_s < 0:
+            entry.ttft_s = self.time.now_s - entry.trace.arrival_s
 
-    def _fetch(self, entry: Entry, instance: Instance, job: Job, source: Host) -> None:
-        """Copy the planned blocks that the own host lacks; what is under way to it is only waited for."""
-        assert entry.plan is not None
-        now_s, host = self.time.now_s, instance.host
-        lease, there = source.lease(now_s, entry.keys[: entry.plan.hit_blocks])
-        depth = host.held(entry.keys[:there])
-        wanted = entry.keys[depth:there]
-        missing = [key for key in wanted if key not in host.arriving]
-        ready_s = max((host.arriving[key] for key in wanted if key in host.arriving), default=now_s)
-        if missing:
-            size_bytes = len(missing) * self.block_bytes
-            arrived_s = source.egress.book(now_s, size_bytes)
-            ready_s = max(ready_s, arrived_s)
-            host.arriving.update(dict.fromkeys(missing, arrived_s))
-            self.fetches += 1
-            self.fetched_bytes += size_bytes
-            self.time.at(arrived_s, lambda: self._fetched(host, missing, depth, size_bytes, now_s))
-        job.blocked = True
+    def _done(self, entry: Entry) -> None:
+        entry.done = True
+        entry.machine = None
+        del self.in_flight[entry.number]
+        entry.ended_s = self.ended_s = self.time.now_s
 
-        def ready() -> None:
-            source.release(self.time.now_s, lease)
-            job.blocked = False
-            instance.engine.kick()
+    def _replan(self, entry: Entry, command: Replan) -> None:
+        machine = entry.machine
+        assert machine is not None
+        if command.delay_s <= 0:  # later ones only ask again
+            if command.emitted_n:
+                entry.moves += 1
+            else:
+                entry.retries += 1
 
-        self.time.at(ready_s, ready)
+        def answer() -> None:
+            got = self.scheduler.replan(
+                self.time.now_s, machine.facts, machine.emitted_n, command.exclude, command.need
+            )
+            self._execute(entry, machine.plan_result(command.need, got))
 
-    def _fetched(self, host: Host, keys: list[bytes], depth: int, size_bytes: int, begun_s: float) -> None:
-        for key in keys:
-            del host.arriving[key]
-        host.store(self.time.now_s, keys, depth)
-        self.cost.observe_transfer(size_bytes, self.time.now_s - begun_s, remote=True)
+        self.time.at(self.time.now_s + command.delay_s, answer)
 
-    def _handed_over(self, entry: Entry, instance: Instance, job: Job) -> None:
-        """The decode instance looks again before it takes a request (paper 1.3)."""
-        assert entry.plan is not None
-        assert entry.machine is not None
-        instance.host.store(self.time.now_s, entry.keys, 0)
-        if rejection := self.scheduler.second_check(entry.plan):
-            entry.rejected = f"after prefill: {rejection.reason}"
-            self._execute(entry, entry.machine.abort())
-            return
-        instance.engine.add_answer(job)
+    # ------------------------------------------------------------ what breaks down (Shell of Faults)
 
-    # ------------------------------------------------------------ what engines tell (EngineEvents)
+    def crashed(self, instance: Instance) -> None:
+        """See Shell."""
+        self._legs.crashed(instance)
 
-    def begin(self, job: Job) -> Work:
-        """See EngineEvents: look for the prompt's blocks, and begin to hand over."""
-        entry = self._entry(job)
-        now_s, plan = self.time.now_s, entry.plan
-        assert plan is not None
-        instance = self.instances[plan.prefill or plan.decode or ""]
-        entry.lease, found = instance.host.lease(now_s, entry.keys)
-        prompt = entry.trace.input_tokens
-        known = min(found * BLOCK_TOKENS, prompt - 1)  # the last token is always computed
-        entry.hit_tokens, entry.new_tokens = known, prompt - known
-        if plan.prefill is not None:
-            entry.handed_over_s = instance.host.egress.book(now_s, prompt * self.profile.kv_token_bytes)
-        return Work(prompt - known, known, known * self.profile.kv_token_bytes / self.profile.load_bytes_s)
+    def lost(self, instance_id: str) -> None:
+        """See Shell: as the gateway, tell everyone, as a request may count on it before it runs there."""
+        self._legs.lost(instance_id)
+        for entry in list(self.in_flight.values()):
+            if entry.plan is None or entry.machine is None:
+                continue  # it waits in the gate
+            if entry.plan.decode == instance_id:
+                entry.pushed = False
+            self._execute(entry, entry.machine.instance_lost(instance_id))
 
-    def prefilled(self, job: Job, work: Work, seconds: float) -> None:
-        """See EngineEvents."""
-        entry = self._entry(job)
-        assert entry.plan is not None
-        assert entry.machine is not None
-        now_s = self.time.now_s
-        entry.prefill_s = seconds
-        host = self.instances[entry.plan.prefill or entry.plan.decode or ""].host
-        depth = -(-work.known_tokens // BLOCK_TOKENS)
-        host.store(now_s, entry.keys[depth:], depth)
-        host.release(now_s, entry.lease)
-        entry.handed_over_s = max(entry.handed_over_s, now_s)
-        self.cost.observe_prefill(work.new_tokens, work.known_tokens, seconds)
-        over = entry.trace.output_tokens == 1
-        finish = "stop" if over else "length" if entry.plan.prefill is not None else None
-        if over:
-            self.cost.observe_output(1)
-        self._execute(entry, entry.machine.output(job.eid, [0], finish))
-
-    def stepped(self, batch: int, kv_tokens: int, seconds: float) -> None:
-        """See EngineEvents."""
-        self.cost.observe_tbt(batch, kv_tokens, seconds)
-
-    def answered(self, job: Job, tbt: Tbt) -> None:
-        """See EngineEvents."""
-        entry = self._entry(job)
-        assert entry.machine is not None
-        entry.tbt = tbt
-        self.cost.observe_output(entry.trace.output_tokens)
-        if self.planner is not None:
-            self.planner.answered(entry.trace.output_tokens)
-        self._execute(entry, entry.machine.output(job.eid, [0] * job.answer_tokens, "stop"))
-
-    def _entry(self, job: Job) -> Entry:
-        return self.entries[int(job.eid.partition("#")[0])]
+    def revived(self, instance: Instance) -> None:
+        """See Shell."""
+        engine, instance.engine = instance.engine, self._engine()
+        instance.engine.busy_s, instance.engine.prefill_busy_s = engine.busy_s, engine.prefill_busy_s
+        if not instance.host.up:
+            instance.host.up = True
+            self._open(instance)
