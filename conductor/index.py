@@ -1,8 +1,9 @@
 """Which store nodes hold which blocks: soft state built from node events (DESIGN 2.2, 5.7).
 
-One dict from a block's whole key to an int bitmask of nodes. Its hash is a 64-bit digest of the
-key and its equality compares all 32 bytes, so two keys can never be taken for one another. Masks
-are shared objects (a cluster has few distinct ones), so a block costs its key and a dict slot.
+Dicts from a block's short name to an int bitmask of nodes. Masks are shared objects (a cluster has
+few distinct ones), so a block costs an int and a dict slot: 70 bytes at a million blocks. Two keys of one
+name would be taken for one another here, and only here: engines load by whole keys. There are several dicts
+because one of a million stops the gateway for a tenth of a second when it grows.
 
 A node that restarts or leaves takes a fresh bit: its old bit is masked out at once and swept out
 of the dict only when several are dead, bit by bit (`sweep`), so a restart never stops the gateway for
@@ -11,15 +12,23 @@ Losing this index costs hit rate, never correctness: engines look into the pool 
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, repeat
 
 import msgspec
 
-from mooncake.core.errors import ProtocolError
-from mooncake.core.keys import KEY_BYTES
+from mooncake.core.keys import short_names
 
+LOOK_KEYS = 32
+"""Looked up at first, then twice as many each time: most prompts end to be known long before they end."""
 BLOCKS_MAX = 4_000_000
-"""About 0.5 GB of index; at 32 tokens a block, 128 M cached tokens, the size of a large cluster."""
+"""About 0.3 GB of index; at 32 tokens a block, 128 M cached tokens, the size of a large cluster."""
+SHARD_BLOCKS = 1 << 16
+"""Of one dict, at most twice as many: it grows within milliseconds."""
+SPARSE_BYTES = 68
+"""Of a dict per block; beyond, it is copied. A dict that blocks come to and leave grows to 84 to 120, full of
+holes; a fresh one takes 30 to 60. With 32 of a name that makes 100 at most."""
+CHECKED_KEYS = 1_024
+"""Stored between two looks at how large dicts are: a look takes as long as storing some ten keys."""
 DROP_FRACTION = 16
 """When full, the oldest 1/16 goes in one pass: deleting a dict's first entry one by one would
 rescan the holes left by the ones before it."""
@@ -40,12 +49,6 @@ class IndexStats(msgspec.Struct, frozen=True):
     sweeps: int
 
 
-def _split(blob: bytes) -> list[bytes]:
-    if len(blob) % KEY_BYTES:
-        raise ProtocolError(f"blob of {len(blob)} bytes is not a whole number of {KEY_BYTES}-byte keys")
-    return [blob[start : start + KEY_BYTES] for start in range(0, len(blob), KEY_BYTES)]
-
-
 class PrefixIndex:
     """Block key -> bitmask of store nodes. Bounded; oldest keys are dropped first, and counted."""
 
@@ -54,14 +57,17 @@ class PrefixIndex:
         assert blocks_max >= 1
         self._dead_bits_max = dead_bits_max
         self._blocks_max = blocks_max
-        self._holders: dict[bytes, int] = {}
+        shards = 1 << max(0, (blocks_max // SHARD_BLOCKS).bit_length() - 1)
+        self._shards: list[dict[int, int]] = [{} for _ in range(shards)]  # name -> holders, by its low bits
+        self._low = shards - 1
+        self._unchecked = 0  # keys stored since dicts were looked at
         self._masks: dict[int, int] = {}
         self._bits: dict[str, int] = {}  # node -> its bit, as a mask
         self._nodes: dict[int, str] = {}  # bit -> node
         self._live = 0
         self._dead = 0
         self._sweeping = 0  # the dead bits that the sweep under way takes out
-        self._unswept: list[bytes] = []
+        self._unswept: list[int] = []
         self._dropped = 0
         self._sweeps = 0
 
@@ -76,24 +82,30 @@ class PrefixIndex:
         Raises:
             ProtocolError: a blob is not a whole number of 32-byte keys; nothing was applied.
         """
-        stored_keys, removed_keys = _split(stored), _split(removed)
+        stored_names, removed_names = short_names(stored).tolist(), short_names(removed).tolist()
         bit = self._bit(node)
-        holders, masks, live = self._holders, self._masks, self._live
+        shards, low, masks, live = self._shards, self._low, self._masks, self._live
         if len(masks) > SHARED_MASKS_MAX:
             masks.clear()
-        for key in stored_keys:
-            mask = (holders.get(key, 0) & live) | bit
-            holders[key] = masks.setdefault(mask, mask)
-        for key in removed_keys:
-            mask = holders.get(key, 0) & live & ~bit
+        for name in stored_names:
+            holders = shards[name & low]
+            mask = (holders.get(name, 0) & live) | bit
+            holders[name] = masks.setdefault(mask, mask)
+        for name in removed_names:
+            holders = shards[name & low]
+            mask = holders.get(name, 0) & live & ~bit
             if mask:
-                holders[key] = masks.setdefault(mask, mask)
+                holders[name] = masks.setdefault(mask, mask)
             else:
-                holders.pop(key, None)
-        if len(holders) > self._blocks_max:
+                holders.pop(name, None)
+        if self._blocks() > self._blocks_max:
             self._drop_oldest()
+        self._unchecked += len(stored_names) + len(removed_names)
+        if self._unchecked >= CHECKED_KEYS:
+            self._unchecked = 0
+            self._tighten()
         if self._sweeping:
-            self.sweep(SWEPT_PER_KEY * (len(stored_keys) + len(removed_keys)))
+            self.sweep(SWEPT_PER_KEY * (len(stored_names) + len(removed_names)))
 
     def reset(self, node: str) -> None:
         """Forget what a node held: it restarted empty, or a snapshot follows a gap."""
@@ -105,7 +117,7 @@ class PrefixIndex:
         self._dead |= bit
         if self._dead.bit_count() >= self._dead_bits_max and not self._sweeping:
             self._sweeping = self._dead
-            self._unswept = list(self._holders)
+            self._unswept = [name for holders in self._shards for name in holders]
             self.sweep(0)
 
     def drop(self, node: str) -> None:
@@ -120,24 +132,25 @@ class PrefixIndex:
         """
         hits: dict[str, int] = {}
         current = self._live
-        get = self._holders.get
-        depth = 0
-        for key in keys:
-            here = get(key, 0)
-            if here != current:
-                left = current & ~here
+        depth, look = 0, LOOK_KEYS
+        while current and depth < len(keys):
+            masks = self._look_up(keys[depth : depth + look])
+            # in the order of their first blocks, so at each `current` is what holds all blocks up to there
+            for mask in dict.fromkeys(masks):
+                left = current & ~mask
                 if left:
-                    self._note(hits, left, depth)
-                    current &= here
+                    self._note(hits, left, depth + masks.index(mask))
+                    current &= mask
                     if not current:
                         return hits
-            depth += 1
+            depth += len(masks)
+            look *= 2
         self._note(hits, current, depth)
         return hits
 
     def holders(self, key: bytes) -> tuple[str, ...]:
         """Return the nodes that hold one block, by bit."""
-        mask = self._holders.get(key, 0) & self._live
+        mask = self._look_up([key])[0] & self._live
         return tuple(node for bit, node in self._nodes.items() if mask & bit)
 
     @property
@@ -147,14 +160,15 @@ class PrefixIndex:
 
     def sweep(self, keys_max: int) -> None:
         """Take dead bits out of at most `keys_max` keys; nothing if no sweep is under way."""
-        holders, masks, live, unswept = self._holders, self._masks, self._live, self._unswept
+        shards, masks, live, unswept = self._shards, self._masks, self._live, self._unswept
         for _ in range(min(keys_max, len(unswept))):
-            key = unswept.pop()
-            mask = holders.get(key, 0)
+            name = unswept.pop()
+            holders = shards[name & self._low]
+            mask = holders.get(name, 0)
             if not mask & live:
-                holders.pop(key, None)
+                holders.pop(name, None)
             elif mask & ~live:
-                holders[key] = masks.setdefault(mask & live, mask & live)
+                holders[name] = masks.setdefault(mask & live, mask & live)
         if self._sweeping and not unswept:
             # what was written meanwhile was written without dead bits
             self._dead &= ~self._sweeping
@@ -163,7 +177,20 @@ class PrefixIndex:
 
     def stats(self) -> IndexStats:
         """Return gauges and counters."""
-        return IndexStats(len(self._holders), len(self._bits), self._dropped, self._sweeps)
+        return IndexStats(self._blocks(), len(self._bits), self._dropped, self._sweeps)
+
+    def _look_up(self, keys: Sequence[bytes]) -> list[int]:
+        names = short_names(b"".join(keys))
+        shards = map(self._shards.__getitem__, (names & self._low).tolist())
+        return list(map(dict.get, shards, names.tolist(), repeat(0)))
+
+    def _blocks(self) -> int:
+        return sum(map(len, self._shards))
+
+    def _tighten(self) -> None:
+        for at, holders in enumerate(self._shards):
+            if holders.__sizeof__() > SPARSE_BYTES * (len(holders) + CHECKED_KEYS):
+                self._shards[at] = dict(holders)
 
     def _bit(self, node: str) -> int:
         bit = self._bits.get(node)
@@ -184,7 +211,9 @@ class PrefixIndex:
             mask ^= bit
 
     def _drop_oldest(self) -> None:
-        count = max(len(self._holders) - self._blocks_max, self._blocks_max // DROP_FRACTION)
-        for key in list(islice(self._holders, count)):
-            del self._holders[key]
-        self._dropped += count
+        count = max(self._blocks() - self._blocks_max, self._blocks_max // DROP_FRACTION)
+        share = -(-count // len(self._shards))  # names are spread evenly, so all are about as old
+        for holders in self._shards:
+            for name in list(islice(holders, share)):
+                del holders[name]
+                self._dropped += 1

@@ -12,9 +12,17 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
+from mooncake.core.errors import ProtocolError
+
 KEY_BYTES = 32
+NAME_BITS = 60
+"""Of the first 64 of a key: Python's ints of up to 60 bits take 32 bytes, larger ones 48. Among four million
+blocks two share a name once in 100,000 clusters."""
+_NAME = np.uint64((1 << NAME_BITS) - 1)
 
 
 def context_root(context: Mapping[str, str]) -> bytes:
@@ -82,6 +90,17 @@ def prompt_keys(root: bytes, tokens: Sequence[int], block_size: int) -> tuple[li
     if not rest:
         return full, None
     return full, tail_key(full[-1] if full else root, rest)
+
+
+def short_names(blob: bytes) -> npt.NDArray[np.uint64]:
+    """Return NAME_BITS of each of the keys in `blob`: enough to look for a block, not to take it for another.
+
+    Raises:
+        ProtocolError: it is not a whole number of keys.
+    """
+    if len(blob) % KEY_BYTES:
+        raise ProtocolError(f"blob of {len(blob)} bytes is not a whole number of {KEY_BYTES}-byte keys")
+    return np.frombuffer(blob, "<u8")[:: KEY_BYTES // 8] & _NAME
 
 
 def block_checksum(key: bytes, data: memoryview | bytes) -> bytes:

@@ -13,7 +13,7 @@ from conductor.index import PrefixIndex
 from conductor.index_feed import SLICE_KEYS, TURN_S, IndexFeed
 from tests.unit.conductor.make import keys
 
-PAGE = b"".join(n.to_bytes(32, "big") for n in range(10 * SLICE_KEYS))
+PAGE = b"".join(n.to_bytes(32, "little") for n in range(10 * SLICE_KEYS))
 
 
 class CountingIndex(PrefixIndex):
