@@ -8,10 +8,13 @@ import msgspec
 import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
 
+from kvstore.limits import KEYS_PER_REQUEST_MAX
 from mooncake.core.errors import RequestError
 from mooncake.core.keys import checksum_seed
 from mooncake.core.messages import Findings
 
+BATCH_KEYS_MAX = KEYS_PER_REQUEST_MAX // 2
+"""Keys of one round; a longer batch goes in several."""
 COPY_BYTES = 64 << 10
 """From here on a copy lets other threads run (np.copyto); below, that costs more than the copy."""
 

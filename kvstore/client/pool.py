@@ -24,21 +24,20 @@ from typing import Any, Self
 
 import structlog
 
-from kvstore.client import straight
+from kvstore.client import straight, survey
 from kvstore.client.gather import Gather
 from kvstore.client.local import LocalStore
 from kvstore.client.locate import Locator
 from kvstore.client.members import Members, OpenMetadata
-from kvstore.client.model import Bytes, Hints, Into, Place, Result, parts_of
-from kvstore.client.object_names import key_of, keys_of, object_key
+from kvstore.client.model import BATCH_KEYS_MAX, Bytes, Hints, Into, Place, Result, parts_of
+from kvstore.client.object_names import key_of, keys_of
 from kvstore.client.removal import Removal
 from kvstore.client.scatter import Scatter
 from kvstore.client.straight import Pieces
 from kvstore.client.view import Views
 from kvstore.leader.placement import COPIES_MAX
-from kvstore.limits import KEYS_PER_REQUEST_MAX, LEASE_S_MAX, WRITE_S_MAX
+from kvstore.limits import LEASE_S_MAX, WRITE_S_MAX
 from mooncake.core.errors import MooncakeError, RequestError
-from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import StoreRecord, StoreStats
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.secret import cluster_secret
@@ -50,8 +49,6 @@ log = structlog.get_logger(__name__)
 
 DEADLINE_S = 5.0
 START_S = 10.0
-BATCH_KEYS_MAX = KEYS_PER_REQUEST_MAX // 2
-"""Keys of one round; a longer batch goes in several."""
 
 Name = str | bytes
 """A bytes object of 32 bytes is a key; anything else a name, see pool_names."""
@@ -181,7 +178,8 @@ class Pool:
 
         Args:
             keys: names or keys.
-            buffers: for each its bytes (bytes, memoryview, numpy array, ...), in one piece.
+            buffers: for each its bytes: one buffer (bytes, memoryview, numpy array, ...), or a list of them
+                that make the object in that order.
             replicas: copies on different nodes; fewer that were possible are DONE with a reason.
             preferred: nodes to use first; else this host while it has room, then where there is room.
             soft_pin_s: keep each until it was not read for so long.
@@ -199,45 +197,12 @@ class Pool:
         Raises:
             RequestError: arguments that make no sense; nothing was written then.
         """
-        return self.put_scattered(
-            keys,
-            [(buffer,) for buffer in buffers],
-            replicas=replicas,
-            preferred=preferred,
-            soft_pin_s=soft_pin_s,
-            hard_pin=hard_pin,
-            tenant=tenant,
-            group=group,
-            listed=listed,
-            replace=replace,
-            deadline_s=deadline_s,
-        )
-
-    def put_scattered(
-        self,
-        keys: Sequence[Name],
-        sources: Sequence[Sequence[Any]],
-        *,
-        replicas: int = 1,
-        preferred: Sequence[str] = (),
-        soft_pin_s: float = 0.0,
-        hard_pin: bool = False,
-        tenant: str = "",
-        group: str = "",
-        listed: bool = False,
-        replace: bool = False,
-        deadline_s: float = DEADLINE_S,
-    ) -> list[Result]:
-        """Store objects that lie in pieces: `sources[i]` are buffers that make `keys[i]`, in order.
-
-        Everything else as `put`.
-        """
-        if len(keys) != len(sources):
-            raise RequestError(f"{len(keys)} keys, {len(sources)} buffers")
+        if len(keys) != len(buffers):
+            raise RequestError(f"{len(keys)} keys, {len(buffers)} buffers")
         if not 1 <= replicas <= COPIES_MAX:
             raise RequestError(f"replicas={replicas}: 1 to {COPIES_MAX}")
-        parts = [parts_of(list(source)) for source in sources]
-        hashed = _keys(keys, tenant)
+        parts = [parts_of(buffer) for buffer in buffers]
+        hashed = keys_of(keys, tenant)
         texts = _texts(keys, hashed) if listed else {}
         hints = Hints(tenant, group, soft_pin_s, hard_pin, texts, replace)
         end_s = time.monotonic() + min(deadline_s, WRITE_S_MAX)
@@ -276,7 +241,7 @@ class Pool:
                     removal.look(access)
             return removal.run()
 
-        return _in_rounds(_keys(keys, tenant), remove)
+        return _in_rounds(keys_of(keys, tenant), remove)
 
     # ------------------------------------------------------------ reading
 
@@ -315,7 +280,7 @@ class Pool:
             if done is not None:
                 return [done]
         return _in_rounds(
-            _keys(keys, tenant), lambda some, at: gather.read(some, Into(parts[at : at + len(some)]))
+            keys_of(keys, tenant), lambda some, at: gather.read(some, Into(parts[at : at + len(some)]))
         )
 
     def get(
@@ -324,7 +289,7 @@ class Pool:
         """Return objects as bytes; None = missing or failed (`get_into` tells which)."""
         gather = self._gather(deadline_s)
         values: list[bytes | None] = []
-        hashed = _keys(keys, tenant)
+        hashed = keys_of(keys, tenant)
         for at in range(0, len(hashed), BATCH_KEYS_MAX):
             some = hashed[at : at + BATCH_KEYS_MAX]
             sink = Bytes(len(some))
@@ -342,7 +307,7 @@ class Pool:
         """
         gather = self._gather(deadline_s)
         access = gather.nearest() if 0 < len(keys) <= BATCH_KEYS_MAX else None
-        return access is not None and straight.get(access, _keys(keys, tenant), pieces, gather.end_s)
+        return access is not None and straight.get(access, keys_of(keys, tenant), pieces, gather.end_s)
 
     def put_straight(
         self, keys: Sequence[Name], pieces: Pieces, *, listed: bool = False, deadline_s: float = DEADLINE_S
@@ -350,7 +315,7 @@ class Pool:
         """Store objects of one size that lie in pieces of one memory, by the shortest way.
 
         Returns:
-            Whether all were stored; if not, none was, and `put_scattered` tells why, or does it.
+            Whether all were stored; if not, none was, and `put` tells why, or does it.
         """
         gather = self._gather(min(deadline_s, WRITE_S_MAX))
         access = gather.nearest() if 0 < len(keys) <= BATCH_KEYS_MAX else None
@@ -358,7 +323,7 @@ class Pool:
             return False
         names = [name.encode() if isinstance(name, str) else b"" for name in keys] if listed else []
         try:
-            return straight.put(access, _keys(keys, ""), pieces, names, gather.end_s)
+            return straight.put(access, keys_of(keys, ""), pieces, names, gather.end_s)
         except MooncakeError as error:
             self._members.lost(access, error)
             return False
@@ -379,7 +344,7 @@ class Pool:
         """
         views = Views(len(keys), time.monotonic() + lease_s)
         end_s = time.monotonic() + deadline_s
-        hashed = _keys(keys, tenant)
+        hashed = keys_of(keys, tenant)
         for access in [one for one in self._members.stores.values() if isinstance(one, LocalStore)]:
             rows = [row for row, view in enumerate(views.views) if view is None]
             if not rows:
@@ -401,7 +366,7 @@ class Pool:
     def look(self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[Result]:
         """Return for each key DONE with its size and the first nodes that have it, MISSING, or FAILED."""
         gather = self._gather(deadline_s)
-        return _in_rounds(_keys(keys, tenant), lambda some, _: gather.look(some))
+        return _in_rounds(keys_of(keys, tenant), lambda some, _: gather.look(some))
 
     def exists(self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[bool]:
         """Return whether the pool has each key; a store that cannot be asked counts as without it."""
@@ -414,7 +379,7 @@ class Pool:
         self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
     ) -> list[int] | None:
         """Return the bytes of each object, 0 = missing; None: that takes a `look` at more than one store."""
-        return self._gather(deadline_s).here(_keys(keys, tenant)) if len(keys) <= BATCH_KEYS_MAX else None
+        return self._gather(deadline_s).here(keys_of(keys, tenant)) if len(keys) <= BATCH_KEYS_MAX else None
 
     def sizes(
         self, keys: Sequence[Name], *, tenant: str = "", deadline_s: float = DEADLINE_S
@@ -433,22 +398,7 @@ class Pool:
         Raises:
             PeerError: a store could not be asked.
         """
-        end_s = time.monotonic() + deadline_s
-        hashed = _keys(keys, tenant)
-        found: list[list[Place]] = [[] for _ in hashed]
-        for access in list(self._members.stores.values()):
-            record = access.record
-            for at in range(0, len(hashed), BATCH_KEYS_MAX):
-                try:
-                    look = access.find(hashed[at : at + BATCH_KEYS_MAX], end_s)
-                except MooncakeError as error:
-                    self._members.lost(access, error)
-                    raise
-                for row, (offset, size) in enumerate(zip(look.offsets, look.sizes, strict=True), at):
-                    if size:
-                        address = record.segment_address + offset if offset >= 0 else 0
-                        found[row].append(Place(record.node, record.transfer, size, address, offset >= 0))
-        return found
+        return survey.places(self._members, keys_of(keys, tenant), time.monotonic() + deadline_s)
 
     def names(self, *, tenant: str = "", deadline_s: float = DEADLINE_S) -> list[str]:
         """Return what objects were put as `listed` and are there, each once.
@@ -456,32 +406,11 @@ class Pool:
         Raises:
             PeerError: a store could not be asked.
         """
-        end_s = time.monotonic() + deadline_s
-        found: dict[str, None] = {}
-        for access in list(self._members.stores.values()):
-            cursor = 0
-            try:
-                while True:
-                    page = access.names(cursor, end_s)
-                    for at, raw in enumerate(page.names):
-                        key = page.keys[KEY_BYTES * at : KEY_BYTES * (at + 1)]
-                        if object_key(raw, tenant) == key:  # of this tenant, and no other name's
-                            found[raw.decode("utf-8", "replace")] = None
-                    cursor = page.cursor
-                    if not cursor:
-                        break
-            except MooncakeError as error:
-                self._members.lost(access, error)
-                raise
-        return list(found)
+        return survey.names(self._members, tenant, time.monotonic() + deadline_s)
 
 
 def _texts(names: Sequence[Name], keys: Sequence[bytes]) -> dict[bytes, bytes]:
     return {key: name.encode() for name, key in zip(names, keys, strict=True) if isinstance(name, str)}
-
-
-def _keys(names: Sequence[Name], tenant: str) -> list[bytes]:
-    return keys_of(names, tenant)
 
 
 def _in_rounds(keys: list[bytes], call: Callable[[list[bytes], int], list[Result]]) -> list[Result]:

@@ -124,7 +124,7 @@ class Calls:
         codes = [OK] * len(names)
         for group in dict.fromkeys(groups):
             rows = [row for row, one in enumerate(groups) if one == group]
-            results = self.pool.put_scattered(
+            results = self.pool.put(
                 [names[row] for row in rows],
                 [sources[row] for row in rows],
                 replicas=min(config.replica_num, COPIES_MAX),

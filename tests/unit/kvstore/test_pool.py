@@ -98,7 +98,7 @@ class Own:
         return functools.partial(found, **self._defaults) if name in CALLS else found
 
 
-CALLS = ("put", "put_scattered", "get", "get_into", "view", "look", "exists", "sizes", "remove")
+CALLS = ("put", "get", "get_into", "view", "look", "exists", "sizes", "remove")
 
 
 @pytest.fixture(params=["here", "shm", "tcp"])
@@ -149,7 +149,7 @@ def test_a_second_put_changes_nothing(pool):
 def test_pieces_are_put_and_filled_in_order(pool):
     whole = data(1, 90_000)
     view = memoryview(whole)
-    done = pool.put_scattered(["a"], [[view[:10], view[10:70_000], view[70_000:]]])
+    done = pool.put(["a"], [[view[:10], view[10:70_000], view[70_000:]]])
     assert outcomes(done) == [DONE]
     parts = [bytearray(1), bytearray(50_000), bytearray(100_000)]
     assert outcomes(pool.get_into(["a"], [parts])) == [DONE]
