@@ -18,8 +18,8 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.sim.nouns import WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
-from benchmarks.sim.report import Summary, summarize, within
-from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale
+from benchmarks.sim.report import Summary, spread, summarize, within
+from benchmarks.sim.trace import BLOCK_TOKENS, CROWD_IDS, TraceRequest, crowd, read_trace, rescale, sessions_of
 from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.index import PrefixIndex
@@ -39,7 +39,10 @@ HBM_TOKENS = 1_000_000
 TBT_SLOS_S = (0.1, 0.2, 0.3)
 ORDER = (Policy.RANDOM, Policy.LEAST_LOAD, Policy.CACHE_AWARE, Policy.KVCACHE)
 
+CROWD_SEEDS = (1, 2, 3)
 CLASS_MIX = ("premium", "interactive", "interactive", "default", "default", "default", "batch", "batch")
+FLOOD = ("calm", *["flood"] * 7)
+"""Tenants of eight conversations."""
 OVERLOAD_KV_TOKENS = 600_000
 """Room of a decode instance that makes two of them the bottleneck."""
 ADMISSIONS = (
@@ -314,6 +317,28 @@ def classes(bench: Bench, requests: Sequence[TraceRequest]) -> None:
         )  # fmt: skip
 
 
+def tenants(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """More than can be served, of which one tenant sends seven times as much as the other."""
+    part = bench.part(requests, 2.4)
+    whose = [FLOOD[int(session) % len(FLOOD)] for session in sessions_of(part)]
+    for names in (("all",), FLOOD):
+        config = WorldConfig(hold_s=1.0, reject_ttft_s=30.0, tenants=names)
+        apart = names is FLOOD
+        what = "told apart" if apart else "taken for one"
+        world = bench.world(f"tenants {what}", part, config)
+        shares, shown = {}, []
+        for tenant in dict.fromkeys(FLOOD):
+            own = [entry for entry, who in zip(world.entries, whose, strict=True) if who == tenant]
+            ttft_s = spread([entry.ttft_s for entry in own if entry.ttft_s >= 0 and not entry.rejected])
+            shares[tenant] = sum(within(entry, 30.0, 0.1) for entry in own) / max(1, len(own))
+            shown.append(f"{tenant} {shares[tenant]:.3f} {ttft_s.mean:.2f} {ttft_s.p90:.1f}")
+        bench.add(
+            f"conversation 2.4x, 8P8D, two tenants {what}: within 30 s, 0.1 s; TTFT s mean, p90", "-",
+            f"{', '.join(shown)}; hit {summarize(world).hit_rate:.3f}",
+            "calm >= 0.99" if apart else "", shares["calm"] >= 0.99 if apart else None,
+        )  # fmt: skip
+
+
 def inline(bench: Bench, requests: Sequence[TraceRequest]) -> None:
     """Short prompts on decode instances, beside their batch; every host has a store in all worlds."""
     base = WorldConfig(decode_host_blocks=bench.profile.host_kv_tokens // BLOCK_TOKENS)
@@ -355,6 +380,59 @@ def sessions(bench: Bench, requests: Sequence[TraceRequest]) -> None:
         ours = ", ".join(f"{one.ttft_s.mean:.2f} s ({one.hit_rate:.3f})" for one in runs)
         names = ", ".join(f"{bonus_s:g}" for bonus_s in bonuses)
         bench.add(f"conversation 1x, {what} index: TTFT (hit), sessions count {names} s", "-", ours)
+
+
+def hot_spots(bench: Bench, trace: str, requests: Sequence[TraceRequest]) -> None:
+    """What copies made ahead add to those that fetches leave, on a trace as it is."""
+    part = bench.part(requests, 1.0)
+    told = []
+    for copies in (0, 8):
+        world = bench.world(f"{trace}, {copies} hot copies", part, WorldConfig(hot_copies=copies))
+        got = summarize(world)
+        told.append(
+            f"{got.ttft_s.mean:.3f} s ({got.hit_rate:.3f}), {world.fetched_bytes / 1e9:,.0f} GB fetched,"
+            f" {world.hot.copied_bytes / 1e9:,.0f} copied"
+        )
+    bench.add(f"{trace} 1x, 8P8D: TTFT (hit) without hot copies, with up to 8", "-", "; ".join(told))
+
+
+def crowds(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """A system prompt of 32k tokens, known for five minutes; then 200 come in 10 s.
+
+    One token each, so that only fetches and copies use the network.
+    """
+    fast = bench.profile
+    rest = [msgspec.structs.replace(one, output_tokens=1) for one in rescale(requests, length_s=QUICK_S)]
+    for gigabytes, lost, most in ((87, False, 1.01), (12.5, False, 0.7), (3, False, 0.3), (12.5, True, 0.3)):
+        bench.profile = msgspec.structs.replace(fast, egress_bytes_s=gigabytes * 1e9)
+        means = [_crowd_ttft_s(bench, [] if lost else rest, copies, lost) for copies in (0, 8)]
+        what = "the only store that has it lost 5 s before" if lost else "beside the conversation trace"
+        ratio = means[1] / means[0]
+        bench.add(
+            f"200 at once behind 32k tokens, {gigabytes} GB/s, {what}: TTFT s with 0, 8 hot copies",
+            "-",
+            f"{means[0]:.2f} {means[1]:.2f} ({ratio:.2f})",
+            f"<= {most:g}",
+            ratio <= most,
+        )
+    bench.profile = fast
+
+
+def _crowd_ttft_s(bench: Bench, rest: Sequence[TraceRequest], copies: int, lost: bool) -> float:
+    """Return the mean over CROWD_SEEDS and those who came at once."""
+    found = []
+    for seed in CROWD_SEEDS:
+        both = sorted([*rest, *crowd(32_768, seed)], key=lambda one: one.arrival_s)
+        # alone, all of them run where the first one ran: on the first instance
+        restarts = ((295.0, "host-prefill-000"),) if lost else ()
+        config = WorldConfig(hot_copies=copies, restarts=restarts)
+        world = bench.world(f"crowd, {copies} copies", both, config)
+        found += [e.ttft_s for e in world.entries if _in_crowd(e.trace) and e.trace.arrival_s >= 300.0]
+    return sum(found) / len(found)
+
+
+def _in_crowd(one: TraceRequest) -> bool:
+    return one.hash_ids[0] == CROWD_IDS
 
 
 def slow_network(bench: Bench, requests: Sequence[TraceRequest]) -> None:
@@ -400,7 +478,7 @@ def main() -> int:
             traces[trace] = read_trace(path)
         else:
             console.print(f"skipped: no {path.name} in {args.traces} (--traces DIR)", highlight=False)
-    steps = {"conversation": 16 if args.quick else 59, "synthetic": 4}
+    steps = {"conversation": 16 if args.quick else 87, "synthetic": 6}
     with harness.progress(sum(steps[trace] for trace in traces)) as begin:
         bench = Bench(begin, read_profile(DEFAULT), QUICK_S if args.quick else 0.0)
         begin("prefill times")
@@ -413,6 +491,7 @@ def main() -> int:
             coupled(bench, "conversation", requests, 1.5)
         if found := traces.get("synthetic", []):
             coupled(bench, "synthetic", found, 1.0)
+            hot_spots(bench, "synthetic", found)
         if requests:
             spread_stamps(bench, requests)
         if requests and not args.quick:
@@ -420,8 +499,11 @@ def main() -> int:
             ratio(bench, requests)
             role_switching(bench, requests)
             classes(bench, requests)
+            tenants(bench, requests)
             inline(bench, requests)
             sessions(bench, requests)
+            hot_spots(bench, "conversation", requests)
+            crowds(bench, requests)
             slow_network(bench, requests)
             capacities(bench, requests)
     if not bench.rows:

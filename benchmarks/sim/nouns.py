@@ -30,11 +30,14 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     admission, decode_s: see conductor.admission; objectives that are None are not enforced.
     planner: who changes roles; None = nobody does.
     hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
+    tenants: names, taken in turn by the conversations.
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
     inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
     session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
     event_delay_s, event_loss: of what the stores tell the Conductor's index; blind: it hears nothing.
     failures: in order of time; see benchmarks.sim.failures.
+    hot_copies: of any prefix, made ahead (see conductor.heat); below 2 none.
+    restarts: (when, node) of stores that die and come back empty.
     """
 
     prefill: int = 8
@@ -55,12 +58,15 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     planner: PlannerConfig | None = None
     hold_s: float = 0.0
     classes: tuple[str, ...] = ()
+    tenants: tuple[str, ...] = ()
     inline: bool = False
     session_bonus_s: float = 0.0
     event_delay_s: float = EVENT_DELAY_S
     event_loss: float = 0.0
     blind: bool = False
     failures: tuple[Failure, ...] = ()
+    hot_copies: int = 0
+    restarts: tuple[tuple[float, str], ...] = ()
 
 
 class Entry:

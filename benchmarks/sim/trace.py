@@ -27,6 +27,12 @@ SESSIONS_MAX = 512
 SYSTEM_BLOCKS = 2
 """Of synthetic requests: what all of them begin with."""
 
+CROWD_IDS = 1 << 40
+"""First block of a crowd: no trace has it."""
+CROWD_S = 10.0
+CROWD_NEW_TOKENS = 1000
+"""Mean of what one of a crowd adds."""
+
 
 class Row(msgspec.Struct, frozen=True):
     """One line of a trace file."""
@@ -148,6 +154,35 @@ def sessions_of(requests: Sequence[TraceRequest]) -> list[str]:
             first.setdefault(block, session)
         found.append(str(session))
     return found
+
+
+def crowd(
+    prompt_tokens: int, seed: int, *, rate: float = 0.1, quiet_s: float = 300.0, count: int = 200
+) -> list[TraceRequest]:
+    """Return requests behind one long system prompt: one now and then, at last `count` of them within 10 s.
+
+    Raises:
+        ConfigError: a number is not positive.
+    """
+    if not (prompt_tokens >= BLOCK_TOKENS and rate > 0 and quiet_s > 0 and count > 0):
+        raise ConfigError(
+            f"{prompt_tokens=} (a block at least), {rate=}, {quiet_s=}, {count=}: must be positive"
+        )
+    random = Random(seed)
+    system = list(range(CROWD_IDS, CROWD_IDS + prompt_tokens // BLOCK_TOKENS))
+    arrivals = [quiet_s + random.uniform(0, CROWD_S) for _ in range(count)]
+    now_s = random.expovariate(rate)
+    while now_s < quiet_s:
+        arrivals.append(now_s)
+        now_s += random.expovariate(rate)
+    requests, fresh = [], system[-1] + 1
+    for at_s in sorted(arrivals):
+        tokens = 1 + int(random.expovariate(1 / CROWD_NEW_TOKENS))
+        blocks = -(-tokens // BLOCK_TOKENS)
+        ids = (*system, *range(fresh, fresh + blocks))
+        fresh += blocks
+        requests.append(TraceRequest(at_s, len(system) * BLOCK_TOKENS + tokens, 1, ids))
+    return requests
 
 
 def synthesize(

@@ -12,11 +12,13 @@ the queue; a prompt whose blocks have not come keeps its place, as the Scheduler
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks.sim.engine import Engine
 from benchmarks.sim.faults import Faults
 from benchmarks.sim.feed import Feed
 from benchmarks.sim.host import Host
+from benchmarks.sim.hot import HotCopies
 from benchmarks.sim.legs import Legs
 from benchmarks.sim.nouns import Entry, Instance, Sample, WorldConfig
 from benchmarks.sim.profile import Profile
@@ -124,6 +126,12 @@ class World:
         for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):
             for number in range(count if bool(config.both) == (role == "both") else 0):
                 self._boot(f"{role}-{number:03}", role)
+        self.hot = HotCopies(
+            self.time, self.cluster, self.index, self.cost, self._hosts, self.block_bytes, self._going,
+            config.hot_copies,
+        )  # fmt: skip
+        for when_s, node in config.restarts:
+            self.time.at(when_s, partial(self._restart, self.instances[node.removeprefix("host-")]))
 
     def _boot(self, name: str, role: str) -> None:
         profile, config = self.profile, self.config
@@ -159,6 +167,11 @@ class World:
             self.cluster.store_up(StoreRecord(host.name, host.epoch, "", "", "", 0, 1, transfer=host.name))
             instance.feed.start(host.epoch)
 
+    def _restart(self, instance: Instance) -> None:
+        """The store dies alone, and is back at once, empty."""
+        instance.host.restart()
+        self._open(instance)
+
     # ------------------------------------------------------------ the run
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
@@ -167,6 +180,7 @@ class World:
         self._sample()
         self._tick()
         self._roles.replan()
+        self.hot.start()
         self.faults.start()
         told = 0
         while self.time.step():
@@ -266,6 +280,7 @@ class World:
             self._execute(entry, entry.machine.abort())
             return
         entry.plan = answer
+        self.hot.planned(entry.keys, answer)
         if self.planner is not None:
             answer_tokens = self.cost.output_tokens(MAX_TOKENS)
             self.planner.planned(answer, entry.trace.input_tokens, answer_tokens)

@@ -19,8 +19,9 @@ PURE = (
     "pricing",
     "inline",
     "sessions",
+    "heat",
 )
-ALLOWED = {"collections", "collections.abc", "enum", "heapq", "itertools", "math", "msgspec"}
+ALLOWED = {"collections", "collections.abc", "enum", "hashlib", "heapq", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {
     "mooncake.core.context",
     "mooncake.core.errors",
