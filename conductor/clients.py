@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from conductor.http import HttpFate
 from conductor.legs import Leg1Result, exact_first, two_legs_possible
 from conductor.plan import Leg, Plan, RequestFacts
+from conductor.prompt_keys import KeyMemo, PromptKeys
 from conductor.request import PrefillGroup, RequestMachine
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
 from conductor.why import Decided
 from mooncake.core.fingerprint import AdapterNames
-from mooncake.core.keys import prompt_keys, request_root
+from mooncake.core.keys import request_root, tail_key
 
 
 class Family:
@@ -114,6 +115,7 @@ def facts_of(
     context_root: str,
     block_size: int,
     adapters: AdapterNames,
+    memo: KeyMemo,
     *,
     first_token: bool,
     shared: bool,
@@ -127,6 +129,7 @@ def facts_of(
         context_root: hex root of the instances considered; "" = none known.
         block_size: tokens per KV block of these instances.
         adapters: names LoRA adapters as the engines do; one it cannot name leaves the request without keys.
+        memo: keys of prompts that came before.
         first_token: whether leg 1's own token may be streamed at all.
         shared: siblings share leg 1 (n > 1).
         terms: what it asks of its service.
@@ -136,13 +139,14 @@ def facts_of(
     params = request.sampling_params
     max_tokens = params.max_tokens if params is not None and params.max_tokens is not None else 1
     single = not two_legs_possible(request) or max_tokens == 1
-    keys: list[bytes] = []
+    keys: Sequence[bytes] = ()
     tail: bytes | None = None
     lora = None if request.lora_request is None else adapters.name_of(request.lora_request)
     named = request.lora_request is None or lora is not None
     if context_root and tokens and named:
         root = request_root(bytes.fromhex(context_root), request.cache_salt, lora)
-        keys, tail = prompt_keys(root, tokens, block_size)
+        keys = PromptKeys(root, tokens, block_size, memo)
+        tail = None if keys else tail_key(root, tokens)
     return RequestFacts(
         request_id=request.request_id,
         prompt_len=len(tokens),

@@ -2,7 +2,7 @@
 
 Everything runs on one event loop and never waits: sends are non-blocking, decisions take
 microseconds, so `add` has dispatched the request when it returns. Hashing a prompt's keys happens
-inline too: 64 blocks of 128 tokens take about 60 us, once per request.
+inline too (conductor.prompt_keys): at most 2 ms for 128k tokens nobody has sent before, once per request.
 
 One request: add -> plan -> Send -> engine outputs -> Deliver -> outputs queue -> vLLM's front end.
 Each leg has its own engine-side id (eid); an output whose eid is not registered is late and dropped.
@@ -42,6 +42,7 @@ from conductor.plan import (
     Stale,
 )
 from conductor.planner import Planner
+from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
 from conductor.scheduler import Scheduler
 from conductor.tenants import Quotas
@@ -123,6 +124,7 @@ class Dispatcher:
         self._pumping = False
         self._first_token = first_token
         self._adapters = AdapterNames()
+        self._memo = KeyMemo()
         self._clients: dict[str, Client] = {}
         self._families: dict[str, Family] = {}
         self._running: dict[str, Running] = {}
@@ -277,7 +279,7 @@ class Dispatcher:
         """Return the machine of a request; `root` "": before it is known where it may run."""
         shared = family.family_id != request.request_id
         facts = facts_of(
-            request, root, block_size, self._adapters,
+            request, root, block_size, self._adapters, self._memo,
             first_token=self._first_token, shared=shared, terms=terms, arrival_s=arrival_s,
         )  # fmt: skip
         return RequestMachine(facts, family.group if shared else None)

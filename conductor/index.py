@@ -19,7 +19,9 @@ import msgspec
 from mooncake.core.keys import short_names
 
 LOOK_KEYS = 32
-"""Looked up at first, then twice as many each time: most prompts end to be known long before they end."""
+LOOK_KEYS_MAX = 128
+"""Looked up at first, then twice as many each time up to 128: keys are made as they are looked up, and most
+prompts end to be known long before they end."""
 BLOCKS_MAX = 4_000_000
 """About 0.3 GB of index; at 32 tokens a block, 128 M cached tokens, the size of a large cluster."""
 SHARD_BLOCKS = 1 << 16
@@ -144,7 +146,7 @@ class PrefixIndex:
                     if not current:
                         return hits
             depth += len(masks)
-            look *= 2
+            look = min(2 * look, LOOK_KEYS_MAX)
         self._note(hits, current, depth)
         return hits
 

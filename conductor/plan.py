@@ -4,6 +4,7 @@ Everything here is frozen and holds no behaviour. `ticket` numbers stand for loa
 instance when a plan was made; each is given back exactly once (`Scheduler.release`). 0 = none.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What the policy may know of one client request (or of one of its n>1 children).
 
-    keys: 32-byte keys of the prompt's full blocks, in order; tail_key: key of the partial last block.
+    keys: 32-byte keys of the prompt's full blocks, in order; tail_key: of a prompt shorter than a block.
     context_root: hex root the keys were made from; only instances with that root are considered.
         Empty = not known: any instance will do, and prefill and decode are still paired by root.
     single_leg: one leg is the whole answer (max_tokens == 1, pooling, prompt embeddings, ...).
@@ -27,7 +28,7 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     request_id: str
     prompt_len: int
     max_tokens: int
-    keys: list[bytes]
+    keys: Sequence[bytes]
     arrival_s: float
     tail_key: bytes | None = None
     ttft_slo_s: float | None = None

@@ -62,14 +62,22 @@ def request_root(root: bytes, cache_salt: str | None, lora: str | None) -> bytes
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
     """Return tokens as little-endian u32 (4 bytes per token)."""
-    packed = array("I", tokens)
+    packed = array("I")
+    if isinstance(tokens, list):
+        packed.fromlist(tokens)  # a third less than by the sequence protocol
+    else:
+        packed.extend(tokens)
     assert packed.itemsize == 4
     return packed.tobytes()  # every supported platform is little-endian
 
 
 def chain(parent: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
     """Return the keys of all full blocks of `tokens` that follow `parent`, in order."""
-    data = token_bytes(tokens)
+    return chain_packed(parent, token_bytes(tokens), block_size)
+
+
+def chain_packed(parent: bytes, data: bytes, block_size: int) -> list[bytes]:
+    """Return the same of tokens as token_bytes makes them."""
     step = 4 * block_size
     keys = []
     for start in range(0, len(data) - step + 1, step):

@@ -59,6 +59,7 @@ def test_the_gateway_names_blocks_of_an_adapter_by_its_content_or_not_at_all(tmp
     from vllm.v1.engine import EngineCoreRequest
 
     from conductor.clients import facts_of
+    from conductor.prompt_keys import KeyMemo
 
     def keys_with(lora: LoRARequest | None) -> list[bytes]:
         request = EngineCoreRequest(
@@ -67,10 +68,10 @@ def test_the_gateway_names_blocks_of_an_adapter_by_its_content_or_not_at_all(tmp
             cache_salt="tenant", data_parallel_rank=None, external_req_id="e",
         )  # fmt: skip
         facts = facts_of(
-            request, ROOT.hex(), 4, AdapterNames(), first_token=False, shared=False, arrival_s=0.0
+            request, ROOT.hex(), 4, AdapterNames(), KeyMemo(), first_token=False, shared=False, arrival_s=0.0
         )
         assert facts.context_root == ROOT.hex()
-        return facts.keys
+        return list(facts.keys)
 
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")

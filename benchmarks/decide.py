@@ -1,0 +1,79 @@
+"""One decision of the Conductor's: name a prompt's blocks, match them, price every instance, plan.
+
+64 nodes hold a million blocks of 128 tokens; the prompt has 128,000, of which 0, 50 or 100 % are known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.decide_peers.base import PROMPT_TOKENS
+from benchmarks.transfer_peers import contest
+from benchmarks.transfer_peers.rounds import Bar, Cell, Contender, Pace, Sample, median_of, table
+
+BLOCKS = 1_000_000
+PEERS = "benchmarks.decide_peers"
+
+
+@dataclass(frozen=True)
+class Question(Cell):
+    """An operation and the known part of the prompt."""
+
+    def __str__(self) -> str:
+        """For a table's first column."""
+        kind, _, percent = self.op.partition(" ")
+        return f"{kind.lower()} {percent} %"
+
+
+def questions(*kinds: str) -> tuple[Question, ...]:
+    """Return these kinds at every depth."""
+    return tuple(
+        Question(f"{kind} {percent}", 4 * PROMPT_TOKENS) for kind in kinds for percent in (0, 50, 100)
+    )
+
+
+COMMON = questions("HASH", "MATCH", "DECIDE")
+OWN = (*questions("FIRST", "PACKED", "CHURN"), Question("SCORE 0", 4 * PROMPT_TOKENS))
+CELLS = (*COMMON, *OWN)
+FULL = Pace(9, 0.3, 600.0)
+QUICK = Pace(3, 0.06, 30.0)
+
+
+def _ops(cells: Sequence[Cell]) -> tuple[str, ...]:
+    return tuple(cell.op for cell in cells)
+
+
+CONTENDERS = (
+    Contender("ours", f"{PEERS}.ours", "Ours", _ops(CELLS)),
+    Contender("dynamo", f"{PEERS}.dynamo", "Dynamo", _ops(COMMON), foreign=True),
+)
+
+
+def cpu(samples: Sequence[Sample], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return CPU microseconds, of all threads: on a busy machine they say more than the clock."""
+    rows = []
+    for cell in CELLS:
+        row: dict[str, Any] = {"": str(cell)}
+        for name in names:
+            per_gb = median_of(samples, name, cell, "cpu_s_gb")
+            row[name] = "-" if per_gb is None else f"{per_gb * cell.size / 1e3:.3g}"
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """See the module's text."""
+    args = contest.parser(__doc__).parse_args()
+    pace = QUICK if args.quick else FULL
+    samples, names, skipped = contest.run(contest.wanted(CONTENDERS, args), args, CELLS, pace, BLOCKS)
+    harness.show("microseconds, p50", table(samples, names, CELLS, "us"))
+    harness.show("microseconds, p99", table(samples, names, CELLS, "p99_us"))
+    rows = cpu(samples, names)
+    harness.show("microseconds of CPU, p50", rows)
+    bars = [Bar("decision <= 0.3x", "ours", "dynamo", "us", 1 / 0.3, questions("DECIDE"))]
+    contest.conclude(args, samples, bars, skipped, blocks=BLOCKS, pace=asdict(pace))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Indexes that benchmarks.decide compares with the Conductor's."""
