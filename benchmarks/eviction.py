@@ -23,9 +23,11 @@ from rich.console import Console
 from benchmarks import harness
 from kvstore.limits import LEASE_S_MAX
 from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.contract import CHECKSUM_BYTES
 from kvstore.node.eviction import EvictionPolicy, LengthAware, Lfu, Lru, TailLru
-from kvstore.node.node import CHECKSUM_BYTES, Node
-from kvstore.node.pins import Guarded, Tags
+from kvstore.node.node import Node
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import Tags
 from mooncake.core.keys import KEY_BYTES
 
 BLOCK_TOKENS = 512

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from benchmarks.sim.timeline import Link
 from kvstore.limits import LEASE_S_MAX
 from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.contract import CHECKSUM_BYTES, id_base
 from kvstore.node.eviction import POLICIES
-from kvstore.node.node import CHECKSUM_BYTES, HARD_PIN_RATIO, Node, id_base
-from kvstore.node.pins import PLAIN, Guarded, Tags
+from kvstore.node.node import HARD_PIN_RATIO, Node
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import PLAIN, Tags
 
 CHECKSUM = bytes(CHECKSUM_BYTES)
 

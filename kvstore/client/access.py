@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from kvstore.client.model import Hints, Look, Outcome, Result, Sink
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from kvstore.node.node import FULL, OVER_QUOTA, QUOTA_USED_UP
+from kvstore.node.contract import FULL, OVER_QUOTA, QUOTA_USED_UP
 from mooncake.core.errors import PeerTimeout, ProtocolError
 from mooncake.core.messages import (
     Commit,

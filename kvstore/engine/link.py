@@ -10,7 +10,7 @@ import msgspec
 import zmq
 
 from kvstore.engine.door import DoorClient
-from kvstore.node.node import CHECKSUM_BYTES, ID_BITS, id_base
+from kvstore.node.contract import CHECKSUM_BYTES, ID_BITS, id_base
 from mooncake.core import wire
 from mooncake.core.errors import PeerGone, ProtocolError
 from mooncake.core.keys import block_checksum

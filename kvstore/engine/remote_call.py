@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 
 from kvstore.limits import SERVICE
-from kvstore.node.node import ID_BITS, id_base
+from kvstore.node.contract import ID_BITS, id_base
 from mooncake.core import wire
 from mooncake.core.errors import MooncakeError, PeerGone, ProtocolError
 from mooncake.core.messages import StoreRecord, StoreReply, StoreRequest

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvstore.node.pins import Tags
+from kvstore.node.tags import Tags
 from mooncake.core.messages import Block
 
 

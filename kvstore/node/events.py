@@ -8,7 +8,7 @@ import structlog
 import zmq
 
 from kvstore.limits import EVENT_KEYS_MAX, SNAPSHOT_PAGE_KEYS, SNAPSHOTS_MAX
-from kvstore.node.node import NodeEvents
+from kvstore.node.changes import NodeEvents
 from mooncake.core import rpc, wire
 from mooncake.core.errors import RequestError
 from mooncake.core.keys import KEY_BYTES

@@ -3,7 +3,8 @@
 from array import array
 from collections.abc import Callable, Sequence
 
-from kvstore.node.node import CHECKSUM_BYTES, Node
+from kvstore.node.contract import CHECKSUM_BYTES
+from kvstore.node.node import Node
 from mooncake.core.errors import RequestError
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import Block, Find, Findings

@@ -2,7 +2,8 @@
 
 from kvstore.node.eviction import POLICIES
 from kvstore.node.node import HARD_PIN_RATIO, Node
-from kvstore.node.pins import PLAIN, Guarded, Tags
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import PLAIN, Tags
 from mooncake.core.errors import ConfigError
 from mooncake.core.messages import Pin, Pinned, Reserve, SetQuota, TenantUsage
 

@@ -1,78 +1,42 @@
 """A store node as a pure state machine: (now_s, request) -> reply, plus events (DESIGN 2.2, 5, 6).
 
-A block is *writing* (reserved, has a ticket) -> *complete* (visible, immutable) -> *gone*.
+A block is *writing* (reserved, has a ticket; kvstore.node.writing) -> *complete* (visible, immutable;
+kvstore.node.shelf) -> *gone*.
 Where its memory is:
 
     reserve --> writing --commit--> complete --evict or drop--> free
                    |                   '--drop while leased--> hidden --last lease ends--> free
                    '--abandon or write deadline--> quarantine --QUARANTINE_S--> free
 
-What is hit, pinned, grouped or over its quota is the policy's to know (kvstore.node.pins); the node tells it
-of every use and evicts what it names. A lease on one block of a group holds the whole group.
-
-A lost writer may be stopped, not dead, and write late; a range it may still hit rests in quarantine
-before it is used again. Only complete, unleased blocks are evicted. Ids (leases, tickets) carry the
-node's epoch, so those of an earlier start are recognised by both sides (`id_base`).
+Ids (leases, tickets) carry the node's epoch, so those of an earlier start are recognised by both sides
+(kvstore.node.contract).
 
 No clock here: `now_s` is any monotonic time; every call first does what has become due.
 """
 
 import itertools
 import math
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 
-import msgspec
-
-from kvstore.limits import (
-    EVICTIONS_PER_KEY_MAX,
-    GRANT_SHARE_MAX,
-    WRITER_CHARS_MAX,
-    NodeLimits,
-    check_count,
-    check_keys,
-)
-from kvstore.node.ages import AgeHistogram
-from kvstore.node.allocator import OffsetAllocator, aligned
+from kvstore.limits import GRANT_SHARE_MAX, WRITER_CHARS_MAX, NodeLimits, check_count, check_keys
+from kvstore.node.allocator import aligned
 from kvstore.node.blocks import Entry, Write
-from kvstore.node.leases import Leases
-from kvstore.node.pins import PLAIN, Guarded, Tags, TenantUse, check_pin_s
-from kvstore.node.reads import Reads
+from kvstore.node.changes import NodeEvents
+from kvstore.node.contract import CHECKSUM_BYTES, FULL, OVER_QUOTA, PRESENT
+from kvstore.node.pins import Guarded
+from kvstore.node.shelf import Shelf
+from kvstore.node.tags import PLAIN, Tags, check_pin_s
+from kvstore.node.tenants import TenantUse
+from kvstore.node.writing import Writing
 from kvstore.table import Table
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import Acquired, Block, Committed, Reserved, StoreStats
 
-CHECKSUM_BYTES = 16
-PRESENT = -1
-"""In Reserved.offsets (wire contract): already complete, or being written by somebody."""
-FULL = -2
-"""In Reserved.offsets (wire contract): no room."""
-OVER_QUOTA = -3
-"""In Reserved.offsets (wire contract): beyond the tenant's strict quota."""
-QUOTA_USED_UP = "the tenant's quota is used up"
-"""In the reason of such a refusal, by which callers tell it from others."""
-AHEAD_MAX = 1_024
-"""Blocks evicted ahead at a time, a millisecond or two: the store has callers. The rest goes next."""
-ID_BITS = 40
-"""Ids of one epoch: 2**40, a million a second for twelve days."""
 SIZES_MAX = 64
 """Block sizes whose number is stored once for all blocks, not 32 bytes each: those of so many models."""
 HARD_PIN_RATIO = 0.5
 """Of the segment: the other half stays a cache, whatever is pinned."""
-
-
-def id_base(epoch: str) -> int:
-    """Return the first id of `epoch`; its ids are those with the same value above ID_BITS."""
-    return (int.from_bytes(sha256(epoch.encode()).digest()[:4], "little") >> 10) + 1 << ID_BITS
-
-
-class NodeEvents(msgspec.Struct, frozen=True):
-    """Net changes of the complete set since the last drain; no key is in both."""
-
-    stored: list[bytes]
-    removed: list[bytes]
 
 
 class Node:
@@ -96,31 +60,18 @@ class Node:
             table: where readers of the host look for complete blocks.
         """
         self.limits = limits or NodeLimits()
-        self._allocator = OffsetAllocator(capacity_bytes)
         self.policy = policy if policy is not None else Guarded(int(capacity_bytes * HARD_PIN_RATIO))
+        self.shelf = Shelf(capacity_bytes, self.limits, self.policy, table)
+        self.writing = Writing(self.limits, self.shelf.allocator)
+        self._complete, self._leases = self.shelf.blocks, self.shelf.leases
         self._ids = itertools.count(first_id)
         self._now_s = -math.inf
-        self._complete: dict[bytes, Entry] = {}
-        self._leases = Leases(self.limits, self.policy, self._complete)
-        self._writes: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first
-        self._writing: dict[bytes, int] = {}  # key -> ticket
-        self._granted: OrderedDict[int, Write] = OrderedDict()  # by ticket, oldest first; without a key
-        self.granted_bytes = 0
-        self._quarantine: deque[tuple[float, int, int]] = deque()  # (until_s, offset, size), ascending
-        self._pending: dict[bytes, bool] = {}  # net change per key: stored or removed
-        self._reads = Reads()
-        self.quarantined_bytes = 0
         self.below: Callable[[bytes], bool] = lambda _: False  # whether a slower tier has a block
         self.retired = False  # then nothing more is taken, and what is there is read as ever
-        self.table = table
-        self._second = 0
         self._sizes: dict[int, int] = {}
         self.hits = self.misses = self.commits = self.pins_refused = 0
-        self.evictions = self.drops = self.checksum_failures = 0  # why blocks went
-        self.evicted_bytes = self.eviction_attempts = self.eviction_successes = 0
-        self.puts_begun = self.puts_refused = self.puts_discarded = 0
-        self._writing_of: dict[str, int] = {}  # bytes in writing for tenants
-        self.ages = AgeHistogram()  # of evicted ones
+        self.drops = self.checksum_failures = 0  # why blocks went that were not evicted
+        self.puts_begun = self.puts_refused = self._fills_discarded = 0
 
     # ------------------------------------------------------------ readers
 
@@ -145,22 +96,21 @@ class Node:
         check_keys(keys, self.limits.keys_max)
         for key in keys:
             if key not in self._complete:
-                return key if key in self._writing else None
+                return key if key in self.writing else None
         return None
 
     def key_in_writing(self, ticket: int) -> bytes | None:
         """Return the key that `ticket` was given for, if it can still be committed."""
-        write = self._writes.get(ticket)
-        return write.key if write else None
+        return self.writing.key_of(ticket)
 
     def is_writing(self, key: bytes) -> bool:
         """Return whether `key` is reserved and neither committed nor given up."""
-        return key in self._writing
+        return key in self.writing
 
     def release(self, now_s: float, lease_id: int) -> None:
         """End a lease; unknown and expired ones are fine."""
         self.tick(now_s)
-        self._free(self._leases.end(lease_id))
+        self.shelf.free(self._leases.end(lease_id))
 
     # ------------------------------------------------------------ writers
 
@@ -188,8 +138,9 @@ class Node:
         check_keys(keys, self.limits.keys_max)
         _check_writer(writer)
         tags.check()
-        if not 0 < size_bytes <= self._allocator.capacity_bytes:
-            raise RequestError(f"size_bytes={size_bytes}: must be 1 to {self._allocator.capacity_bytes}")
+        capacity_bytes = self.shelf.allocator.capacity_bytes
+        if not 0 < size_bytes <= capacity_bytes:
+            raise RequestError(f"size_bytes={size_bytes}: must be 1 to {capacity_bytes}")
         size_bytes = self._shared_size(size_bytes)
         expires_s = self._now_s + self.limits.write_s
         offsets, tickets, full = [], [], False
@@ -204,7 +155,7 @@ class Node:
                     policy.touch(key, below)
                 if tags is not PLAIN:
                     self._pin(key, entry.size_bytes, tags)
-            elif key in self._writing or (keep and not replace and self.below(key)):
+            elif key in self.writing or (keep and not replace and self.below(key)):
                 pass
             elif not self._makes_way(tags.tenant, size_bytes):
                 offset = OVER_QUOTA
@@ -214,12 +165,10 @@ class Node:
                 full = found is None
                 offset = FULL if found is None else found
                 if found is not None:
-                    self._note_writing(tags.tenant, 1, size_bytes)
                     ticket = next(self._ids)
-                    self._writes[ticket] = Write(
-                        ticket, writer, key, found, size_bytes, expires_s, tags, depth, below
+                    self.writing.begin(
+                        Write(ticket, writer, key, found, size_bytes, expires_s, tags, depth, below)
                     )
-                    self._writing[key] = ticket
             offsets.append(offset)
             tickets.append(ticket)
         self.puts_begun += len(keys)
@@ -236,26 +185,13 @@ class Node:
         check_count(tickets, self.limits.keys_max)
         if len(tickets) != len(checksums) or any(len(c) != CHECKSUM_BYTES for c in checksums):
             raise RequestError(f"commit needs one checksum of {CHECKSUM_BYTES} bytes per ticket")
-        if self._now_s >= self._second + 1:
-            self._second = math.floor(self._now_s)
         done, written = [], []
         for ticket, checksum in zip(tickets, checksums, strict=True):
-            write = self._writes.pop(ticket, None)
+            write = self.writing.end(ticket)
             done.append(write is not None)
-            if write is None:
-                continue
-            del self._writing[write.key]
-            replaces = write.key in self._complete
-            if replaces:
-                self._free_old(write.key)
-            self._note_writing(write.tags.tenant, -1, write.size_bytes)
-            self._complete[write.key] = Entry(write.offset, write.size_bytes, checksum, self._second)
-            if self.table is not None:
-                show = self.table.replace if replaces else self.table.add
-                show(write.key, write.offset, write.size_bytes, checksum)
-            if not replaces:
-                self._note(write.key, stored=True)
-            written.append(write)
+            if write is not None:
+                self.shelf.show(self._now_s, write.key, write.offset, write.size_bytes, checksum)
+                written.append(write)
         # the end of a prefix first: it is useless without its beginning
         for write in reversed(written):
             if write.tags is not PLAIN:
@@ -284,41 +220,35 @@ class Node:
         """
         self.tick(now_s)
         _check_writer(writer)
-        capacity = self._allocator.capacity_bytes
+        allocator, writing = self.shelf.allocator, self.writing
+        capacity = allocator.capacity_bytes
         if not 0 < size_bytes <= capacity or not 0 < count <= count_max <= self.limits.keys_max:
             raise RequestError(f"{count} to {count_max} times {size_bytes} bytes: they could never fit")
         size = aligned(size_bytes)
-        spare = capacity // GRANT_SHARE_MAX - self.granted_bytes
-        spare = min(spare, self._allocator.free_bytes - capacity // 8)
+        spare = capacity // GRANT_SHARE_MAX - writing.granted_bytes
+        spare = min(spare, allocator.free_bytes - capacity // 8)
         wanted = max(count, min(count_max, spare // size))
         offsets: list[int] = []
-        while len(offsets) < wanted and len(self._granted) + len(offsets) < self.limits.writes_max:
+        while len(offsets) < min(wanted, writing.grants_left):
             more = len(offsets) >= count
-            offset = self._allocator.allocate(size_bytes) if more else self._place(size_bytes)
+            offset = allocator.allocate(size_bytes) if more else self._place(size_bytes)
             if offset is None:
                 break
             offsets.append(offset)
         if len(offsets) < count:
             for offset in offsets:
-                self._allocator.free(offset, size_bytes)
+                allocator.free(offset, size_bytes)
             return [], []
         size_bytes = self._shared_size(size_bytes)
         tickets = list(itertools.islice(self._ids, len(offsets)))
         expires_s = self._now_s + self.limits.write_s
         for ticket, offset in zip(tickets, offsets, strict=True):
-            self._granted[ticket] = Write(
-                ticket, writer, b"", offset, size_bytes, expires_s, PLAIN, None, None
-            )
-        self.granted_bytes += size * len(offsets)
+            writing.grant(Write(ticket, writer, b"", offset, size_bytes, expires_s, PLAIN, None, None))
         return offsets, tickets
 
     def give_back(self, writer: str, tickets: Sequence[int]) -> None:
         """Take back granted room in which its writer writes no more; others' is left alone."""
-        for ticket in tickets:
-            grant = self._granted.get(ticket)
-            if grant is not None and grant.writer == writer:
-                self._end_grant(grant)
-                self._allocator.free(grant.offset, grant.size_bytes)
+        self.writing.give_back(writer, tickets)
 
     def fill(self, ticket: int, key: bytes, checksum: bytes) -> bool:
         """Make an object in granted room visible; False: the ticket is over, or somebody else has the key.
@@ -331,34 +261,18 @@ class Node:
         if len(key) != KEY_BYTES or len(checksum) != CHECKSUM_BYTES:
             raise RequestError("a key or a checksum of an odd size")
         self.puts_begun += 1
-        grant = self._granted.get(ticket)
-        if grant is None:
-            self.puts_discarded += 1
+        room = self.writing.end_grant(ticket)
+        if room is None:
+            self._fills_discarded += 1
             return False
-        self._end_grant(grant)
-        offset, size_bytes = grant.offset, grant.size_bytes
-        if key in self._complete or key in self._writing or self.below(key):
-            self._allocator.free(offset, size_bytes)
+        if key in self._complete or key in self.writing or self.below(key):
+            self.shelf.allocator.free(room.offset, room.size_bytes)
             self.puts_refused += 1
             return False
-        if self._now_s >= self._second + 1:
-            self._second = math.floor(self._now_s)
-        self._complete[key] = Entry(offset, size_bytes, checksum, self._second)
-        if self.table is not None:
-            self.table.add(key, offset, size_bytes, checksum)
-        self._note(key, stored=True)
-        self.policy.bulk.insert(key, aligned(size_bytes))
+        self.shelf.show(self._now_s, key, room.offset, room.size_bytes, checksum)
+        self.policy.bulk.insert(key, aligned(room.size_bytes))
         self.commits += 1
         return True
-
-    def _end_grant(self, grant: Write) -> None:
-        del self._granted[grant.ticket]
-        self.granted_bytes -= aligned(grant.size_bytes)
-
-    def _rest(self, write: Write) -> None:
-        """Use the room of a writer again only when nothing can come there any more."""
-        self._quarantine.append((self._now_s + self.limits.quarantine_s, write.offset, write.size_bytes))
-        self.quarantined_bytes += aligned(write.size_bytes)
 
     def abandon(self, now_s: float, writer: str, tickets: Sequence[int]) -> None:
         """Give up `tickets` of `writer`, or all of them if none are named; others' are left alone.
@@ -369,15 +283,7 @@ class Node:
         self.tick(now_s)
         _check_writer(writer)
         check_count(tickets, self.limits.keys_max)
-        for ticket in list(tickets) or list(self._writes):
-            write = self._writes.get(ticket)
-            if write is not None and write.writer == writer:
-                self._give_up(write)
-        for ticket in list(tickets) or list(self._granted):
-            grant = self._granted.get(ticket)
-            if grant is not None and grant.writer == writer:
-                self._end_grant(grant)
-                self._rest(grant)
+        self.writing.abandon(self._now_s, writer, tickets)
 
     # ------------------------------------------------------------ pins and quotas
 
@@ -422,34 +328,16 @@ class Node:
         if not tenant:
             raise RequestError("a quota needs the name of a tenant")
         self.policy.set_quota(tenant, quota_bytes, strict=strict)
-        return self.policy.use(tenant)
+        return self.policy.tenants.use(tenant)
 
     # ------------------------------------------------------------ room kept free
 
     def evict_ahead(
         self, now_s: float, above_bytes: int, down_to_bytes: int, may_go: Callable[[bytes], bool] | None
     ) -> int:
-        """If more than `above_bytes` are in use, evict until `down_to_bytes` are, AHEAD_MAX blocks at most.
-
-        Args:
-            now_s: see the module.
-            above_bytes: in use, from where on something is done.
-            down_to_bytes: less than that.
-            may_go: asked for each block: one that has no copy on the SSD yet had better wait. None: all may.
-
-        Returns:
-            How many were evicted.
-        """
+        """See Shelf."""
         self.tick(now_s)
-        used_bytes = self._allocator.used_bytes
-        if used_bytes <= above_bytes:
-            return 0
-        victims = self.policy.bulk.victims(used_bytes - down_to_bytes)[:AHEAD_MAX]
-        chosen = [key for key in victims if may_go is None or may_go(key)]
-        self._evict(chosen)
-        self.eviction_attempts += bool(chosen)
-        self.eviction_successes += bool(chosen)
-        return len(chosen)
+        return self.shelf.evict_ahead(self._now_s, above_bytes, down_to_bytes, may_go)
 
     # ------------------------------------------------------------ bad and unwanted blocks
 
@@ -484,7 +372,7 @@ class Node:
 
     def note_reads(self, keys: Sequence[bytes]) -> None:
         """Remember that somebody has just read these, which are complete: see `read_within`."""
-        self._reads.note(self._now_s, keys)
+        self.shelf.reads.note(self._now_s, keys)
 
     def read_within(self, now_s: float, keys: Sequence[bytes], read_s: float) -> list[bytes]:
         """Return those of `keys` that were read in the last `read_s`; as many as are remembered.
@@ -495,7 +383,7 @@ class Node:
         self.tick(now_s)
         if not read_s >= 0:
             raise RequestError(f"unless_read_s={read_s}: must not be negative")
-        return self._reads.since(self._now_s - read_s, keys)
+        return self.shelf.reads.since(self._now_s - read_s, keys)
 
     def pass_through(self, keys: Sequence[bytes], reads: int) -> None:
         """Give complete blocks up first, until they were read `reads` times."""
@@ -516,7 +404,7 @@ class Node:
         entry = self._complete.get(key)
         if entry is not None and entry == block:
             self.checksum_failures += 1
-            self._drop(key)
+            self.shelf.drop(key)
 
     def drop(self, now_s: float, keys: Sequence[bytes]) -> int:
         """Remove complete blocks at once; leased ones are hidden now and freed later. Returns how many.
@@ -528,7 +416,7 @@ class Node:
         check_keys(keys, self.limits.keys_max)
         found = [key for key in dict.fromkeys(keys) if key in self._complete]
         for key in found:
-            self._drop(key)
+            self.shelf.drop(key)
         self.drops += len(found)
         return len(found)
 
@@ -537,29 +425,17 @@ class Node:
     def tick(self, now_s: float) -> None:
         """Do what is due: leases end, writes without commit enter quarantine, quarantine ends."""
         self._now_s = now_s = max(now_s, self._now_s)
-        self.policy.tick(now_s)
-        if self._leases.due_s <= now_s:
-            self._free(self._leases.expire(now_s))
-        while self._writes and (write := next(iter(self._writes.values()))).expires_s <= now_s:
-            self._give_up(write)
-        while self._granted and (grant := next(iter(self._granted.values()))).expires_s <= now_s:
-            self._end_grant(grant)
-            self._rest(grant)
-        while self._quarantine and self._quarantine[0][0] <= now_s:
-            _, offset, size_bytes = self._quarantine.popleft()
-            self.quarantined_bytes -= aligned(size_bytes)
-            self._allocator.free(offset, size_bytes)
+        self.shelf.tick(now_s)
+        self.writing.tick(now_s)
 
     def drain_events(self) -> NodeEvents:
         """Return the net changes since the last drain and forget them."""
-        pending, self._pending = self._pending, {}
-        stored = [key for key, now_stored in pending.items() if now_stored]
-        return NodeEvents(stored, [key for key, now_stored in pending.items() if not now_stored])
+        return self.shelf.changes.drain()
 
     @property
     def has_events(self) -> bool:
         """Whether `drain_events` would return anything."""
-        return bool(self._pending)
+        return len(self.shelf.changes) > 0
 
     def block_of(self, key: bytes) -> Block | None:
         """Return the visible block under `key`; counts neither hit nor miss."""
@@ -571,25 +447,26 @@ class Node:
 
     def stats(self) -> StoreStats:
         """Return counters since start and gauges now."""
+        shelf = self.shelf
         return StoreStats(
-            capacity_bytes=self._allocator.capacity_bytes,
-            used_bytes=self._allocator.used_bytes,
+            capacity_bytes=shelf.allocator.capacity_bytes,
+            used_bytes=shelf.allocator.used_bytes,
             blocks=len(self._complete),
-            writing=len(self._writes),
+            writing=len(self.writing),
             leases=len(self._leases),
-            evicted_bytes=self.evicted_bytes,
-            eviction_attempts=self.eviction_attempts,
-            eviction_successes=self.eviction_successes,
+            evicted_bytes=shelf.evicted_bytes,
+            eviction_attempts=shelf.eviction_attempts,
+            eviction_successes=shelf.eviction_successes,
             puts_begun=self.puts_begun,
             puts_refused=self.puts_refused,
-            puts_discarded=self.puts_discarded,
+            puts_discarded=self.writing.given_up + self._fills_discarded,
             drops=self.drops,
             soft_pins=self.policy.soft_pins,
-            tenants=self.policy.strict_use(),
-            granted_bytes=self.granted_bytes,
+            tenants=self.policy.tenants.strict_use(),
+            granted_bytes=self.writing.granted_bytes,
             hits=self.hits,
             misses=self.misses,
-            evictions=self.evictions,
+            evictions=shelf.evictions,
             checksum_failures=self.checksum_failures,
             commits=self.commits,
             hard_pinned_bytes=self.policy.hard_bytes,
@@ -617,10 +494,6 @@ class Node:
         self._leases.begin(self._now_s, lease_id, keys, entries, lease_s, below)
         return Acquired(lease_id, list[Block](entries))
 
-    def _free(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._allocator.free(entry.offset, entry.size_bytes)
-
     def _admit(self, key: bytes, size_bytes: int, tags: Tags) -> None:
         if tags.tenant or tags.group:
             self.policy.admit(key, aligned(size_bytes), tags.tenant or None, tags.group or None)
@@ -645,88 +518,13 @@ class Node:
 
     def _place(self, size_bytes: int) -> int | None:
         """Return an offset, after evicting what is needed; None = no room."""
-        if self.retired or len(self._writes) >= self.limits.writes_max:
-            return None
-        if (offset := self._allocator.allocate(size_bytes)) is not None:
-            return offset
-        policy = self.policy.bulk
-        budget = EVICTIONS_PER_KEY_MAX
-        self.eviction_attempts += 1
-        while (offset := self._allocator.allocate(size_bytes)) is None:
-            if self._allocator.free_bytes + policy.held_bytes < size_bytes:
-                return None  # hopeless: evicting would only cost hits
-            victims = policy.victims(size_bytes)[:budget]
-            if not victims:
-                return None
-            budget -= len(victims)
-            self._evict(victims)
-        self.eviction_successes += 1
-        return offset
+        return None if self.retired or self.writing.is_full else self.shelf.place(self._now_s, size_bytes)
 
     def _makes_way(self, tenant: str, size_bytes: int) -> bool:
         """Return whether `tenant` may write a block, after it gave what its strict quota asks for."""
         if not tenant:
             return True
-        more_bytes = aligned(size_bytes) + self._writing_of.get(tenant, 0)
-        need_bytes = self.policy.excess_bytes(tenant, more_bytes)
-        if not need_bytes:
-            return True
-        victims = self.policy.victims_of(tenant, need_bytes)[:EVICTIONS_PER_KEY_MAX]
-        self.eviction_attempts += 1
-        if sum(aligned(self._complete[key].size_bytes) for key in victims) < need_bytes:
-            return False
-        self._evict(victims)
-        self.eviction_successes += 1
-        return not self.policy.excess_bytes(tenant, more_bytes)  # companions may be another tenant's
-
-    def _note_writing(self, tenant: str, count: int, size_bytes: int) -> None:
-        """Count blocks in writing: a quota is charged when they are complete, and must hold until then."""
-        if tenant:
-            self._writing_of[tenant] = self._writing_of.get(tenant, 0) + count * aligned(size_bytes)
-            if not self._writing_of[tenant]:
-                del self._writing_of[tenant]
-
-    def _evict(self, keys: Sequence[bytes]) -> None:
-        for key in keys:
-            entry = self._complete[key]
-            self.ages.add(max(0.0, self._now_s - entry.since_s))
-            self.evicted_bytes += aligned(entry.size_bytes)
-            self._drop(key)
-        self.evictions += len(keys)
-
-    def _drop(self, key: bytes) -> None:
-        entry = self._complete.pop(key)
-        if self.table is not None:
-            self.table.remove(key)
-        self._note(key, stored=False)
-        self._reads.forget(key)
-        if not self._leases.hide(key):
-            self.policy.bulk.remove(key)
-            self._allocator.free(entry.offset, entry.size_bytes)
-        self.policy.bulk.forget(key)
-
-    def _free_old(self, key: bytes) -> None:
-        """Let go of a block in whose place another one comes; who holds it reads on."""
-        entry = self._complete.pop(key)
-        self._reads.forget(key)
-        if not self._leases.hide(key):
-            self.policy.bulk.remove(key)
-            self._allocator.free(entry.offset, entry.size_bytes)
-        self.policy.bulk.forget(key)
-
-    def _give_up(self, write: Write) -> None:
-        del self._writes[write.ticket]
-        del self._writing[write.key]
-        self._note_writing(write.tags.tenant, -1, write.size_bytes)
-        self.puts_discarded += 1
-        self._rest(write)
-
-    def _note(self, key: bytes, *, stored: bool) -> None:
-        # a key that came and went (or went and came) since the last drain has no net change
-        if key in self._pending:
-            del self._pending[key]
-        else:
-            self._pending[key] = stored
+        return self.shelf.make_way(self._now_s, tenant, aligned(size_bytes) + self.writing.bytes_of(tenant))
 
 
 def _check_writer(writer: str) -> None:

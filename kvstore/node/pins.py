@@ -1,18 +1,14 @@
-"""Pins, object groups and quotas of tenants: an eviction policy around another one. Pure.
+"""Pins, object groups and tenants over quota: an eviction policy around another one. Pure.
 
 `Guarded` holds every evictable block in one of four places and gives them up in this order:
 
     lapsed   soft pins whose time ran out without a hit: longer unused than most, oldest first; and what only
              passes through on its way from the SSD
-    plain    no pin, in the order of the policy it is made with; tenants over quota first
+    plain    no pin, in the order of the policy it is made with; tenants over quota first,
+             see kvstore.node.tenants
     soft     pinned for a time that each hit starts anew: only when nothing else is left
     hard     never
 
-A quota is a share under pressure, not a wall: room that nobody needs is everybody's. Of tenants over
-quota the one furthest over gives first, its blocks in the policy's order, until it is within. What a
-tenant pins must fit into its quota, so it can always be brought back to it. A quota may also be set as a
-wall (`strict`): the owner asks for `excess_bytes` before each write, and takes it from `victims_of` the
-tenant or refuses.
 A group's blocks are of use only together: one victim takes along those that are as free to go.
 
 The owner tells of a block of a tenant or group when it is complete (`admit`), of each block that is
@@ -22,97 +18,27 @@ quota. A block with tenant, group or pin needs about 130 bytes beside the inner 
 90 more, a soft pin 110 more; any other leaves no trace here.
 """
 
-import enum
 import heapq
 import math
 from collections.abc import Callable
 
 import msgspec
 
-from kvstore.limits import KEYS_PER_REQUEST_MAX, TICK_S
+from kvstore.limits import KEYS_PER_REQUEST_MAX
 from kvstore.node.eviction import EvictionPolicy, Lru
-from mooncake.core.errors import CapacityError, RequestError
+from kvstore.node.tags import Pin, check_ttl
+from kvstore.node.tenants import Tenant, Tenants
+from mooncake.core.errors import CapacityError
 
-SOFT_TTL_S_MAX = 24 * 3600.0
-"""What is wanted for longer than a day is worth a hard pin; upstream's limit too."""
-SOFT_TTL_S_MIN = TICK_S
-"""A node does not notice time more exactly than that."""
 GROUP_KEYS_MAX = KEYS_PER_REQUEST_MAX
 """One lease or one put holds a whole group. Groups are best effort: later members stand alone."""
-NAME_CHARS_MAX = 128
-"""Of a tenant and of a group."""
-DEPTH_MAX = 1 << 24
-"""Blocks of one prompt: more than any model's context."""
-QUOTAS_MAX = 1_024
-"""Tenants with a quota of their own on one node; each eviction looks at those that are over."""
-NOT_REGISTERED = "has no quota in this pool: give it one"
-"""In the text of an error, by which callers tell it from others."""
 STALE_MIN = 64
 """Superseded timers that are always tolerated: a sweep costs as much as there are timers."""
 
 
-class Pin(enum.Enum):
-    """How firmly a block is held."""
-
-    NONE = "none"
-    SOFT = "soft"
-    HARD = "hard"
-
-
-class TenantUse(msgspec.Struct, frozen=True):
-    """What a tenant has; leased blocks count as well."""
-
-    used_bytes: int
-    pinned_bytes: int
-    quota_bytes: int | None
-
-
-class Tags(msgspec.Struct, frozen=True):
-    """What the writer of blocks says of them: for whom, what goes together, how long to keep it."""
-
-    tenant: str = ""
-    """Who pays; "" = nobody."""
-    group: str = ""
-    """Blocks of one group are of use only together; "" = none."""
-    depth: int = -1
-    """Blocks before the first one in its prompt, the others follow it; -1 = unknown."""
-    soft_pin_s: float = 0.0
-    hard_pin: bool = False
-
-    def check(self) -> None:
-        """Pass if it can be followed.
-
-        Raises:
-            RequestError: names what is out of bounds.
-        """
-        for name, text in (("tenant", self.tenant), ("group", self.group)):
-            if len(text) > NAME_CHARS_MAX:
-                raise RequestError(f"{name} has {len(text)} characters: at most {NAME_CHARS_MAX}")
-        if not -1 <= self.depth <= DEPTH_MAX:
-            raise RequestError(f"depth={self.depth}: must be -1 to {DEPTH_MAX}")
-        if self.soft_pin_s:
-            _check_ttl(self.soft_pin_s)
-
-
-PLAIN = Tags()
-
-
-class _Tenant(msgspec.Struct):
-    name: str
-    used_bytes: int = 0
-    pinned_bytes: int = 0
-    quota_bytes: int | None = None
-    strict: bool = False
-    plain: EvictionPolicy | None = None  # the plain blocks once more, if there is a quota
-
-    @property
-    def over_bytes(self) -> int:
-        return 0 if self.quota_bytes is None else max(0, self.used_bytes - self.quota_bytes)
-
-
 class _Block(msgspec.Struct, gc=False):
     size_bytes: int
-    tenant: _Tenant | None = None
+    tenant: Tenant | None = None
     group: str | None = None
     pin: Pin = Pin.NONE
     ttl_s: float = 0.0
@@ -142,7 +68,7 @@ class Guarded:
             quota_needed: whether a tenant without a quota is nobody.
         """
         self.hard_bytes_max = hard_bytes_max
-        self.quota_needed = quota_needed
+        self.tenants = Tenants(quota_needed=quota_needed)
         self._evict_soft = evict_soft
         self._make = make
         self._now_s = -math.inf
@@ -153,8 +79,6 @@ class Guarded:
         self._hard = Lru()
         self._hard_bytes = 0
         self._soft_bytes = 0
-        self._tenants: dict[str, _Tenant] = {}
-        self._over: dict[str, _Tenant] = {}
         self._groups: dict[str, dict[bytes, None]] = {}
         self._timers: list[tuple[float, bytes]] = []
         self._soft_pins = 0
@@ -188,8 +112,8 @@ class Guarded:
         assert key not in self._blocks, "admitted twice"
         block = self._blocks[key] = _Block(size_bytes)
         if tenant is not None:
-            block.tenant = self._tenants.setdefault(tenant, _Tenant(tenant))
-            self._charge(block.tenant, size_bytes)
+            block.tenant = self.tenants.get(tenant)
+            self.tenants.charge(block.tenant, size_bytes)
         if group is not None:
             members = self._groups.setdefault(group, {})
             if len(members) < GROUP_KEYS_MAX:
@@ -257,7 +181,7 @@ class Guarded:
         if block.tenant is not None:
             if block.tenant.plain is not None:
                 block.tenant.plain.forget(key)
-            self._charge(block.tenant, -block.size_bytes)
+            self.tenants.charge(block.tenant, -block.size_bytes)
         if block.group is not None:
             members = self._groups[block.group]
             del members[key]
@@ -276,7 +200,7 @@ class Guarded:
         """See EvictionPolicy and the module's text. Groups may make it more than needed."""
         chosen: dict[bytes, int] = {}
         need_bytes -= self._choose(self._lapsed, need_bytes, chosen)
-        for tenant in sorted(self._over.values(), key=lambda t: (-t.over_bytes, t.name)):
+        for tenant in self.tenants.over():
             assert tenant.plain is not None
             need_bytes -= self._choose(tenant.plain, min(need_bytes, tenant.over_bytes), chosen)
         for policy in (self._plain, self._soft) if self._evict_soft else (self._plain,):
@@ -286,7 +210,7 @@ class Guarded:
     def victims_of(self, tenant: str, need_bytes: int) -> list[bytes]:
         """As `victims`, of the plain blocks of a tenant with a quota, and of companions of theirs."""
         chosen: dict[bytes, int] = {}
-        known = self._tenants.get(tenant)
+        known = self.tenants.find(tenant)
         if known is not None and known.plain is not None:
             self._choose(known.plain, need_bytes, chosen)
         return list(chosen)
@@ -329,10 +253,10 @@ class Guarded:
             RequestError: ttl_s out of bounds.
             CapacityError: it would not fit into the tenant's quota.
         """
-        _check_ttl(ttl_s)
+        check_ttl(ttl_s)
         block = self._known(key, size_bytes)
         if block.pin is not Pin.HARD:
-            self._check_quota(block)
+            _check_quota(block)
             self._change_pin(key, block, Pin.SOFT)
             block.ttl_s = ttl_s
             block.until_s = self._now_s + ttl_s
@@ -349,7 +273,7 @@ class Guarded:
         if block.pin is not Pin.HARD:
             if self._hard_bytes + size_bytes > self.hard_bytes_max:
                 raise CapacityError(f"hard pins hold {self._hard_bytes} of {self.hard_bytes_max} bytes")
-            self._check_quota(block)
+            _check_quota(block)
             self._change_pin(key, block, Pin.HARD)
 
     def unpin(self, key: bytes) -> None:
@@ -390,13 +314,8 @@ class Guarded:
             RequestError: a negative quota.
             CapacityError: too many quotas.
         """
-        if quota_bytes is not None and quota_bytes < 0:
-            raise RequestError(f"quota_bytes={quota_bytes} of {tenant!r}: must be at least 0")
-        quotas = sum(each.quota_bytes is not None for each in self._tenants.values())
-        known = self._tenants.get(tenant, _Tenant(tenant))
-        if quota_bytes is not None and known.quota_bytes is None and quotas >= QUOTAS_MAX:
-            raise CapacityError(f"{quotas} tenants have quotas: no more here")
-        self._tenants[tenant] = known
+        self.tenants.check_quota(tenant, quota_bytes)
+        known = self.tenants.get(tenant)
         known.quota_bytes = quota_bytes
         known.strict = strict
         if quota_bytes is None:
@@ -407,33 +326,7 @@ class Guarded:
                 block = self._blocks.get(key)
                 if block is not None and block.tenant is known:
                     known.plain.insert(key, block.size_bytes)
-        self._charge(known, 0)
-
-    def use(self, tenant: str) -> TenantUse:
-        """Return what `tenant` has."""
-        known = self._tenants.get(tenant, _Tenant(tenant))
-        return TenantUse(known.used_bytes, known.pinned_bytes, known.quota_bytes)
-
-    def excess_bytes(self, tenant: str, more_bytes: int) -> int:
-        """Return by how much `more_bytes` would take a tenant beyond its strict quota; 0: it has none.
-
-        Raises:
-            RequestError: every tenant needs a quota here, and this one has none.
-        """
-        known = self._tenants.get(tenant)
-        if known is None or known.quota_bytes is None:
-            if self.quota_needed and tenant:
-                raise RequestError(f"tenant {tenant!r} {NOT_REGISTERED}")
-            return 0
-        return max(0, known.used_bytes + more_bytes - known.quota_bytes) if known.strict else 0
-
-    def strict_use(self) -> dict[str, int]:
-        """Return the bytes of each tenant with a strict quota."""
-        return {name: known.used_bytes for name, known in self._tenants.items() if known.strict}
-
-    def tenants(self) -> dict[str, int]:
-        """Return the bytes of each tenant that has a block or a quota. Safe from another thread."""
-        return {name: known.used_bytes for name, known in list(self._tenants.items())}
+        self.tenants.charge(known, 0)
 
     # ------------------------------------------------------------ inside
 
@@ -506,24 +399,6 @@ class Guarded:
             self._timers = list(dict.fromkeys(live))
             heapq.heapify(self._timers)
 
-    def _check_quota(self, block: _Block) -> None:
-        tenant = block.tenant
-        if tenant is None or tenant.quota_bytes is None or block.pin is not Pin.NONE:
-            return
-        if tenant.pinned_bytes + block.size_bytes > tenant.quota_bytes:
-            raise CapacityError(
-                f"{tenant.name!r} has pinned {tenant.pinned_bytes} of {tenant.quota_bytes} bytes"
-            )
-
-    def _charge(self, tenant: _Tenant, size_bytes: int) -> None:
-        tenant.used_bytes += size_bytes
-        if tenant.over_bytes:
-            self._over[tenant.name] = tenant
-        else:
-            self._over.pop(tenant.name, None)
-        if not tenant.used_bytes and tenant.quota_bytes is None:
-            del self._tenants[tenant.name]
-
     def _choose(self, policy: EvictionPolicy, want_bytes: int, chosen: dict[bytes, int]) -> int:
         """Add victims of `policy` and their companions to `chosen`; return the bytes gained."""
         if want_bytes <= 0:
@@ -551,16 +426,7 @@ class Guarded:
         return [each for each in self.companions(key) if self._blocks[each].place in free]
 
 
-def check_pin_s(ttl_s: float) -> None:
-    """Pass if a pin can last that long; 0 stands for none, infinity for a hard one.
-
-    Raises:
-        RequestError: it cannot.
-    """
-    if ttl_s not in (0, math.inf):
-        _check_ttl(ttl_s)
-
-
-def _check_ttl(ttl_s: float) -> None:
-    if not SOFT_TTL_S_MIN <= ttl_s <= SOFT_TTL_S_MAX:
-        raise RequestError(f"ttl_s={ttl_s}: must be {SOFT_TTL_S_MIN} to {SOFT_TTL_S_MAX:.0f}")
+def _check_quota(block: _Block) -> None:
+    """Pass if its tenant can pin it; raises CapacityError."""
+    if block.tenant is not None and block.pin is Pin.NONE:
+        block.tenant.check_pin(block.size_bytes)

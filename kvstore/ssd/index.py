@@ -39,7 +39,7 @@ import msgspec
 
 from kvstore.header import HEADER_BYTES, ObjectHeader, Record
 from kvstore.node.allocator import aligned
-from kvstore.node.node import NodeEvents
+from kvstore.node.changes import NodeEvents
 from kvstore.ssd.layout import Geometry
 from mooncake.core.errors import ConfigError
 

@@ -35,7 +35,7 @@ import msgspec
 import structlog
 
 from kvstore.header import HEADER_BYTES, NO_LAYOUT, ObjectHeader, Record, encode_record
-from kvstore.node.node import NodeEvents
+from kvstore.node.changes import NodeEvents
 from kvstore.ssd.disk import Disk, Errors
 from kvstore.ssd.file import lock_directory, open_file, recover
 from kvstore.ssd.index import Clear, Read, Refusal, SsdIndex

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from kvstore.header import ObjectHeader, Record
-from kvstore.node.node import Node, NodeEvents
+from kvstore.node.changes import NodeEvents
+from kvstore.node.node import Node
 from kvstore.ssd.model import Put
 from kvstore.ssd.tier import SYNC_S, SsdTier
 from kvstore.ssd.writebehind import WriteBehind, WriteBehindLimits

@@ -102,12 +102,14 @@ class StoreCollector(Collector):
         for name, text in _GAUGES.items():
             yield self._metric(GaugeMetricFamily, name, text, getattr(stats, name))
         quarantined = "Bytes that a lost writer may still hit."
-        yield self._metric(GaugeMetricFamily, "quarantined_bytes", quarantined, node.quarantined_bytes)
+        yield self._metric(
+            GaugeMetricFamily, "quarantined_bytes", quarantined, node.writing.quarantined_bytes
+        )
         for name, text in _COUNTERS.items():
             yield self._metric(CounterMetricFamily, name, text, getattr(stats, name))
         refused = "Pins not given for lack of room; the blocks are cached all the same."
         yield self._metric(CounterMetricFamily, "pins_refused", refused, node.pins_refused)
-        gone = {"pressure": node.evictions, "drop": node.drops, "bad": node.checksum_failures}
+        gone = {"pressure": node.shelf.evictions, "drop": node.drops, "bad": node.checksum_failures}
         text = "Blocks that left memory: evicted, dropped on request, found to be damaged."
         yield self._labelled(CounterMetricFamily, "removed_blocks", text, "reason", gone)
         pinned = {"soft": stats.soft_pinned_bytes, "hard": stats.hard_pinned_bytes}
@@ -115,7 +117,7 @@ class StoreCollector(Collector):
         yield self._labelled(GaugeMetricFamily, "pinned_bytes", text, "kind", pinned)
         text = f"Bytes of the {TENANTS_MAX} largest tenants; the others together."
         yield self._labelled(
-            GaugeMetricFamily, "tenant_bytes", text, "tenant", _largest(node.policy.tenants())
+            GaugeMetricFamily, "tenant_bytes", text, "tenant", _largest(node.policy.tenants.used())
         )
         yield from self._tiers(stats)
         yield self._ages()
@@ -127,7 +129,7 @@ class StoreCollector(Collector):
             yield self._labelled(family, name, text, "tier", values)
 
     def _ages(self) -> Metric:
-        ages = self._node.ages
+        ages = self._node.shelf.ages
         family = HistogramMetricFamily(
             "mooncake_store_eviction_age_seconds",
             "Age of evicted blocks: from their commit, which is known to the second.",

@@ -16,8 +16,9 @@ import structlog
 
 from kvstore.engine.remote import RemoteStore
 from kvstore.limits import WAIT_S_MAX
+from kvstore.node.contract import FULL
 from kvstore.node.names import Names
-from kvstore.node.node import FULL, Node
+from kvstore.node.node import Node
 from kvstore.store.peers import Peers
 from mooncake.core.errors import CapacityError, MooncakeError
 from mooncake.core.messages import Acquired, Block

@@ -25,11 +25,13 @@ from kvstore.limits import (
     check_keys,
 )
 from kvstore.node.allocator import ALIGN_BYTES
+from kvstore.node.changes import NodeEvents
+from kvstore.node.contract import CHECKSUM_BYTES, id_base
 from kvstore.node.events import EventPublisher, Snapshots
 from kvstore.node.finding import find, split_keys
 from kvstore.node.keeping import pin, set_quota, tags_of
 from kvstore.node.names import Names
-from kvstore.node.node import CHECKSUM_BYTES, Node, NodeEvents, id_base
+from kvstore.node.node import Node
 from kvstore.rings import RINGS_BYTES, Fill, Rings
 from kvstore.ssd.model import SsdConfig
 from kvstore.ssd.tier import SsdTier
@@ -201,7 +203,7 @@ class StoreService:
         self._recheck.open(self._segment)
         rows_bytes = table_bytes(self._capacity_bytes)
         self._table = await asyncio.to_thread(Segment.create, self.epoch, rows_bytes + RINGS_BYTES)
-        self.node.table = Table(self._table.view(0, rows_bytes), whole=config.ssd is None)
+        self.node.shelf.table = Table(self._table.view(0, rows_bytes), whole=config.ssd is None)
         self._rings = Rings(self._table.view(rows_bytes, RINGS_BYTES), _on_nonsense)
         if config.ssd is not None:
             self.tiering = await asyncio.to_thread(self._open_tier, config.ssd)
@@ -296,10 +298,10 @@ class StoreService:
 
     async def close(self) -> None:
         """Stop serving and give the memory back (idempotent)."""
-        if self.node.table:
-            self.node.table.close()
+        if self.node.shelf.table:
+            self.node.shelf.table.close()
             self._read_rings()
-            self.node.table = None
+            self.node.shelf.table = None
         if self._watching:
             self._watching.cancel()
         self._watching = self._rings = None
@@ -343,8 +345,8 @@ class StoreService:
         while True:
             self._read_rings()
             self.node.tick(self._clock())
-            if self.node.table:
-                self.node.table.live(time.monotonic())
+            if self.node.shelf.table:
+                self.node.shelf.table.live(time.monotonic())
             if self.tiering:
                 self.tiering.tick()
             self._evict_ahead()

@@ -21,8 +21,9 @@ from kvstore.leader.placement import Placer, Room
 from kvstore.leader.task_types import Command, Drop, State
 from kvstore.leader.tasks import Tasks
 from kvstore.limits import HEARTBEAT_S, NodeLimits
+from kvstore.node.contract import id_base
 from kvstore.node.events import Snapshots
-from kvstore.node.node import Node, id_base
+from kvstore.node.node import Node
 from mooncake.core.errors import MooncakeError
 from mooncake.core.keys import block_checksum
 from mooncake.core.messages import Acquired, Block, SnapshotPage, StoreEvents
@@ -291,7 +292,7 @@ class World:
     def crash(self, name: str) -> None:
         life = self.lives.pop(name, None)
         if life is not None:
-            self.counts["evictions"] += life.node.evictions
+            self.counts["evictions"] += life.node.shelf.evictions
             self.at(META_TTL_S, lambda: self.lease_ends(life))
 
     def lease_ends(self, life: Life) -> None:

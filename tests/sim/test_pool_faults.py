@@ -97,10 +97,10 @@ def check(world: World) -> None:
     if set(world.directories) != set(world.directory_names):
         raise Violation(f"{about}: a directory did not come back")
     for name, life in world.lives.items():
-        world.counts["evictions"] += life.node.evictions
+        world.counts["evictions"] += life.node.shelf.evictions
         life.node.tick(world.now_s + 60)
         stats = life.node.stats()
-        if (stats.leases, stats.writing, life.node.quarantined_bytes) != (0, 0, 0):
+        if (stats.leases, stats.writing, life.node.writing.quarantined_bytes) != (0, 0, 0):
             raise Violation(f"{about}: {name} still holds {stats}")
     for served in world.directories.values():
         directory = served.directory

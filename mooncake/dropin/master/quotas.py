@@ -18,7 +18,7 @@ import structlog
 
 from kvstore.leader.store_clients import StoreClients
 from kvstore.node.keeping import NO_QUOTA
-from kvstore.node.pins import NAME_CHARS_MAX
+from kvstore.node.tags import NAME_CHARS_MAX
 from mooncake.core.config import fail
 from mooncake.core.errors import CapacityError, MooncakeError, RequestError
 from mooncake.core.messages import SetQuota, Stats, StoreStats, TenantUsage

@@ -18,9 +18,9 @@ from kvstore.client.model import Outcome, Place, Result
 from kvstore.client.scatter import WRITING
 from kvstore.client.straight import Pieces
 from kvstore.leader.placement import COPIES_MAX
+from kvstore.node.contract import QUOTA_USED_UP
 from kvstore.node.names import NAME_BYTES_MAX
-from kvstore.node.node import QUOTA_USED_UP
-from kvstore.node.pins import NOT_REGISTERED
+from kvstore.node.tenants import NOT_REGISTERED
 from mooncake.core.errors import PeerGone, RequestError
 from mooncake.dropin.store.settings import node_of
 from mooncake.dropin.store.start import Started

@@ -4,8 +4,8 @@ import asyncio
 
 import msgspec
 
+from kvstore.node.changes import NodeEvents
 from kvstore.node.events import EventPublisher, Snapshots
-from kvstore.node.node import NodeEvents
 from mooncake.core.election import Fence
 from mooncake.core.errors import NotLeader, RequestError
 from mooncake.core.messages import (

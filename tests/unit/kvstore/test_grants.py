@@ -27,7 +27,7 @@ def put(owner: Node, number: int, now_s: float = 0.0) -> None:
 
 def test_room_becomes_an_object_when_it_is_filled():
     one = node(16)
-    one.table = Table(memoryview(memory := bytearray(table_bytes(16 * PAGE))))
+    one.shelf.table = Table(memoryview(memory := bytearray(table_bytes(16 * PAGE))))
     (offset,), (ticket,) = one.grant(0.0, "w", 100, 1, 1)
     assert one.stats().blocks == 0
     assert one.fill(ticket, key(1), SUM)
@@ -36,7 +36,7 @@ def test_room_becomes_an_object_when_it_is_filled():
     assert TableReader(memoryview(memory)).find(key(1)) == (SUM, offset, 100)
     assert one.drain_events().stored == [key(1)]
     assert not one.fill(ticket, key(2), SUM)
-    assert (one.stats().used_bytes, one.granted_bytes) == (PAGE, 0)
+    assert (one.stats().used_bytes, one.writing.granted_bytes) == (PAGE, 0)
 
 
 def test_an_object_that_is_there_or_being_written_stays_and_the_room_is_free_again():
@@ -75,7 +75,7 @@ def test_room_comes_back_at_once_when_its_writer_returns_it():
     one.give_back("another", tickets)
     assert one.stats().used_bytes == 4 * PAGE
     one.give_back("w", [*tickets, 99])
-    assert (one.stats().used_bytes, one.granted_bytes) == (0, 0)
+    assert (one.stats().used_bytes, one.writing.granted_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -86,9 +86,9 @@ def test_room_of_a_lost_writer_rests_before_it_is_used_again(named):
         one.abandon(0.0, "w", [])
     else:
         one.tick(29.9)
-        assert one.quarantined_bytes == 0
+        assert one.writing.quarantined_bytes == 0
         one.tick(30.0)
-    assert (one.quarantined_bytes, one.granted_bytes) == (4 * PAGE, 0)
+    assert (one.writing.quarantined_bytes, one.writing.granted_bytes) == (4 * PAGE, 0)
     assert not one.fill(tickets[0], key(1), SUM)
     one.tick(100.0)
     assert one.stats().used_bytes == 0

@@ -5,10 +5,12 @@ import math
 import pytest
 
 from kvstore.limits import NodeLimits
+from kvstore.node.contract import FULL, PRESENT
 from kvstore.node.eviction import POLICIES
 from kvstore.node.keeping import NO_QUOTA, make_policy, pin, set_quota, tags_of
-from kvstore.node.node import FULL, HARD_PIN_RATIO, PRESENT, Node
-from kvstore.node.pins import DEPTH_MAX, NAME_CHARS_MAX, PLAIN, SOFT_TTL_S_MAX, Guarded, Tags
+from kvstore.node.node import HARD_PIN_RATIO, Node
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import DEPTH_MAX, NAME_CHARS_MAX, PLAIN, SOFT_TTL_S_MAX, Tags
 from mooncake.core import wire
 from mooncake.core.config import EVICTIONS
 from mooncake.core.errors import ConfigError, RequestError
@@ -241,7 +243,7 @@ def test_one_victim_takes_its_group_along():
     put(node, 3, 4)
     put(node, 5)
     assert there(node) == {3, 4, 5}
-    assert node.evictions == 2
+    assert node.shelf.evictions == 2
 
 
 # ---------------------------------------------------------------- tenants
@@ -255,7 +257,7 @@ def test_under_pressure_the_tenant_over_its_quota_gives_first():
     put(node, 5, 6, tenant="modest")
     assert there(node) == {1, 2, 5, 6}
     assert set_quota(node, 0, SetQuota("greedy", NO_QUOTA)) == TenantUsage(SIZE, 0, NO_QUOTA)
-    assert node.policy.tenants() == {"modest": 3 * SIZE, "greedy": SIZE}
+    assert node.policy.tenants.used() == {"modest": 3 * SIZE, "greedy": SIZE}
 
 
 def test_a_pin_beyond_the_quota_of_its_tenant_is_not_given():
@@ -275,9 +277,9 @@ def test_ages_and_reasons_of_what_left_are_counted():
     put(node, 2, now_s=102)
     put(node, 3, now_s=160)  # evicts 1, which is 60 s old
     node.drop(160, keys(2))
-    assert (node.evictions, node.drops, node.checksum_failures) == (1, 1, 0)
-    assert node.ages.counts == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
-    assert node.ages.sum_s == 60
+    assert (node.shelf.evictions, node.drops, node.checksum_failures) == (1, 1, 0)
+    assert node.shelf.ages.counts == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert node.shelf.ages.sum_s == 60
 
 
 # ---------------------------------------------------------------- the wire

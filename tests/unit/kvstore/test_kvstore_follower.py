@@ -8,8 +8,8 @@ import zmq
 from kvstore.directory import follower as follower_module
 from kvstore.directory.follower import IndexListener, StoreFollower
 from kvstore.node import events as events_module
+from kvstore.node.changes import NodeEvents
 from kvstore.node.events import Snapshots
-from kvstore.node.node import NodeEvents
 from kvstore.store import service as service_module
 from kvstore.store.config import StoreConfig
 from kvstore.store.service import StoreService

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from kvstore.node.ages import BOUNDS_S, AgeHistogram
 from kvstore.node.node import Node
-from kvstore.node.pins import PLAIN, Tags
+from kvstore.node.tags import PLAIN, Tags
 from kvstore.ssd.model import SsdStats
 from kvstore.store import metrics
 from kvstore.store.metrics import StoreCollector

@@ -3,8 +3,9 @@
 import pytest
 
 from kvstore.limits import QUARANTINE_S, WRITE_S_MAX, NodeLimits
+from kvstore.node.contract import FULL, ID_BITS, PRESENT, id_base
 from kvstore.node.eviction import Lru
-from kvstore.node.node import FULL, ID_BITS, PRESENT, Node, id_base
+from kvstore.node.node import Node
 from kvstore.node.pins import Guarded
 from mooncake.core.errors import CapacityError, ConfigError, RequestError
 
@@ -190,11 +191,11 @@ def test_an_uncommitted_write_expires_and_its_range_rests_in_quarantine():
     ticket = node.reserve(0, "w", keys(1), SIZE).tickets[0]
     node.tick(WRITE_S_MAX)
     assert node.commit(WRITE_S_MAX, [ticket], [SUM]).done == [False]
-    assert node.quarantined_bytes == SIZE == node.stats().used_bytes
+    assert node.writing.quarantined_bytes == SIZE == node.stats().used_bytes
     until_s = WRITE_S_MAX + QUARANTINE_S
     assert node.reserve(until_s - 0.1, "w", keys(2), SIZE).offsets == [FULL]
     assert node.reserve(until_s, "w", keys(2), SIZE).offsets == [0]
-    assert node.quarantined_bytes == 0
+    assert node.writing.quarantined_bytes == 0
 
 
 def test_the_key_of_a_lost_write_can_be_written_elsewhere_at_once():
@@ -211,7 +212,7 @@ def test_a_restarted_writer_gives_up_its_writes_and_nobody_elses():
     mine = node.reserve(0, "a", keys(1, 2), SIZE).tickets
     others = node.reserve(0, "b", keys(3), SIZE).tickets
     node.abandon(0, "a", [])
-    assert node.quarantined_bytes == 2 * SIZE
+    assert node.writing.quarantined_bytes == 2 * SIZE
     assert node.commit(0, [*mine, *others], [SUM] * 3).done == [False, False, True]
 
 
@@ -228,7 +229,7 @@ def test_abandoning_after_commit_keeps_the_block():
     put(node, 1)
     node.abandon(0, "w", [])
     assert node.complete_keys() == keys(1)
-    assert node.quarantined_bytes == 0
+    assert node.writing.quarantined_bytes == 0
 
 
 def test_time_that_runs_backwards_revives_nothing():
@@ -236,7 +237,7 @@ def test_time_that_runs_backwards_revives_nothing():
     node.reserve(100, "w", keys(1), SIZE)
     node.tick(100 + WRITE_S_MAX)
     node.tick(0)
-    assert node.quarantined_bytes == SIZE
+    assert node.writing.quarantined_bytes == SIZE
     assert node.reserve(0, "w", keys(2), SIZE).offsets == [FULL]
 
 

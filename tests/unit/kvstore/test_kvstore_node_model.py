@@ -13,10 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvstore.limits import NodeLimits
 from kvstore.node.allocator import aligned
+from kvstore.node.contract import FULL, PRESENT
 from kvstore.node.eviction import POLICIES
 from kvstore.node.keeping import make_policy
-from kvstore.node.node import FULL, PRESENT, Node
-from kvstore.node.pins import PLAIN, Pin, Tags
+from kvstore.node.node import Node
+from kvstore.node.tags import PLAIN, Pin, Tags
 
 PAGE = 4096
 CAPACITY = 16 * PAGE
@@ -292,7 +293,7 @@ class Model(RuleBasedStateMachine):
         ranges = {*self.pinned_ranges(), *((o, s) for o, s, _ in self.complete.values())}
         stats = self.node.stats()
         assert stats.used_bytes == sum(aligned(size) for _, size in ranges)
-        assert self.node.quarantined_bytes == sum(aligned(size) for _, size, _ in self.quarantine)
+        assert self.node.writing.quarantined_bytes == sum(aligned(size) for _, size, _ in self.quarantine)
         assert (stats.writing, stats.leases, stats.blocks) == (
             len(self.writes),
             len(self.leases),

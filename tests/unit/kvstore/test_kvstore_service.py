@@ -267,10 +267,10 @@ async def test_writes_without_commit_expire_without_anybody_asking(harness):
     store = await harness(blocks=1, limits=NodeLimits(write_s=0.05, quarantine_s=0.2))
     await store.ask(Reserve("w", [key(1)], SIZE))
     await asyncio.sleep(0.2)
-    assert store.service.node._writes == {}
-    assert store.service.node.quarantined_bytes == SIZE
+    assert len(store.service.node.writing) == 0
+    assert store.service.node.writing.quarantined_bytes == SIZE
     await asyncio.sleep(0.4)
-    assert store.service.node.quarantined_bytes == 0
+    assert store.service.node.writing.quarantined_bytes == 0
 
 
 # ---------------------------------------------------------------- bad blocks

@@ -84,7 +84,7 @@ async def test_what_memory_evicted_comes_back_from_the_ssd(world):
     await world.copied(*range(8))
     await world.put(*range(8, 14))
     await world.copied(*range(8, 14))
-    assert world.service.node.evictions == 6
+    assert world.service.node.shelf.evictions == 6
     for number in range(14):
         assert await world.get(number) == 1
     assert world.service.tiering.tier.stats().hits > 0

@@ -4,10 +4,12 @@ import math
 
 import pytest
 
-from kvstore.node import pins
+from kvstore.node import pins, tenants
 from kvstore.node.eviction import LengthAware, Lfu, Lru, TailLru
 from kvstore.node.node import Node
-from kvstore.node.pins import SOFT_TTL_S_MAX, Guarded, Pin, TenantUse
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import SOFT_TTL_S_MAX, Pin
+from kvstore.node.tenants import TenantUse
 from mooncake.core.errors import CapacityError, RequestError
 
 ALL = 1 << 40
@@ -349,7 +351,7 @@ def test_a_quota_takes_nothing_while_nobody_needs_it():
     policy = guarded("abc", tenant="t")
     policy.set_quota("t", 0)
     assert order(policy, 0) == ""
-    assert policy.use("t") == TenantUse(30, 0, 0)
+    assert policy.tenants.use("t") == TenantUse(30, 0, 0)
 
 
 def test_without_quota_nobody_is_over():
@@ -365,12 +367,12 @@ def test_leases_count_for_a_tenant_until_the_block_is_gone():
     policy = guarded("abc", tenant="t")
     policy.set_quota("t", 20)
     policy.remove(b"a")
-    assert (policy.use("t").used_bytes, order(policy, 10)) == (30, "b")
+    assert (policy.tenants.use("t").used_bytes, order(policy, 10)) == (30, "b")
     policy.forget(b"a")
     add(policy, "x")
     policy.touch(b"b")
     policy.touch(b"c")
-    assert (policy.use("t").used_bytes, order(policy, 10)) == (20, "x")
+    assert (policy.tenants.use("t").used_bytes, order(policy, 10)) == (20, "x")
 
 
 def test_what_a_tenant_pins_must_fit_into_its_quota():
@@ -382,14 +384,14 @@ def test_what_a_tenant_pins_must_fit_into_its_quota():
     for pin in (lambda: policy.pin_soft(b"c", 10, 60), lambda: policy.pin_hard(b"c", 10)):
         with pytest.raises(CapacityError, match="'t' has pinned 20 of 20"):
             pin()
-    assert policy.use("t") == TenantUse(40, 20, 20)
+    assert policy.tenants.use("t") == TenantUse(40, 20, 20)
     policy.unpin(b"a")
     policy.pin_soft(b"c", 10, 60)
-    assert policy.use("t") == TenantUse(40, 20, 20)
+    assert policy.tenants.use("t") == TenantUse(40, 20, 20)
 
 
 def test_quotas_are_bounded_and_sane(monkeypatch):
-    monkeypatch.setattr(pins, "QUOTAS_MAX", 1)
+    monkeypatch.setattr(tenants, "QUOTAS_MAX", 1)
     policy = Guarded(0)
     policy.set_quota("a", 5)
     policy.set_quota("a", 6)
@@ -405,7 +407,7 @@ def test_a_tenant_without_blocks_and_quota_costs_nothing():
     policy = guarded("a", tenant="t")
     evict(policy, 10)
     policy.set_quota("u", None)
-    assert policy._tenants == {}
+    assert policy.tenants.used() == {}
 
 
 # ------------------------------------------------------------ in a node

@@ -4,7 +4,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.node.pins import Guarded, Pin
+from kvstore.node.pins import Guarded
+from kvstore.node.tags import Pin
 from mooncake.core.errors import CapacityError
 
 HARD_BYTES_MAX = 12
@@ -214,13 +215,13 @@ class Model(RuleBasedStateMachine):
         assert self.policy.hard_bytes == self.hard_bytes() <= HARD_BYTES_MAX
         assert self.policy.soft_pins == sum(b.pin is Pin.SOFT for b in self.blocks.values())
         assert self.policy.soft_bytes == size(b for b in self.blocks.values() if b.pin is Pin.SOFT)
-        assert self.policy.tenants() == {
+        assert self.policy.tenants.used() == {
             tenant: self.sums(tenant)[0]
             for tenant in TENANTS[1:]
             if self.sums(tenant)[0] or tenant in self.quotas
         }
         for tenant in TENANTS[1:]:
-            use = self.policy.use(tenant)
+            use = self.policy.tenants.use(tenant)
             assert (use.used_bytes, use.pinned_bytes) == self.sums(tenant)
         for key, block in self.blocks.items():
             assert (key in self.policy) == (block.place is not None)

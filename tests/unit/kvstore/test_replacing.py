@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from kvstore.client.model import Outcome
-from kvstore.node.node import PRESENT
+from kvstore.node.contract import PRESENT
 from kvstore.ssd.model import SsdConfig
 from kvstore.store.service import StoreService
 from mooncake.core.keys import block_checksum

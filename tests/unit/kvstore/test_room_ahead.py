@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 
 from kvstore.limits import NodeLimits
+from kvstore.node.contract import FULL, OVER_QUOTA, PRESENT
 from kvstore.node.keeping import NO_QUOTA, make_policy, set_quota
-from kvstore.node.node import AHEAD_MAX, FULL, OVER_QUOTA, PRESENT, Node
-from kvstore.node.pins import NOT_REGISTERED, Tags
+from kvstore.node.node import Node
+from kvstore.node.shelf import AHEAD_MAX
+from kvstore.node.tags import Tags
+from kvstore.node.tenants import NOT_REGISTERED
 from kvstore.store.config import StoreConfig
 from mooncake.core.errors import ConfigError, RequestError
 from mooncake.core.messages import SetQuota, TenantUsage
@@ -180,7 +183,7 @@ def test_no_sequence_of_puts_takes_a_tenant_beyond_its_strict_quota(puts):
         strict(node, tenant, blocks)
     for number, tenant, pinned in puts:
         put(node, number, tenant=tenant, soft_pin_s=60.0 * pinned)
-        used = node.policy.tenants()
+        used = node.policy.tenants.used()
         assert used.get("a", 0) <= 3 * SIZE
         assert used.get("b", 0) <= 2 * SIZE
 

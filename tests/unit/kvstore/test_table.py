@@ -83,7 +83,7 @@ def test_a_table_has_a_row_for_every_eight_kilobytes():
 @pytest.mark.parametrize("leased", [False, True])
 def test_a_node_shows_what_is_complete_and_hides_what_it_drops(leased):
     node = Node(CAPACITY)
-    node.table, reader = pair()
+    node.shelf.table, reader = pair()
     (name,) = names = [key(1)]
     reserved = node.reserve(1.0, "w", names, 5000)
     assert reader.find(name) is None
@@ -97,7 +97,7 @@ def test_a_node_shows_what_is_complete_and_hides_what_it_drops(leased):
 
 def test_what_is_evicted_is_hidden_before_its_memory_is_used_again():
     node = Node(2 * 4096)
-    node.table, reader = pair()
+    node.shelf.table, reader = pair()
     names = [key(number) for number in range(3)]
     for name in names:
         node.commit(1.0, node.reserve(1.0, "w", [name], 4096).tickets, [b"s" * 16])
