@@ -1,4 +1,4 @@
-"""Brings what the stores say into the PrefixIndex without holding up the gateway's loop.
+"""Brings what stores and engines say into the PrefixIndex without holding up the gateway's loop.
 
 A snapshot of a million blocks takes the index half a second: applied at once it would stop every
 stream of tokens and every heartbeat for as long. So what is large is applied in slices, TURN_S per
@@ -31,7 +31,7 @@ Piece = tuple[bytes, bytes]
 
 
 class IndexFeed:
-    """A StoreListener for all stores of one gateway, on the loop of their followers."""
+    """A StoreListener for all stores and engines of one gateway, on the loop of their followers."""
 
     def __init__(self, index: PrefixIndex, clock: Callable[[], float] = time.perf_counter) -> None:
         """`index` is changed on the running loop only."""
@@ -40,6 +40,7 @@ class IndexFeed:
         self._in_step: set[str] = set()
         self._filling: set[str] = set()  # whose snapshot is not all in the index
         self._waiting: dict[str, deque[Piece]] = {}
+        self._told: dict[str, int] = {}  # keys that each says it holds
         self._task: asyncio.Task[None] | None = None
 
     def on_snapshot(self, node: str, epoch: str, pages: Sequence[bytes]) -> None:  # noqa: ARG002
@@ -47,6 +48,7 @@ class IndexFeed:
         self._reset(node)
         self._in_step.add(node)
         self._filling.add(node)
+        self._told[node] = sum(map(len, pages)) // KEY_BYTES
         self._wait(node, [(page, b"") for page in pages])
         if node not in self._waiting:
             self._filling.discard(node)
@@ -55,6 +57,7 @@ class IndexFeed:
         """See StoreListener."""
         if node not in self._in_step:
             return  # the last word of a follower that is being closed
+        self._told[node] += (len(stored) - len(removed)) // KEY_BYTES
         large = max(len(stored), len(removed)) > SLICE_KEYS * KEY_BYTES
         if large or node in self._waiting:
             self._wait(node, [(stored, removed)])
@@ -68,6 +71,10 @@ class IndexFeed:
     def in_step(self, node: str) -> bool:
         """Return whether the index knows what `node` holds: its snapshot is in, and no gap since."""
         return node in self._in_step and node not in self._filling
+
+    def told(self, node: str) -> int:
+        """Return how many keys `node` says it holds, in or on their way into the index; 0 out of step."""
+        return self._told.get(node, 0)
 
     def drop(self, node: str) -> None:
         """Forget a node that is gone; nothing of it that waits is applied any more."""
@@ -87,6 +94,7 @@ class IndexFeed:
         self._in_step.discard(node)
         self._filling.discard(node)
         self._waiting.pop(node, None)
+        self._told.pop(node, None)
         self._index.reset(node)
         self._go_on()
 

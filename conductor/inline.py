@@ -38,7 +38,7 @@ def inlined(
     limit_s = work.ttft_s
     if not facts.first_token:
         # the first token then is decode's: it comes after the hand-over, with a step
-        limit_s += pricing.handover_s(facts, answer.worker, work.worker.record.node) + answer.tbt_s
+        limit_s += pricing.handover_s(facts, answer.worker, work.worker.record.node, hits) + answer.tbt_s
     left = pricing.left(facts)
     best: tuple[float, str, Inlined] | None = None
     for worker in decodes:

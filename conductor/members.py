@@ -1,8 +1,8 @@
 """The IO shell around ClusterView and PrefixIndex: who is there, links to them, what they hold.
 
 Follows the metadata store's records, keeps one Link per registered engine start, pings them every
-PULSE_S, and mirrors what store nodes publish into the PrefixIndex. Whoever dispatches requests is
-told of outputs and of losses (`Sink`), the view first, as RequestMachine asks for.
+PULSE_S, and mirrors what store nodes and engines publish of their blocks into the PrefixIndex. Whoever
+dispatches requests is told of outputs and of losses (`Sink`), the view first, as RequestMachine asks for.
 """
 
 import asyncio
@@ -17,12 +17,20 @@ import zmq
 from conductor.cluster import PULSE_S, ClusterView, Health, Transition
 from conductor.index import PrefixIndex
 from conductor.index_feed import IndexFeed
+from conductor.index_metrics import IndexCollector
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
 from kvstore.directory import follower
 from mooncake.core.config import LOOPBACK
-from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, Pulse, StoreRecord
+from mooncake.core.messages import (
+    INSTANCES_PREFIX,
+    STORES_PREFIX,
+    InstanceRecord,
+    Pulse,
+    StoreRecord,
+    gpu_node,
+)
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_follow import Event, Removed, follow
 
@@ -54,7 +62,7 @@ class Sink(Protocol):
 
 
 class StoreFollower(Protocol):
-    """Mirrors one store node into the index until closed."""
+    """Mirrors one store node, or the own cache of one engine, into the index until closed."""
 
     async def close(self) -> None:
         """Stop."""
@@ -67,6 +75,12 @@ FollowStore = Callable[[StoreRecord, IndexFeed], StoreFollower]
 def follow_events(record: StoreRecord, feed: IndexFeed) -> StoreFollower:
     """Mirror a real store node: its snapshot, then its events."""
     return follower.StoreFollower(record, feed).start()
+
+
+def cache_record(record: InstanceRecord) -> StoreRecord:
+    """Return the record of an engine's own cache, as of a store that lends nothing to others."""
+    node = gpu_node(record.instance_id)
+    return StoreRecord(node, record.epoch, record.gpu_endpoint, record.gpu_events, "", 0, record.pid)
 
 
 class Members:
@@ -92,6 +106,7 @@ class Members:
         self._metrics = metrics
         self._follow_store = follow_store
         self._stores: dict[str, StoreFollower] = {}
+        self._caches: dict[str, tuple[str, StoreFollower]] = {}  # instance -> epoch, whose cache it follows
         self._slots: dict[str, int] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sink: Sink | None = None
@@ -99,6 +114,7 @@ class Members:
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._closed = False
+        metrics.registry.register(IndexCollector(index, self.gpu_blocks))
 
     # ------------------------------------------------------------ life
 
@@ -125,7 +141,8 @@ class Members:
         for link in self.links.values():
             link.close()
         self.links.clear()
-        await asyncio.gather(*(f.close() for f in self._stores.values()), return_exceptions=True)
+        followers = [*self._stores.values(), *(follower for _, follower in self._caches.values())]
+        await asyncio.gather(*(f.close() for f in followers), return_exceptions=True)
         await self._feed.close()
         self._context.destroy()
 
@@ -155,8 +172,12 @@ class Members:
         self._sink.on_tick(now_s)
 
     def stores_in_step(self) -> dict[str, bool]:
-        """Return the store nodes followed, and whether the index knows what each holds."""
-        return {node: self._feed.in_step(node) for node in self._stores}
+        """Return the store nodes and own caches followed, and whether the index knows what each holds."""
+        return {node: self._feed.in_step(node) for node in (*self._stores, *map(gpu_node, self._caches))}
+
+    def gpu_blocks(self) -> dict[str, int]:
+        """Return how many blocks each engine that tells says it has in its own cache; 0 out of step."""
+        return {instance_id: self._feed.told(gpu_node(instance_id)) for instance_id in self._caches}
 
     def engine_slot(self, instance_id: str) -> int:
         """Return the index under which vLLM's per-engine metrics know the instance."""
@@ -174,6 +195,7 @@ class Members:
         if isinstance(event, Removed):
             instance_id = event.key.removeprefix(INSTANCES_PREFIX)
             self._drop_link(instance_id)
+            self._drop_cache(instance_id)
             self._apply(self.view.instance_removed(now_s, instance_id))
             self._slots.pop(instance_id, None)
             return
@@ -184,6 +206,23 @@ class Members:
         self._apply(self.view.instance_up(now_s, record))
         if record.instance_id not in self.links:
             self._link(record, relink=False)
+        self._follow_cache(record)
+
+    def _follow_cache(self, record: InstanceRecord) -> None:
+        """Mirror an engine's own cache, of its current start."""
+        epoch, _ = self._caches.get(record.instance_id, ("", None))
+        if epoch == record.epoch:
+            return
+        self._drop_cache(record.instance_id)
+        if record.gpu_events:
+            follower = self._follow_store(cache_record(record), self._feed)
+            self._caches[record.instance_id] = record.epoch, follower
+
+    def _drop_cache(self, instance_id: str) -> None:
+        _, follower = self._caches.pop(instance_id, ("", None))
+        if follower is not None:
+            self._retire(follower)
+            self._feed.drop(gpu_node(instance_id))
 
     def _link(self, record: InstanceRecord, relink: bool) -> None:
         if self._closed:

@@ -1,4 +1,8 @@
-"""What a leg of a request would take on an instance, by the cost model, the index and its load. Pure."""
+"""What a leg of a request would take on an instance, by the cost model, the index and its load. Pure.
+
+Two tiers are known of. What an engine's own cache holds costs it nothing and is no use to others; what stores
+hold is loaded, and fetched before where another node has it. The deeper of the two counts.
+"""
 
 import msgspec
 
@@ -6,7 +10,7 @@ from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import RequestFacts
-from mooncake.core.messages import InstanceRecord
+from mooncake.core.messages import InstanceRecord, gpu_node
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -22,7 +26,10 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class Prefill(msgspec.Struct, frozen=True):
-    """One way to prefill a request on one instance. work_s excludes the queue."""
+    """One way to prefill a request on one instance. work_s excludes the queue.
+
+    gpu_blocks: leading blocks in the engine's own cache, which it need not load.
+    """
 
     worker: Worker
     ttft_s: float
@@ -30,6 +37,7 @@ class Prefill(msgspec.Struct, frozen=True):
     hit_blocks: int
     fetch_blocks: int
     fetch_node: str | None
+    gpu_blocks: int = 0
 
 
 class Decode(msgspec.Struct, frozen=True):
@@ -64,10 +72,18 @@ class Trail:
 
 
 class Hits(msgspec.Struct, frozen=True):
-    """Leading blocks of a prompt by node, and the (blocks, node) of the most that others can fetch."""
+    """Leading blocks of a prompt by holder, and the (blocks, node) of the most that others can fetch.
+
+    Holders are store nodes and, as gpu_node, the own caches of engines: two name spaces in one look-up.
+    """
 
     blocks: dict[str, int]
     deepest: tuple[int, str]
+    computed_s: dict[tuple[int, int, int, int, int], float] = {}  # most instances ask the same
+
+    def on_gpu(self, instance_id: str) -> int:
+        """Return how many an engine's own cache holds."""
+        return self.blocks.get(gpu_node(instance_id), 0) if self.blocks else 0
 
 
 class Pricing:
@@ -102,19 +118,21 @@ class Pricing:
         record = worker.record
         total = facts.prompt_len + emitted_n
         queue_s = worker.load.queue_s(now_s)
-        local = hits.blocks.get(record.node, 0)
-        work_s = self._compute_s(record, total, local)
-        best = Prefill(worker, queue_s + work_s, work_s, local, 0, None)
+        stored, cached = hits.blocks.get(record.node, 0), hits.on_gpu(worker.id)
+        local = max(stored, cached)
+        work_s = self._compute_s(record, total, local, cached, hits)
+        best = Prefill(worker, queue_s + work_s, work_s, local, 0, None, cached)
         depth, node = hits.deepest
         if not self._fetches or depth <= local or not self._cluster.is_open(record.node):
             return best
-        fetch_s = self.cost.transfer_s((depth - local) * record.block_bytes, remote=True)
-        work_s = self._compute_s(record, total, depth)
+        # a store fetches what it lacks itself, whatever its engine's cache holds
+        fetch_s = self.cost.transfer_s((depth - stored) * record.block_bytes, remote=True)
+        work_s = self._compute_s(record, total, depth, cached, hits)
         # what the fetch takes beyond the queue holds the engine's place, so it counts as its work
         ttft_s = max(queue_s, fetch_s) + work_s
         if ttft_s >= best.ttft_s:
             return best
-        return Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - local, node)
+        return Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - stored, node, cached)
 
     def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
         """Price an answer, of which emitted_n tokens are out."""
@@ -132,16 +150,24 @@ class Pricing:
         tokens = self.cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
         return max(1, tokens - emitted_n)
 
-    def handover_s(self, facts: RequestFacts, worker: Worker, node: str | None) -> float:
+    def handover_s(self, facts: RequestFacts, worker: Worker, node: str | None, hits: Hits) -> float:
         """Predict the hand-over of a prompt from `node` (None = its blocks are anywhere) to `worker`."""
         record = worker.record
-        size_bytes = -(-facts.prompt_len // record.block_size) * record.block_bytes
+        blocks = -(-facts.prompt_len // record.block_size) - hits.on_gpu(worker.id)
+        size_bytes = blocks * record.block_bytes
         return self.cost.transfer_s(size_bytes, remote=node is not None and record.node != node)
 
-    def _compute_s(self, record: InstanceRecord, total_tokens: int, hit_blocks: int) -> float:
+    def _compute_s(
+        self, record: InstanceRecord, total_tokens: int, hit_blocks: int, cached_blocks: int, hits: Hits
+    ) -> float:
+        asked = total_tokens, hit_blocks, cached_blocks, record.block_size, record.block_bytes
+        found_s = hits.computed_s.get(asked)
+        if found_s is not None:
+            return found_s
         new_tokens, hit_tokens = split(total_tokens, hit_blocks, record.block_size)
-        load_s = self.cost.transfer_s(hit_blocks * record.block_bytes, remote=False)
-        return load_s + self.cost.prefill_s(new_tokens, hit_tokens)
+        load_s = self.cost.transfer_s((hit_blocks - cached_blocks) * record.block_bytes, remote=False)
+        hits.computed_s[asked] = computed_s = load_s + self.cost.prefill_s(new_tokens, hit_tokens)
+        return computed_s
 
 
 def split(total_tokens: int, hit_blocks: int, block_size: int) -> tuple[int, int]:

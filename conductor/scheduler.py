@@ -1,7 +1,7 @@
 """Chooses where a request runs (paper 1.2: Mooncake's Algorithm 1, KVCache-centric scheduling).
 
 Per prefill instance the predicted time to first token is the better of
-    queue + load of the blocks its own node holds + compute of the rest
+    queue + load of the blocks its own node holds and its own cache does not + compute of the rest
     max(queue, fetch of the deepest prefix from another node) + load + compute of the rest
 The paper adds fetch and queue although they overlap, and decides to fetch by a hand-tuned ratio;
 taking the minimum of both honest sums per instance needs no such knob and is never worse than
@@ -157,8 +157,9 @@ class Scheduler:
             decodes = workers
         elif not decodes:
             decodes, decision = prefills, Decision.NO_DECODE_ALIVE
-        chosen = self._choose_decode(facts, emitted_n, decodes)
-        work = self._pricing.prefill(now_s, facts, chosen.worker, self._pricing.hits(facts), emitted_n)
+        hits = self._pricing.hits(facts)
+        chosen = self._choose_decode(facts, emitted_n, decodes, hits)
+        work = self._pricing.prefill(now_s, facts, chosen.worker, hits, emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen)
 
     def source(self, facts: RequestFacts, target: str, known: str) -> str:
@@ -239,7 +240,7 @@ class Scheduler:
             return free
         work = self._choose_prefill(now_s, facts, free, self._pricing.hits(facts))
         chosen = self._pricing.decode(facts, work.worker)
-        rejected = self._refused(now_s, facts, work, chosen, [work.worker])
+        rejected = self._refused(now_s, facts, work, chosen, free, [work.worker])
         return rejected or self._plan(now_s, facts, decision, None, work, chosen)
 
     def _two_legs(
@@ -260,7 +261,7 @@ class Scheduler:
         work = self._choose_prefill(now_s, facts, free_prefills, hits)
         root, node = work.worker.record.context_root, work.worker.record.node
         same_root = [w for w in free_decodes if w.record.context_root == root]
-        chosen = self._choose_decode(facts, 0, same_root, node)
+        chosen = self._choose_decode(facts, 0, same_root, hits, node)
         decision: Decision = _DECISIONS[self._config.policy]
         prefill: str | None = work.worker.id
         if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
@@ -270,7 +271,7 @@ class Scheduler:
             found = inlined(now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s)
             if found is not None:
                 work, chosen, decision, prefill = found.work, found.answer, Decision.INLINED, None
-        rejected = self._refused(now_s, facts, work, chosen, same_root)
+        rejected = self._refused(now_s, facts, work, chosen, free_prefills, same_root)
         if rejected:
             return rejected
         return self._plan(now_s, facts, decision, prefill, work, chosen)
@@ -314,9 +315,15 @@ class Scheduler:
         )
 
     def _refused(
-        self, now_s: float, facts: RequestFacts, work: Prefill, chosen: Decode, decodes: list[Worker]
+        self,
+        now_s: float,
+        facts: RequestFacts,
+        work: Prefill,
+        chosen: Decode,
+        prefills: list[Worker],
+        decodes: list[Worker],
     ) -> Rejection | None:
-        """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
+        """Judge a new request's predictions by the objectives, and who may serve it by their load."""
         ttft_s = max(0.0, now_s - facts.arrival_s) + work.ttft_s  # it may have waited in the gate
         if self._config.admission is AdmissionMode.OBJECTIVES:
             return self._over_objectives(facts, ttft_s, chosen.tbt_s)
@@ -326,6 +333,21 @@ class Scheduler:
         room = Room(len(decodes), max(1, kv_tokens))
         load = self._admission.load_on_arrival(now_s + work.ttft_s, chosen.kv_tokens, room)
         return _over_load(facts.request_id, load, self._admission.decode_s)
+
+    def _too_dear(
+        self, now_s: float, facts: RequestFacts, work: Prefill, prefills: list[Worker]
+    ) -> Rejection | None:
+        ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
+        if ttft_slo_s is None or not self._admission.prices_prompts:
+            return None
+        queue_s = sum(w.load.queue_s(now_s) for w in prefills) / len(prefills)
+        load = self._admission.prompt_load(work.work_s, queue_s, ttft_slo_s)
+        if load <= 1:
+            return None
+        # a queue drains by one second each second
+        retry_after_s = min(max(queue_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        detail = f"{work.work_s:.1f} s of work, and {queue_s:.1f} s of others' on the mean instance"
+        return _reject(facts, Reason.PREFILL_LOAD, detail, retry_after_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
         ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
@@ -365,7 +387,12 @@ class Scheduler:
         return self._pricing.prefill(now_s, facts, worker, hits)
 
     def _choose_decode(
-        self, facts: RequestFacts, emitted_n: int, workers: list[Worker], node: str | None = None
+        self,
+        facts: RequestFacts,
+        emitted_n: int,
+        workers: list[Worker],
+        hits: Hits,
+        node: str | None = None,
     ) -> Decode:
         """Least predicted seconds to the last token; instances without KV room come last."""
         if self._config.policy in {Policy.ROUND_ROBIN, Policy.RANDOM}:
@@ -374,7 +401,7 @@ class Scheduler:
         last = self._sessions.last(facts.session).decode
 
         def score(option: Decode) -> tuple[bool, float, str]:
-            answer_s = self._pricing.handover_s(facts, option.worker, node) + option.tbt_s * left
+            answer_s = self._pricing.handover_s(facts, option.worker, node, hits) + option.tbt_s * left
             bonus_s = self._config.session_bonus_s if option.worker.id == last else 0.0
             return option.is_full, answer_s - bonus_s, option.worker.id
 

@@ -21,7 +21,8 @@ OPTIONS_MAX = 32
 class PrefillOption(msgspec.Struct, frozen=True):
     """What prefilling on one instance would take: ttft_s = queue_s + work_s, a fetch overlapping the queue.
 
-    hit_blocks: leading blocks expected without computing, of which fetch_blocks come from fetch_node.
+    hit_blocks: leading blocks expected without computing, of which fetch_blocks come from fetch_node and
+    gpu_blocks are in the engine's own cache, so that nothing loads them.
     """
 
     instance: str
@@ -31,6 +32,7 @@ class PrefillOption(msgspec.Struct, frozen=True):
     fetch_node: str
     work_s: float
     ttft_s: float
+    gpu_blocks: int = 0
 
 
 class DecodeOption(msgspec.Struct, frozen=True):
@@ -132,7 +134,8 @@ def explain(
 def _prefill_option(one: Prefill) -> PrefillOption:
     queue_s = max(0.0, one.ttft_s - one.work_s)
     fetched = one.fetch_blocks, one.fetch_node or ""
-    return PrefillOption(one.worker.id, queue_s, one.hit_blocks, *fetched, one.work_s, one.ttft_s)
+    times = one.work_s, one.ttft_s
+    return PrefillOption(one.worker.id, queue_s, one.hit_blocks, *fetched, *times, gpu_blocks=one.gpu_blocks)
 
 
 def _decode_option(one: Decode, requests: int, kv_tokens: int) -> DecodeOption:

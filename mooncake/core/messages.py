@@ -615,6 +615,13 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     vllm_version: str
     metrics_url: str = ""  # Prometheus metrics, reachable on its host only; "" = none
     context: dict[str, str] = {}  # what context_root commits to: KvContext.settings()
+    gpu_endpoint: str = ""  # like a store's `endpoint`, for what the engine's own cache holds; "" = untold
+    gpu_events: str = ""  # like a store's `events`; the node is called gpu_node(instance_id)
+
+
+def gpu_node(instance_id: str) -> str:
+    """Return the name by which an engine's own cache speaks as a store does; no store's has a colon."""
+    return f"gpu:{instance_id}"
 
 
 class StoreRecord(msgspec.Struct, frozen=True):

@@ -38,6 +38,14 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+def tells_blocks(vllm_config: "VllmConfig", spec: EngineSpec) -> bool:
+    """Return whether the engine has a prefix cache and publishes where its relay listens."""
+    events = vllm_config.kv_events_config
+    if not vllm_config.cache_config.enable_prefix_caching or events is None:
+        return False
+    return bool(events.enable_kv_cache_events) and events.endpoint == spec.kv_events
+
+
 class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads KV blocks from the pool and saves computed ones into it."""
 
@@ -73,7 +81,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerHalf(pool, root, block_size, spec.load_mode, spec.save_decoded, pulse)
             page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
             layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
-            write_facts(spec.facts_path, EngineFacts(root.hex(), page_bytes * layers, context.settings()))
+            tells = tells_blocks(vllm_config, spec)
+            facts = EngineFacts(root.hex(), page_bytes * layers, context.settings(), tells)
+            write_facts(spec.facts_path, facts)
         else:
             self._worker = WorkerHalf(pool, pulse)
 

@@ -75,6 +75,14 @@ def engine_arguments(spec: EngineSpec) -> list[str]:
             "kv_connector_extra_config": {"mooncake_spec": msgspec.to_builtins(spec)},
         }
         arguments.append(f"--kv-transfer-config={msgspec.json.encode(transfer).decode()}")
+        # without a pool an engine's blocks have no names by which gateways could look for them
+        events = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": spec.kv_events,
+            "replay_endpoint": spec.kv_replay,
+        }
+        arguments.append(f"--kv-events-config={msgspec.json.encode(events).decode()}")
     return [*arguments, *spec.vllm_args]
 
 

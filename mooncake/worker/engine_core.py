@@ -87,6 +87,10 @@ class MooncakeEngine(vllm_core.EngineCoreProc):
         """Input thread: refuse what did not decode, resume what an earlier engine began."""
         if request.trace_headers and UNDECODABLE in request.trace_headers:
             raise ValueError(request.trace_headers[UNDECODABLE])
+        params = request.sampling_params
+        if params is not None and params.extra_args:
+            # a client's wish to hear of cached blocks again would have us count them twice (gpu_blocks)
+            params.extra_args.pop("kv_cache_report_mode", None)
         prepared, wave = super().preprocess_add_request(request)
         if resume_request(prepared):
             self._pulse.add("resumed_requests", 1)

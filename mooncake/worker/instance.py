@@ -31,6 +31,8 @@ from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
 from mooncake.core.scrape import MetricsServer, metrics_url
 from mooncake.worker.engine import refuse_insecure_serialization
+from mooncake.worker.gpu_blocks import GpuBlocks, LeftOut
+from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
@@ -94,6 +96,40 @@ class PulseCollector(Collector):
         yield age
 
 
+class GpuCollector(Collector):
+    """What is known of the engine's own prefix cache, once it tells."""
+
+    def __init__(self, instance_id: str, role: str) -> None:
+        """Labels as of PulseCollector."""
+        self._labels = [instance_id, role]
+        self.events: GpuEvents | None = None
+
+    def collect(self) -> Any:
+        """Yield nothing of an engine that does not tell."""
+        if self.events is None:
+            return
+        names, reader = ["instance", "role"], self.events.reader
+        blocks = GaugeMetricFamily(
+            "mooncake_gpu_blocks", "Blocks in the engine's own prefix cache that have a name", labels=names
+        )
+        blocks.add_metric(self._labels, len(reader.blocks))
+        yield blocks
+        for name, text, count in (
+            ("undecodable", "Messages of vLLM's about its cache that could not be read", reader.undecodable),
+            ("gaps", "Gaps in vLLM's messages about its cache", reader.gaps),
+            ("lost", "Of these, those that nothing could fill: what was known was forgotten", reader.lost),
+        ):
+            family = CounterMetricFamily(f"mooncake_gpu_events_{name}", text, labels=names)
+            family.add_metric(self._labels, count)
+            yield family
+        left_out = CounterMetricFamily(
+            "mooncake_gpu_blocks_left_out", "Blocks that have no name of ours", labels=[*names, "reason"]
+        )
+        for reason in LeftOut:
+            left_out.add_metric([*self._labels, str(reason)], reader.blocks.left_out[reason])
+        yield left_out
+
+
 async def find_store(metadata: MetadataStore, node: str, wait_s: float) -> StoreRecord:
     """Return the record of this node's store, waiting for it to register.
 
@@ -154,6 +190,8 @@ class Instance:
         self._leave = threading.Event()
         self._ready = threading.Event()
         self._record: InstanceRecord | None = None
+        self._tells_blocks = False
+        self._gpu = GpuCollector(options.instance_id, options.role)
 
     def run(self) -> int:
         """Start, serve until SIGTERM or the engine's end, clean up."""
@@ -209,6 +247,7 @@ class Instance:
         facts = EngineFacts("", 0, {})
         with contextlib.suppress(FileNotFoundError):  # an engine without a pool has no block names
             facts = msgspec.json.decode(spec.facts_path.read_bytes(), type=EngineFacts)
+        self._tells_blocks = facts.tells_blocks
         return InstanceRecord(
             instance_id=spec.instance_id,
             role=spec.role,
@@ -251,7 +290,8 @@ class Instance:
         try:
             while not self._leave.is_set():
                 if self._ready.is_set() and registration is None and self._record is not None:
-                    encode = functools.partial(msgspec.json.encode, self._record)
+                    record = self._open_gpu_events(spec, self._record)
+                    encode = functools.partial(msgspec.json.encode, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()
                 if engine.poll() is not None:
@@ -262,15 +302,30 @@ class Instance:
         finally:
             if registration is not None:
                 await registration.close()
+            if self._gpu.events is not None:
+                await self._gpu.events.close()
             await metadata.close()
             if metrics:
                 await metrics.close()
+
+    def _open_gpu_events(self, spec: EngineSpec, record: InstanceRecord) -> InstanceRecord:
+        """Begin to tell what the engine's own cache holds, if it says so; return where."""
+        if not self._tells_blocks:
+            log.info("gpu_events.off", reason="the engine publishes no KV events, or none to its relay")
+            return record
+        blocks = GpuBlocks(bytes.fromhex(record.context_root), record.block_size, record.kv_blocks)
+        events = GpuEvents(spec, blocks, self._options.address)
+        events.start()
+        self._gpu.events = events
+        endpoint, told = events.endpoints
+        return msgspec.structs.replace(record, gpu_endpoint=endpoint, gpu_events=told)
 
     def _metrics(self, spec: EngineSpec, pulse: Pulse) -> MetricsServer | None:
         if not self._options.metrics_port:
             return None
         registry = CollectorRegistry()
         registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
+        registry.register(self._gpu)
         return MetricsServer(registry, self._options.metrics_port)
 
     async def _refresh_store(self, metadata: MetadataStore, spec: EngineSpec) -> None:

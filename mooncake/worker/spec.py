@@ -39,6 +39,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return f"ipc://{self.run_dir}/in"
 
     @property
+    def kv_events(self) -> str:
+        """ZMQ address on which vLLM publishes what its prefix cache holds."""
+        return f"ipc://{self.run_dir}/kv"
+
+    @property
+    def kv_replay(self) -> str:
+        """ZMQ address on which vLLM repeats what it has published."""
+        return f"ipc://{self.run_dir}/kv-replay"
+
+    @property
     def facts_path(self) -> Path:
         """File that the engine writes (atomically) before it reports ready."""
         return Path(self.run_dir) / "facts.json"
@@ -55,11 +65,15 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What only the engine knows: the root of its block names and the size of one block."""
+    """What only the engine knows: the root of its block names and the size of one block.
+
+    tells_blocks: whether it publishes on `EngineSpec.kv_events` what its prefix cache holds.
+    """
 
     context_root: str  # hex, core.context.KvContext.root()
     block_bytes: int
     context: dict[str, str]  # core.context.KvContext.settings()
+    tells_blocks: bool = False
 
 
 def write_atomically(path: Path, payload: bytes) -> None:

@@ -1,6 +1,7 @@
 """What the Conductor knows is one word, and a change of it is news once."""
 
 from conductor.modes import NAMES_MAX, Fallback, Fallbacks, IndexMode, index_mode
+from mooncake.core.messages import gpu_node
 
 
 def test_in_step_with_every_store_is_exact_and_nothing_is_missing():
@@ -10,8 +11,13 @@ def test_in_step_with_every_store_is_exact_and_nothing_is_missing():
 def test_one_store_out_of_step_is_degraded_and_named():
     assert index_mode({"a": True, "b": False}, []) == (
         IndexMode.DEGRADED,
-        "not in step with the stores of b",
+        "not in step with the blocks of b",
     )
+
+
+def test_an_engine_whose_own_cache_is_not_known_is_degraded_and_named():
+    mode, detail = index_mode({"a": True, gpu_node("p0"): False}, ["a"])
+    assert (mode, detail) == (IndexMode.DEGRADED, "not in step with the blocks of gpu:p0")
 
 
 def test_an_instance_beside_no_store_that_is_followed_is_degraded():
