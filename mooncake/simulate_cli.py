@@ -3,6 +3,7 @@
 Imports nothing heavy before it runs, as mooncake.cli.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,8 +77,11 @@ def simulate(
     ] = 0.005,
     event_loss: Annotated[float, typer.Option(help="Share of these messages that is lost.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page with table and pictures (index.html, *.png).")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw all charts into one file (.svg).")] = None,
 ) -> None:
     """Replay a trace through the production Conductor and stores, with simulated engines."""
     from mooncake.cli import _console, _errors_told
@@ -93,19 +97,33 @@ def simulate(
             tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, plan_roles=plan_roles, seed=seed,
             kill=kill, mtbf_s=mtbf_s, repair_s=repair_s, event_delay_s=event_delay_s, event_loss=event_loss,
         )  # fmt: skip
-        _run(options, json, plot, _console(), _console(stderr=True))
+        _run(options, report, json, plot, _console(), _console(stderr=True))
 
 
 def _run(
-    options: "Options", json: Path | None, picture: Path | None, console: "Console", stderr: "Console"
+    options: "Options",
+    report: Path | None,
+    json: Path | None,
+    picture: Path | None,
+    console: "Console",
+    stderr: "Console",
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from benchmarks.sim.run import as_json, simulate
+    from benchmarks.sim.run import as_json, command_of, simulate
 
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    begun_s = time.perf_counter()
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+    if report is not None:
+        from benchmarks.sim import page
+
+        page.check(report)
+    if picture is not None:
+        from benchmarks.sim.charts import pyplot
+
+        pyplot("--plot")
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    begun_s, cpu_s = time.perf_counter(), time.process_time()
+    with Progress(*columns, remaining, console=stderr, disable=not stderr.is_terminal) as bar:
         tasks: dict[str, int] = {}
 
         def progress(name: str, arrived: int, total: int) -> None:
@@ -114,23 +132,31 @@ def _run(
             bar.update(bar.task_ids[tasks[name]], completed=arrived)
 
         results = simulate(options, progress)
-    took_s = time.perf_counter() - begun_s
-    _show(options, results, took_s, console)
+    took_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
+    _show(options, results, took_s, cpu_s, console)
     if json is not None:
         _write(json, as_json(options, results))
     if picture is not None:
         from benchmarks.sim.plot import plot
 
         plot(str(picture), results, _title(options))
+    if report is not None:
+        data = as_json(options, results)
+        page.write(report, results, _title(options), command_of(options), data)
+        console.print(f"report: {report / page.INDEX}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(path: Path, content: bytes) -> None:
     from mooncake.core.config import fail
 
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_bytes(content)
+        part.write_bytes(content)
+        part.replace(path)
     except OSError as error:
         raise fail("json", str(path), error.strerror or str(error)) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _title(options: "Options") -> str:
@@ -140,7 +166,9 @@ def _title(options: "Options") -> str:
     return f"{name}, {options.speed:g}x: {who}, {options.profile}"
 
 
-def _show(options: "Options", results: "dict[str, Result]", took_s: float, console: "Console") -> None:
+def _show(
+    options: "Options", results: "dict[str, Result]", took_s: float, cpu_s: float, console: "Console"
+) -> None:
     from rich.table import Table
 
     from benchmarks.sim.report import rows
@@ -156,6 +184,8 @@ def _show(options: "Options", results: "dict[str, Result]", took_s: float, conso
     count, simulated_s = sum(run.requests for run in runs), sum(run.simulated_s for run in runs)
     console.print(
         f"{count:,} requests in {took_s:.1f} s: {count / took_s:,.0f} requests/s,"
-        f" {simulated_s / took_s:,.0f} times real time",
+        f" {simulated_s / took_s:,.0f} times real time ({simulated_s / cpu_s:,.0f} by processor time)",
         markup=False,
     )
+    digests = ", ".join(f"{name} {result.summary.digest}" for name, result in results.items())
+    console.print(f"digest: {digests}", markup=False, highlight=False, soft_wrap=True)

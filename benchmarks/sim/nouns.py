@@ -108,12 +108,16 @@ class Entry:
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """Load at one moment: per prefill instance predicted seconds of queue, per decode one the step time."""
+    """Load at one moment: per prefill instance predicted seconds of queue, per decode one the step time.
+
+    up: instances that run, by role.
+    """
 
     at_s: float
     queue_s: list[float]
     tbt_s: list[float]
     batch: list[int]
+    up: dict[str, int]
 
 
 class Instance:

@@ -1,5 +1,6 @@
 """Runs of the simulator as asked for on the command line: requests, one world per policy, files."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.sim.failures import Failure, draw, parse
-from benchmarks.sim.nouns import EVENT_DELAY_S, Sample, WorldConfig
-from benchmarks.sim.profile import Profile, read_profile
-from benchmarks.sim.report import Summary, summarize
+from benchmarks.sim.nouns import EVENT_DELAY_S, Entry, Sample, WorldConfig
+from benchmarks.sim.profile import DEFAULT, Profile, read_profile
+from benchmarks.sim.report import TBT_SLO_S, TTFT_SLO_S, Summary, summarize
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
 from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
@@ -57,13 +58,35 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     event_loss: float = 0.0
 
 
+class Fate(msgspec.Struct, frozen=True, gc=False):
+    """What became of one request. ttft_s, tbt_tail_s < 0: there is none; ending: why it was not served."""
+
+    arrival_s: float
+    ttft_s: float
+    tbt_tail_s: float
+    input_tokens: int
+    hit_tokens: int
+    ending: str
+
+
 class Result(msgspec.Struct, frozen=True):
-    """One run: what is told, and what is drawn."""
+    """One run: what is told, and what is drawn. switches: when, who, to which role."""
 
     summary: Summary
-    ttft_s: list[float]
-    tbt_tail_s: list[float]
+    fates: list[Fate]
     samples: list[Sample]
+    switches: list[tuple[float, str, str]]
+    failures: list[Failure]
+
+    @property
+    def ttft_s(self) -> list[float]:
+        """Of those that were served."""
+        return [one.ttft_s for one in self.fates if one.ttft_s >= 0 and not one.ending]
+
+    @property
+    def tbt_tail_s(self) -> list[float]:
+        """Of those that were served and have one."""
+        return [one.tbt_tail_s for one in self.fates if one.tbt_tail_s >= 0 and not one.ending]
 
 
 def requests_of(options: Options) -> list[TraceRequest]:
@@ -180,12 +203,23 @@ def run_one(
     """Run one world to its end."""
     world = World(requests, profile, config)
     world.run(progress)
-    served = [e for e in world.entries if e.ttft_s >= 0 and not (e.rejected or e.failed)]
     return Result(
         summarize(world, ttft_slo_s, tbt_slo_s),
-        [entry.ttft_s for entry in served],
-        [entry.tbt.tail_s for entry in served if entry.tbt is not None],
+        [_fate(entry) for entry in world.entries],
         world.samples,
+        world.switches,
+        world.faults.happened,
+    )
+
+
+def _fate(entry: Entry) -> Fate:
+    return Fate(
+        arrival_s=entry.trace.arrival_s,
+        ttft_s=entry.ttft_s,
+        tbt_tail_s=-1.0 if entry.tbt is None else entry.tbt.tail_s,
+        input_tokens=entry.trace.input_tokens,
+        hit_tokens=entry.hit_tokens,
+        ending=entry.rejected or entry.failed,
     )
 
 
@@ -214,6 +248,19 @@ def simulate(options: Options, progress: Callable[[str, int, int], None]) -> dic
         results[name] = run_one(requests, profile, config, options.ttft_slo_s, options.tbt_slo_s, tell)
         progress(name, len(requests), len(requests))
     return results
+
+
+def command_of(options: Options) -> str:
+    """Return the command line that gives the same again."""
+    usual = Options(profile=DEFAULT, ttft_slo_s=TTFT_SLO_S, tbt_slo_s=TBT_SLO_S)
+    words = ["mooncake", "simulate"]
+    for name in options.__struct_fields__:
+        value = getattr(options, name)
+        if value == getattr(usual, name) or (options.both and name in {"prefill", "decode"}):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        words += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)
 
 
 def as_json(options: Options, results: dict[str, Result]) -> bytes:

@@ -56,7 +56,8 @@ WAIT_S_MAX = 3600.0
 """Nobody is sent away for waiting alone, unless an objective says so."""
 TICK_S = 0.25
 SAMPLE_S = 15.0
-"""Distance of samples of load, as in the papers' figures."""
+"""Distance of samples of load, as in the papers' figures; of short runs so that there are SAMPLES of them."""
+SAMPLE_S_MIN, SAMPLES = 1.0, 100
 
 
 class World:
@@ -112,6 +113,7 @@ class World:
         self._pumping = False
         self._is_lost = losses(config.event_loss, config.seed)
         self.samples: list[Sample] = []
+        self._sample_s = min(SAMPLE_S, max(SAMPLE_S_MIN, requests[-1].arrival_s / SAMPLES))
         self.in_flight: dict[int, Entry] = {}  # by number, in order of arrival
         self.ended_s = 0.0
         self.instances: dict[str, Instance] = {}
@@ -224,18 +226,20 @@ class World:
     def _sample(self) -> None:
         now_s = self.time.now_s
         queue_s, tbt_s, batch = [], [], []
+        up: dict[str, int] = {}
         for instance in self.instances.values():
             if not instance.up:
                 continue
+            up[instance.record.role] = up.get(instance.record.role, 0) + 1
             if instance.record.role != "decode":
                 queue_s.append(self.cluster.load(instance.record.instance_id).queue_s(now_s))
             if instance.record.role != "prefill":
                 engine = instance.engine
                 tbt_s.append(self.profile.step_s(engine.batch, engine.kv_tokens))
                 batch.append(engine.batch)
-        self.samples.append(Sample(now_s, queue_s, tbt_s, batch))
+        self.samples.append(Sample(now_s, queue_s, tbt_s, batch, up))
         if self._going():
-            self.time.at(now_s + SAMPLE_S, self._sample)
+            self.time.at(now_s + self._sample_s, self._sample)
 
     def _tick(self) -> None:
         """As the gateway's: deadlines pass without anybody giving load back."""
