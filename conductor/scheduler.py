@@ -240,7 +240,7 @@ class Scheduler:
             return free
         work = self._choose_prefill(now_s, facts, free, self._pricing.hits(facts))
         chosen = self._pricing.decode(facts, work.worker)
-        rejected = self._refused(now_s, facts, work, chosen, free, [work.worker])
+        rejected = self._refused(now_s, facts, work, chosen, [work.worker])
         return rejected or self._plan(now_s, facts, decision, None, work, chosen)
 
     def _two_legs(
@@ -271,7 +271,7 @@ class Scheduler:
             found = inlined(now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s)
             if found is not None:
                 work, chosen, decision, prefill = found.work, found.answer, Decision.INLINED, None
-        rejected = self._refused(now_s, facts, work, chosen, free_prefills, same_root)
+        rejected = self._refused(now_s, facts, work, chosen, same_root)
         if rejected:
             return rejected
         return self._plan(now_s, facts, decision, prefill, work, chosen)
@@ -315,15 +315,9 @@ class Scheduler:
         )
 
     def _refused(
-        self,
-        now_s: float,
-        facts: RequestFacts,
-        work: Prefill,
-        chosen: Decode,
-        prefills: list[Worker],
-        decodes: list[Worker],
+        self, now_s: float, facts: RequestFacts, work: Prefill, chosen: Decode, decodes: list[Worker]
     ) -> Rejection | None:
-        """Judge a new request's predictions by the objectives, and who may serve it by their load."""
+        """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
         ttft_s = max(0.0, now_s - facts.arrival_s) + work.ttft_s  # it may have waited in the gate
         if self._config.admission is AdmissionMode.OBJECTIVES:
             return self._over_objectives(facts, ttft_s, chosen.tbt_s)
@@ -333,21 +327,6 @@ class Scheduler:
         room = Room(len(decodes), max(1, kv_tokens))
         load = self._admission.load_on_arrival(now_s + work.ttft_s, chosen.kv_tokens, room)
         return _over_load(facts.request_id, load, self._admission.decode_s)
-
-    def _too_dear(
-        self, now_s: float, facts: RequestFacts, work: Prefill, prefills: list[Worker]
-    ) -> Rejection | None:
-        ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
-        if ttft_slo_s is None or not self._admission.prices_prompts:
-            return None
-        queue_s = sum(w.load.queue_s(now_s) for w in prefills) / len(prefills)
-        load = self._admission.prompt_load(work.work_s, queue_s, ttft_slo_s)
-        if load <= 1:
-            return None
-        # a queue drains by one second each second
-        retry_after_s = min(max(queue_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
-        detail = f"{work.work_s:.1f} s of work, and {queue_s:.1f} s of others' on the mean instance"
-        return _reject(facts, Reason.PREFILL_LOAD, detail, retry_after_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
         ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
