@@ -1,16 +1,12 @@
 """An endpoint that speaks just enough of OpenAI's API, and does what the prompt's first token says."""
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode: helpers beside the tests
 
 
 class Endpoint:
