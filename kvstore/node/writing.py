@@ -54,21 +54,22 @@ class Writing:
         """Take in a block that is to be written."""
         self._writes[write.ticket] = write
         self._tickets[write.key] = write.ticket
-        self._count(write.tags.tenant, aligned(write.size_bytes))
+        if write.tags.tenant:
+            self._count(write.tags.tenant, aligned(write.size_bytes))
 
     def end(self, ticket: int) -> Write | None:
         """Forget a block, which is written; None: the ticket is unknown, expired or used."""
         write = self._writes.pop(ticket, None)
         if write is not None:
             del self._tickets[write.key]
-            self._count(write.tags.tenant, -aligned(write.size_bytes))
+            if write.tags.tenant:
+                self._count(write.tags.tenant, -aligned(write.size_bytes))
         return write
 
     def _count(self, tenant: str, more_bytes: int) -> None:
-        if tenant:
-            self._of_tenant[tenant] = self._of_tenant.get(tenant, 0) + more_bytes
-            if not self._of_tenant[tenant]:
-                del self._of_tenant[tenant]
+        self._of_tenant[tenant] = self._of_tenant.get(tenant, 0) + more_bytes
+        if not self._of_tenant[tenant]:
+            del self._of_tenant[tenant]
 
     # ------------------------------------------------------------ room granted ahead
 
