@@ -10,16 +10,26 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
 from benchmarks import harness
+from benchmarks.sim.failures import draw
 from benchmarks.sim.nouns import WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
 from benchmarks.sim.report import Summary, spread, summarize, within
-from benchmarks.sim.trace import BLOCK_TOKENS, CROWD_IDS, TraceRequest, crowd, read_trace, rescale, sessions_of
+from benchmarks.sim.trace import (
+    BLOCK_TOKENS,
+    CROWD_IDS,
+    TraceRequest,
+    crowd,
+    read_trace,
+    rescale,
+    sessions_of,
+)
 from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.index import PrefixIndex
@@ -435,6 +445,48 @@ def _in_crowd(one: TraceRequest) -> bool:
     return one.hash_ids[0] == CROWD_IDS
 
 
+def event_lag(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """What it costs that the Conductor hears of the stores' changes late, or not of all."""
+    part = bench.part(requests, 1.0)
+    for loss, delays_s in ((0.0, (0.0, 0.01, 1.0, 10.0)), (0.01, (0.01,))):
+        runs = [
+            bench.summary(
+                f"events {delay_s:g} s late, {loss:.0%} lost",
+                part,
+                WorldConfig(event_delay_s=delay_s, event_loss=loss),
+            )
+            for delay_s in delays_s
+        ]
+        names = " ".join(f"{delay_s:g}" for delay_s in delays_s)
+        bench.add(
+            f"conversation 1x, 8P8D, stores' events {names} s late, {loss:.0%} lost: mean TTFT s (hit rate)",
+            "-",
+            ", ".join(f"{one.ttft_s.mean:.3f} ({one.hit_rate:.3f})" for one in runs),
+        )
+
+
+def failures(bench: Bench, requests: Sequence[TraceRequest]) -> None:
+    """Every instance fails once an hour, or once in ten minutes, for a minute, some with their hosts."""
+    part = bench.part(requests, 1.0)
+    names = [f"{role}-{number:03}" for role in ("prefill", "decode") for number in range(8)]
+    blocks = bench.profile.host_kv_tokens // BLOCK_TOKENS
+    for mtbf_s in (inf, 3600.0, 600.0):
+        broken = [] if mtbf_s == inf else draw(names, part[-1].arrival_s, mtbf_s, 60.0, 1)
+        config = WorldConfig(decode_host_blocks=blocks, failures=tuple(broken))
+        what = "nothing fails" if mtbf_s == inf else f"an instance fails every {mtbf_s:g} s for 60 s"
+        got = bench.summary(what, part, config)
+        lost = sum(got.failed.values()) + sum(got.rejected.values())
+        bench.add(
+            f"conversation 1x, 8P8D, {what}",
+            "-",
+            f"{got.failures} failures ({got.hosts} hosts), {got.retries} legs retried, {got.moves} streams"
+            f" moved, {got.twice_tokens:,} tokens again; TTFT {got.ttft_s.mean:.2f} s, of those hit"
+            f" {got.affected_ttft_s.mean:.2f} s; within {got.attainment:.1%}; {lost} lost",
+            "none lost",
+            lost == 0,
+        )
+
+
 def slow_network(bench: Bench, requests: Sequence[TraceRequest]) -> None:
     """One token each, so that only fetches use the network."""
     part = [msgspec.structs.replace(one, output_tokens=1) for one in bench.part(requests, 1.0)]
@@ -478,7 +530,7 @@ def main() -> int:
             traces[trace] = read_trace(path)
         else:
             console.print(f"skipped: no {path.name} in {args.traces} (--traces DIR)", highlight=False)
-    steps = {"conversation": 16 if args.quick else 87, "synthetic": 6}
+    steps = {"conversation": 16 if args.quick else 95, "synthetic": 6}
     with harness.progress(sum(steps[trace] for trace in traces)) as begin:
         bench = Bench(begin, read_profile(DEFAULT), QUICK_S if args.quick else 0.0)
         begin("prefill times")
@@ -502,6 +554,8 @@ def main() -> int:
             tenants(bench, requests)
             inline(bench, requests)
             sessions(bench, requests)
+            event_lag(bench, requests)
+            failures(bench, requests)
             hot_spots(bench, "conversation", requests)
             crowds(bench, requests)
             slow_network(bench, requests)
