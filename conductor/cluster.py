@@ -60,6 +60,7 @@ class Load:
         """Idle."""
         self._prefill_s: dict[int, float] = {}  # ticket -> predicted seconds, in queue order
         self._head_start_s = 0.0
+        self._sum_s: float | None = 0.0  # of _prefill_s; None = not added up since it changed
         self.prefill_tokens = 0
         self.decode_requests = 0
         self.decode_kv_tokens = 0
@@ -77,8 +78,10 @@ class Load:
         """
         if not self._prefill_s:
             return 0.0
+        if self._sum_s is None:
+            self._sum_s = sum(self._prefill_s.values())
         head_s = next(iter(self._prefill_s.values()))
-        return sum(self._prefill_s.values()) - min(head_s, max(0.0, now_s - self._head_start_s))
+        return self._sum_s - min(head_s, max(0.0, now_s - self._head_start_s))
 
     def overdue_s(self, now_s: float) -> float:
         """Return for how long the prefill at the head has run beyond its prediction."""
@@ -91,6 +94,7 @@ class Load:
         if not self._prefill_s:
             self._head_start_s = now_s
         self._prefill_s[ticket] = seconds
+        self._sum_s = None
         self.prefill_tokens += tokens
 
     def remove_prefill(self, now_s: float, ticket: int, tokens: int) -> None:
@@ -98,6 +102,7 @@ class Load:
         if next(iter(self._prefill_s)) == ticket:
             self._head_start_s = now_s
         del self._prefill_s[ticket]
+        self._sum_s = None
         self.prefill_tokens -= tokens
 
 
@@ -127,6 +132,7 @@ class ClusterView:
         """Empty."""
         self._instances: dict[str, _Instance] = {}
         self._stores: dict[str, StoreRecord] = {}
+        self._alive: list[tuple[InstanceRecord, Load]] | None = None  # None = to be looked for
         self._charges: dict[int, _Charge] = {}
         self._tickets = 0
         self._tick_s: float | None = None
@@ -141,6 +147,7 @@ class ClusterView:
         known = self._instances.get(record.instance_id)
         if known is not None and known.record.epoch == record.epoch:
             known.record = record
+            self._alive = None
             return []
         transitions = [] if known is None else self._set(now_s, known, Health.DEAD, "restarted")
         self._instances[record.instance_id] = _Instance(record)
@@ -235,9 +242,11 @@ class ClusterView:
             yield known.record, known.health, known.load
 
     def alive(self) -> list[tuple[InstanceRecord, Load]]:
-        """Return the instances that take work, sorted by id."""
-        found = [(i.record, i.load) for i in self._instances.values() if i.health is Health.ALIVE]
-        return sorted(found, key=lambda pair: pair[0].instance_id)
+        """Return the instances that take work, sorted by id; the same list until that changes."""
+        if self._alive is None:
+            found = [(i.record, i.load) for i in self._instances.values() if i.health is Health.ALIVE]
+            self._alive = sorted(found, key=lambda pair: pair[0].instance_id)
+        return self._alive
 
     def stores(self) -> list[StoreRecord]:
         """Return the known store nodes, sorted by node."""
@@ -289,4 +298,5 @@ class ClusterView:
         before, known.health = known.health, health
         if before is health:
             return []
+        self._alive = None
         return [Transition(known.record.instance_id, before, health, reason, now_s)]

@@ -42,6 +42,8 @@ OUTPUT_SHARE = 0.9
 """Share of answers that fit the KV room looked for: one that runs out of it is computed again."""
 SECONDS_MIN = 1e-6
 """No prediction is zero or below: ratios stay finite."""
+EXPECTED_MAX = 1024
+"""Questions about answers that are remembered until the next answer ends: some 200 kB."""
 MAX_TOKENS = 1 << 30
 """Of a request whose limit is not known: none."""
 
@@ -90,7 +92,8 @@ class _Fit:
 
     def predict(self, features: Triple) -> float:
         (a, b, c), (x, y, z) = self.coefficients, features  # unrolled: asked many times per decision
-        return max(a * x + b * y + c * z, SECONDS_MIN)
+        seconds = a * x + b * y + c * z
+        return seconds if seconds > SECONDS_MIN else SECONDS_MIN
 
     def observe(self, features: Triple, seconds: float) -> None:
         predicted = self.predict(features)
@@ -138,6 +141,7 @@ class CostModel:
         self._output_tokens = OUTPUT_TOKENS_PRIOR
         self._output_error = _Error()
         self._lengths = OutputLengths()
+        self._expected: dict[tuple[int, str, str, int], tuple[int, int]] = {}  # since the last answer
         self._rejected = 0
 
     def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
@@ -183,17 +187,28 @@ class CostModel:
             slo_class: its class of service; "" = unknown, then the moving mean of all answers is taken.
             emitted_n: tokens it has emitted already.
         """
-        mean = self._lengths.mean(tenant, slo_class, emitted_n) if slo_class else None
-        return min(max_tokens, max(1, round(self._output_tokens if mean is None else mean)))
+        return self.output_range(max_tokens, tenant, slo_class, emitted_n)[0]
 
     def output_tokens_high(
         self, max_tokens: int, tenant: str = "", slo_class: str = "", emitted_n: int = 0
     ) -> int:
         """Predict what OUTPUT_SHARE of such requests will not exceed; see `output_tokens`."""
+        return self.output_range(max_tokens, tenant, slo_class, emitted_n)[1]
+
+    def output_range(self, max_tokens: int, tenant: str, slo_class: str, emitted_n: int) -> tuple[int, int]:
+        """Return both; every instance that a request may run on asks for the same."""
+        asked = max_tokens, tenant, slo_class, emitted_n
+        found = self._expected.get(asked)
+        if found is not None:
+            return found
+        mean = self._lengths.mean(tenant, slo_class, emitted_n) if slo_class else None
         high = self._lengths.quantile(tenant, slo_class, OUTPUT_SHARE, emitted_n) if slo_class else None
-        if high is None:
-            return self.output_tokens(max_tokens, tenant, slo_class, emitted_n)
-        return min(max_tokens, max(1, round(high)))
+        expected = min(max_tokens, max(1, round(self._output_tokens if mean is None else mean)))
+        found = expected, expected if high is None else min(max_tokens, max(1, round(high)))
+        if len(self._expected) >= EXPECTED_MAX:
+            self._expected.clear()
+        self._expected[asked] = found
+        return found
 
     def observe_output(
         self, tokens: int, tenant: str = "", slo_class: str = "", max_tokens: int = MAX_TOKENS
@@ -201,6 +216,7 @@ class CostModel:
         """Learn from one finished request; see `output_tokens`."""
         if tokens <= 0:
             return
+        self._expected.clear()
         self._output_error.add(self.output_tokens(max_tokens, tenant, slo_class), tokens)
         self._output_tokens += (tokens - self._output_tokens) * EWMA_WEIGHT
         if slo_class:

@@ -136,8 +136,8 @@ class Pricing:
 
     def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
         """Price an answer, of which emitted_n tokens are out."""
-        kv_tokens = facts.prompt_len + emitted_n + self.left(facts, emitted_n)
-        high = self.cost.output_tokens_high(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
+        tokens, high = self.cost.output_range(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)
+        kv_tokens = facts.prompt_len + max(emitted_n + 1, tokens)
         load = worker.load
         tbt_s = self.cost.tbt_s(load.decode_requests + 1, load.decode_kv_tokens + kv_tokens)
         option = Decode(worker, tbt_s, kv_tokens, max(kv_tokens, facts.prompt_len + high))

@@ -17,7 +17,7 @@ from enum import StrEnum
 import msgspec
 
 from conductor.admission import Admission, AdmissionMode, Room
-from conductor.cluster import ClusterView
+from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.inline import inlined
@@ -25,6 +25,7 @@ from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
 from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker
 from conductor.sessions import Sessions
 from mooncake.core.context import differences
+from mooncake.core.messages import InstanceRecord
 
 RETRY_AFTER_S = 1.0
 """Told to clients when nobody is alive: an engine is back in seconds, or not soon."""
@@ -98,6 +99,8 @@ class Scheduler:
         self._sessions = Sessions()
         self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
         self._draws = 0
+        self._alive: Sequence[tuple[InstanceRecord, Load]] = ()
+        self._workers: list[Worker] = []  # the same as _alive
         self._admission = Admission(config.admission, config.tbt_slo_s, config.decode_s, cost)
 
     def listen(self, trail: Trail) -> None:
@@ -202,7 +205,10 @@ class Scheduler:
     # ------------------------------------------------------------ who may serve
 
     def _eligible(self, facts: RequestFacts) -> list[Worker] | Rejection:
-        alive = [Worker(record, load) for record, load in self._cluster.alive()]
+        known = self._cluster.alive()
+        if known is not self._alive:
+            self._alive, self._workers = known, [Worker(record, load) for record, load in known]
+        alive = self._workers
         if not alive:
             return _reject(facts, Reason.NO_INSTANCE_ALIVE, "")
         if facts.context_root:
@@ -352,11 +358,11 @@ class Scheduler:
         policy = self._config.policy
         if policy in _PREDICTING:
             options = [self._pricing.prefill(now_s, facts, worker, hits) for worker in workers]
-            last = self._sessions.last(facts.session).prefill
+            last, bonus_s = self._sessions.last(facts.session).prefill, self._config.session_bonus_s
 
             def score(option: Prefill) -> tuple[float, int, str]:
-                bonus_s = self._config.session_bonus_s if option.worker.id == last else 0.0
-                return option.ttft_s - bonus_s, *_tie(option.worker)
+                requests, own = _tie(option.worker)
+                return option.ttft_s - (bonus_s if own == last else 0.0), requests, own
 
             return min(options, key=score)
         if policy is Policy.LEAST_LOAD:
@@ -377,12 +383,12 @@ class Scheduler:
         if self._config.policy in {Policy.ROUND_ROBIN, Policy.RANDOM}:
             return self._pricing.decode(facts, self._blind(workers, "decode"), emitted_n)
         left = self._pricing.left(facts, emitted_n)
-        last = self._sessions.last(facts.session).decode
+        last, bonus_s = self._sessions.last(facts.session).decode, self._config.session_bonus_s
 
         def score(option: Decode) -> tuple[bool, float, str]:
             answer_s = self._pricing.handover_s(facts, option.worker, node, hits) + option.tbt_s * left
-            bonus_s = self._config.session_bonus_s if option.worker.id == last else 0.0
-            return option.is_full, answer_s - bonus_s, option.worker.id
+            own = option.worker.record.instance_id
+            return option.is_full, answer_s - (bonus_s if own == last else 0.0), own
 
         options = [self._pricing.decode(facts, worker, emitted_n) for worker in workers]
         return min(options, key=score)
@@ -414,7 +420,7 @@ def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | Non
 
 def _tie(worker: Worker) -> tuple[int, str]:
     # idle instances that do both: by id alone, all streams would go to the first one
-    return worker.load.decode_requests, worker.id
+    return worker.load.decode_requests, worker.record.instance_id
 
 
 def _by_role(workers: list[Worker], role: str) -> list[Worker]:
