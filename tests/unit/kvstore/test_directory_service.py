@@ -66,7 +66,7 @@ class Pool:
         service = self.stores[name]
         reserved = service.node.reserve(service._clock(), "w", keys(*numbers), SIZE)
         service.node.commit(service._clock(), reserved.tickets, [b"s" * 16] * len(numbers))
-        service._after_change()
+        service.requests.after_change()
 
     async def close(self) -> None:
         for closing in [*self.clients, *self.services, *self.stores.values(), self.metadata]:
@@ -123,7 +123,7 @@ async def test_it_follows_every_change(pool):
     await until(client, Locate(keys(5)), lambda a: names(a) == [["a"]])
     service = pool.stores["a"]
     service.node.drop(service._clock(), keys(5))
-    service._after_change()
+    service.requests.after_change()
     await until(client, Locate(keys(5)), lambda a: names(a) == [[]])
 
 

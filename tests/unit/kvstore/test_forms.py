@@ -58,14 +58,14 @@ async def start(tmp_path):
 
 async def put(service: StoreService, form) -> None:
     for block, key in enumerate(keys(form)):
-        got = await service._handle(Reserve("w", [key], SIZE))
+        got = await service.requests.handle(Reserve("w", [key], SIZE))
         service._segment.view(got.offsets[0], SIZE)[:] = content(form, block)
-        done = await service._handle(Commit(got.tickets, [block_checksum(key, content(form, block))]))
+        done = await service.requests.handle(Commit(got.tickets, [block_checksum(key, content(form, block))]))
         assert done.done == [True]
 
 
 async def served(service: StoreService, form) -> list[bytes]:
-    got = await service._handle(Acquire(keys(form), 5.0, 5.0))
+    got = await service.requests.handle(Acquire(keys(form), 5.0, 5.0))
     found = [bytes(service._segment.view(block.offset, block.size_bytes)) for block in got.blocks]
     service.node.release(service._clock(), got.lease_id)
     return found

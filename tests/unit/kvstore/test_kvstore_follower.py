@@ -90,7 +90,7 @@ def put(service, *numbers):
     node, now_s = service.node, service._clock()
     reserved = node.reserve(now_s, "w", [key(n) for n in numbers], SIZE)
     node.commit(now_s, reserved.tickets, [b"s" * 16] * len(numbers))
-    service._after_change()
+    service.requests.after_change()
 
 
 def visible(service) -> set[int]:
@@ -122,7 +122,7 @@ async def test_under_constant_change_it_ends_equal_to_the_node(service, follow):
 
 
 async def test_a_snapshot_of_many_pages_arrives_whole(service, follow):
-    service._snapshots = Snapshots(service.epoch, page_keys=7)
+    service.requests.snapshots = Snapshots(service.epoch, page_keys=7)
     put(service, *range(1, 51))
     mirror = Mirror()
     await follow(service.record, mirror)
@@ -132,7 +132,7 @@ async def test_a_snapshot_of_many_pages_arrives_whole(service, follow):
 async def test_a_lost_message_leads_to_a_new_snapshot_by_the_next_heartbeat(service, follow):
     mirror = Mirror()
     follower = await follow(service.record, mirror)
-    service._events.seq += 1  # as if a message had been dropped
+    service.requests.events.seq += 1  # as if a message had been dropped
     put(service, 5)
     await eventually(lambda: follower.snapshots == 2)
     assert mirror.held == {5}

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from kvstore.limits import BAD_KEYS_MAX, CHECKS_WAITING_MAX, NodeLimits
-from kvstore.store import service as service_module
+from kvstore.store import requests
 from kvstore.store.config import StoreConfig
 from kvstore.store.service import StoreService
 from mooncake.core import wire
@@ -254,7 +254,7 @@ async def test_a_reader_stops_waiting_when_the_writer_gives_up(harness):
 
 
 async def test_a_wait_is_bounded_by_the_node_and_skipped_for_unknown_keys(harness, monkeypatch):
-    monkeypatch.setattr(service_module, "WAIT_S_MAX", 0.1)
+    monkeypatch.setattr(requests, "WAIT_S_MAX", 0.1)
     store = await harness()
     await store.ask(Reserve("w", [key(1)], SIZE))
     async with asyncio.timeout(0.6):

@@ -48,16 +48,16 @@ class World:
 
     async def put(self, *numbers: int, name: bytes = b"") -> None:
         for number in numbers:
-            got = await self.service._handle(Reserve("w", [key(number)], SIZE))
+            got = await self.service.requests.handle(Reserve("w", [key(number)], SIZE))
             assert got.tickets[0], f"no room for {number}"
             self.service._segment.view(got.offsets[0], SIZE)[:] = content(number)
             checksum = block_checksum(key(number), content(number))
             commit = Commit(got.tickets, [checksum], [name] if name else [])
-            assert (await self.service._handle(commit)).done == [True]
+            assert (await self.service.requests.handle(commit)).done == [True]
 
     async def get(self, *numbers: int) -> int:
         """Return how many of the prefix are served, all of them right."""
-        got = await self.service._handle(Acquire([key(n) for n in numbers], 5.0, 1.0))
+        got = await self.service.requests.handle(Acquire([key(n) for n in numbers], 5.0, 1.0))
         for number, block in zip(numbers, got.blocks, strict=False):
             assert bytes(self.service._segment.view(block.offset, SIZE)) == content(number)
         self.service.node.release(self.service._clock(), got.lease_id)
@@ -108,16 +108,16 @@ async def test_to_the_outside_a_block_is_there_as_long_as_either_tier_has_it(wor
         for one in events.removed:
             published.discard(one)
 
-    world.service._events.publish = watch
+    world.service.requests.events.publish = watch
     await world.put(*range(8))
     await world.copied(*range(8))
     await world.put(*range(8, 12))
-    world.service._flush()
+    world.service.requests.flush()
     assert published == {key(number) for number in range(12)}
     assert set(world.service.tiering.keys()) == published
     await world.copied(*range(8, 12))
     world.service.tiering.tier.remove([key(number) for number in range(12)])
-    world.service._flush()
+    world.service.requests.flush()
     assert published == set(world.service.node.complete_keys())
 
 
@@ -127,7 +127,7 @@ async def test_a_store_without_a_free_lease_copies_later_and_lives(tmp_path):
     world = World(service)
     try:
         await world.put(1, 2)
-        held = await service._handle(Acquire([key(1)], 5.0))
+        held = await service.requests.handle(Acquire([key(1)], 5.0))
         async with asyncio.timeout(20):
             while service.tiering.behind.given_up == 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -172,7 +172,7 @@ async def test_kv_is_served_after_a_restart(tmp_path):
 
 
 async def names_of(service: StoreService) -> list[bytes]:
-    return (await service._handle(ListNames())).names
+    return (await service.requests.handle(ListNames())).names
 
 
 async def test_names_outlive_a_restart_and_go_with_their_objects(tmp_path):
@@ -191,7 +191,7 @@ async def test_names_outlive_a_restart_and_go_with_their_objects(tmp_path):
         assert sorted(await names_of(again)) == [b"four", b"one", b"two"]
         assert await World(again).get(2) == 1  # in memory again
         assert sorted(await names_of(again)) == [b"four", b"one", b"two"]
-        await again._handle(DropKeys([key(2), key(4)]))
+        await again.requests.handle(DropKeys([key(2), key(4)]))
         assert await names_of(again) == [b"one"]
     finally:
         await again.close()

@@ -49,7 +49,7 @@ class Store:
         self.node = service.config.node
 
     async def ask(self, request):
-        return await self.service._handle(request)
+        return await self.service.requests.handle(request)
 
     async def put(self, *numbers: int, size: int = SIZE, name: bytes = b"") -> None:
         for number in numbers:
@@ -103,7 +103,7 @@ async def stores(tmp_path, *names: str, capacity_bytes: int = 4 << 20, alone: bo
             stack.push_async_callback(service.close)
             await metadata.put(STORES_PREFIX + name, msgspec.json.encode(record))
             opened.append(Store(service))
-        peers = [] if alone else [store.service._outside._peers for store in opened]
+        peers = [] if alone else [store.service.requests.outside._peers for store in opened]
         await until(lambda: all(len(each.nodes) == len(names) - 1 for each in peers))
         yield opened
 

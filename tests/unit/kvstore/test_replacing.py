@@ -159,10 +159,10 @@ def test_two_that_replace_at_once_leave_one_of_theirs_whole(start_node, open_poo
 async def put_other(store: World, number: int) -> bytes:
     """Replace the block `number` by other bytes."""
     name, data = block_key(number), content(number + 1000)
-    got = await store.service._handle(Reserve("w", [name], BLOCK, replace=True))
+    got = await store.service.requests.handle(Reserve("w", [name], BLOCK, replace=True))
     store.service._segment.view(got.offsets[0], BLOCK)[:] = data
     checksum = block_checksum(name, data)
-    assert (await store.service._handle(Commit(got.tickets, [checksum]))).done == [True]
+    assert (await store.service.requests.handle(Commit(got.tickets, [checksum]))).done == [True]
     return checksum
 
 
@@ -236,7 +236,7 @@ async def test_what_is_dropped_while_it_is_copied_is_not_on_the_ssd_afterwards(w
     monkeypatch.setattr(tiering, "_write", slow)
     await world.put(1)
     assert await asyncio.to_thread(begun.wait, PATIENCE_S)
-    await world.service._handle(DropKeys([block_key(1)]))
+    await world.service.requests.handle(DropKeys([block_key(1)]))
     go_on.set()
     await world.copied()
     assert block_key(1) not in tiering.tier
