@@ -120,7 +120,7 @@ class Dispatcher:
         self._metrics = metrics
         self._observe = Observer(cost, metrics)
         scheduler.listen(self._observe.trail)
-        self._gate = Gate(GateConfig(), cost, members.view) if gate is None else gate
+        self._gate = Gate(GateConfig(), members.view) if gate is None else gate
         self._pumping = False
         self._first_token = first_token
         self._adapters = AdapterNames()
@@ -158,10 +158,11 @@ class Dispatcher:
         def place(at_s: float) -> Plan | Rejection:
             return self._plan(at_s, client, terms)
 
-        prompt_len = len(request.prompt_token_ids or ())
         if rejection := self._over_quota(now_s, client):
             self._refused(client, rejection)
-        answer, others = self._gate.offer(now_s, request.request_id, prompt_len, terms, place)
+        answer, others = self._gate.offer(
+            now_s, request.request_id, lambda: self._work_s(client, terms), terms, place
+        )
         for other in others:
             self._answered(other)
         if isinstance(answer, Rejection):
@@ -254,9 +255,8 @@ class Dispatcher:
 
     def _plan(self, now_s: float, client: Client, terms: Terms) -> Plan | Rejection:
         """Plan against every context that is alive, the most common first."""
-        contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
         answer: Plan | Rejection | None = None
-        for root, block_size in [pair for pair, _ in contexts.most_common()] or [("", 1)]:
+        for root, block_size in self._contexts():
             machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
             client.machine = machine
             self._observe.trail.clear()
@@ -266,6 +266,16 @@ class Dispatcher:
         assert answer is not None
         client.why = self._observe.explained(now_s, client, answer)
         return answer
+
+    def _contexts(self) -> list[tuple[str, int]]:
+        """Return roots and block sizes, the most common first; never none."""
+        contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
+        return [pair for pair, _ in contexts.most_common()] or [("", 1)]
+
+    def _work_s(self, client: Client, terms: Terms) -> float:
+        root, block_size = self._contexts()[0]
+        machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
+        return self._scheduler.work_s(machine.facts, block_size)
 
     def _machine(
         self,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import msgspec
 
 from conductor.cluster import ClusterView
-from conductor.cost import CostModel
 from conductor.plan import Plan, Reason, Rejection
 from conductor.scheduler import RETRY_AFTER_MAX_S, RETRY_AFTER_S
 from conductor.terms import Terms
@@ -20,8 +19,14 @@ from conductor.waiting import Left, Waiting, WaitingRoom, Why
 SHARE_MIN = 0.1
 """Of its objective may be spent waiting, even if computing seems to take all of it: it may be cached."""
 
+PATIENCE = 0.8
+"""Of the time it may wait, a request lets shorter ones pass. With 0.5 of it mean TTFT gains half as much;
+with all of it 0.2 to 0.4 % more requests miss their objective (simulator, conversation trace at 2.4x)."""
+
 Place = Callable[[float], Plan | Rejection]
 """Plans one request now (and charges its load), or says why not."""
+Work = Callable[[], float]
+"""Predicts seconds of one prompt's work, with what is known of it somewhere; asked only if it is to wait."""
 
 
 class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,13 +51,11 @@ class Gate:
     def __init__(
         self,
         config: GateConfig,
-        cost: CostModel,
         cluster: ClusterView,
         weight: Callable[[str], float] | None = None,
     ) -> None:
-        """The two views are the Conductor's; `weight` is a tenant's, None: all have the same."""
+        """`cluster` is the Conductor's view; `weight` is a tenant's, None: all have the same."""
         self._config = config
-        self._cost = cost
         self._cluster = cluster
         self._room = WaitingRoom(config.waiting_max, config.tenant_max, weight)
         self._places: dict[str, Place] = {}
@@ -61,24 +64,26 @@ class Gate:
         return len(self._room)
 
     def offer(
-        self, now_s: float, request_id: str, prompt_len: int, terms: Terms, place: Place
+        self, now_s: float, request_id: str, work: Work, terms: Terms, place: Place
     ) -> tuple[Plan | Rejection | None, list[Outcome]]:
         """Return the answer, None = it waits; and who had to go for it."""
         if not len(self._room) and self._is_open(now_s):
             return place(now_s), []
-        work_s = self._cost.prefill_s(prompt_len, 0)
+        work_s = work()
         limit_s = self._config.wait_s if terms.ttft_slo_s is None else terms.ttft_slo_s
         ahead_s = self._ahead_s(now_s, terms.slo_class.rank)
         if terms.ttft_slo_s is not None and ahead_s + work_s > limit_s:
             retry_after_s = min(max(ahead_s + work_s - limit_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
             detail = f"predicted {ahead_s + work_s:.1f} s in the queue, objective {limit_s:.1f} s"
             return _rejection(request_id, Reason.TTFT_SLO, detail, retry_after_s), []
+        wait_s = max(limit_s - work_s, limit_s * SHARE_MIN)
         one = Waiting(
             request_id=request_id,
             tenant=terms.tenant,
             rank=terms.slo_class.rank,
             work=work_s,
-            deadline_s=now_s + max(limit_s - work_s, limit_s * SHARE_MIN),
+            deadline_s=now_s + wait_s,
+            patient_s=now_s + wait_s * PATIENCE,
             sheddable=terms.slo_class.sheddable,
             # half of its time may be spent waiting: the rest is for prefill, decode and mistakes
             promote_s=None if terms.job_s is None else now_s + terms.job_s / 2,

@@ -70,7 +70,7 @@ class Cluster:
         self._following: asyncio.Task[None] | None = None
         self.quotas = Quotas(None if self._file is None else self._file.read())
         gate = Gate(
-            GateConfig(hold_s=options.hold_s), cost, self.view, lambda name: self.quotas.tenants.weight(name)
+            GateConfig(hold_s=options.hold_s), self.view, lambda name: self.quotas.tenants.weight(name)
         )
         self.dispatcher = Dispatcher(
             self.members, scheduler, cost, metrics,

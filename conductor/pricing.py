@@ -134,6 +134,12 @@ class Pricing:
             return best
         return Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - stored, node, cached)
 
+    def least_work_s(self, facts: RequestFacts, block_size: int) -> float:
+        """Price a prompt where most of its blocks are; loading them is left out."""
+        blocks = max(self._index.longest_prefix(facts.keys).values(), default=0)
+        new_tokens, hit_tokens = split(max(1, facts.prompt_len), blocks, block_size)
+        return self.cost.prefill_s(new_tokens, hit_tokens)
+
     def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
         """Price an answer, of which emitted_n tokens are out."""
         tokens, high = self.cost.output_range(facts.max_tokens, facts.tenant, facts.slo_class, emitted_n)

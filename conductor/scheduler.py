@@ -165,6 +165,10 @@ class Scheduler:
         work = self._pricing.prefill(now_s, facts, chosen.worker, hits, emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen)
 
+    def work_s(self, facts: RequestFacts, block_size: int) -> float:
+        """Predict the work of a prompt on the node that has most of its blocks, queues left out."""
+        return self._pricing.least_work_s(facts, block_size)
+
     def source(self, facts: RequestFacts, target: str, known: str) -> str:
         """Return the node from whose store that of `target` may fetch the request's blocks; "" = none.
 

@@ -5,14 +5,15 @@
     tenant    within a rank, the one with the least work taken by weight (VTC, arXiv 2401.00588): a counter
               that grows by the work of what is taken; who comes back from idleness starts at the least
               busy tenant's counter, so nobody saves up
-    request   first come, first served within a tenant
+    request   within a tenant the one with the least work, and the first of those; but who has waited until
+              its `patient_s` goes first (benchmarks/LOG.md: half the mean TTFT of first come, first served)
 
 The room is bounded, in all and per tenant. A full one gives up what is sheddable and ranks below the
-newcomer, the lowest rank and the latest first; otherwise the newcomer is refused. Everything is a dictionary
-of queues: constant work per request, linear in tenants.
+newcomer, the lowest rank and the latest first; otherwise the newcomer is refused. Work per request is linear
+in tenants, and that of sorted lists in a tenant's requests.
 """
 
-from collections import deque
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -25,7 +26,10 @@ TENANTS_MAX = 4096
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that waits. `work` is what it costs, in tokens or seconds: the same for all."""
+    """One request that waits. `work` is what it costs, in tokens or seconds: the same for all.
+
+    promote_s, patient_s: times, see the module.
+    """
 
     request_id: str
     tenant: str = ""
@@ -34,6 +38,7 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
     sheddable: bool = False
     promote_s: float | None = None
+    patient_s: float = float("inf")
 
 
 class Why(StrEnum):
@@ -52,6 +57,35 @@ class Left(msgspec.Struct, frozen=True):
     why: Why
 
 
+class _Line:
+    """Those of one tenant and rank; the numbers say who came first."""
+
+    __slots__ = ("_by_patience", "_by_work")
+
+    def __init__(self) -> None:
+        self._by_work: list[tuple[float, int, Waiting]] = []
+        self._by_patience: list[tuple[float, int, Waiting]] = []
+
+    def __len__(self) -> int:
+        return len(self._by_work)
+
+    def add(self, number: int, one: Waiting) -> None:
+        insort(self._by_work, (one.work, number, one))  # numbers differ: nobody compares requests
+        insort(self._by_patience, (one.patient_s, number, one))
+
+    def remove(self, number: int, one: Waiting) -> None:
+        del self._by_work[bisect_left(self._by_work, (one.work, number))]
+        del self._by_patience[bisect_left(self._by_patience, (one.patient_s, number))]
+
+    def next(self, now_s: float) -> Waiting:
+        patient_s, _, one = self._by_patience[0]
+        return one if patient_s <= now_s else self._by_work[0][2]
+
+    def latest_sheddable(self) -> tuple[int, Waiting] | None:
+        there = [(number, one) for _, number, one in self._by_work if one.sheddable]
+        return max(there, default=None, key=lambda pair: pair[0])
+
+
 class WaitingRoom:
     """See the module. Every request added leaves once: taken, removed, or in an answer as Left."""
 
@@ -64,8 +98,9 @@ class WaitingRoom:
         self._waiting_max = waiting_max
         self._tenant_max = tenant_max
         self._weight = weight
-        self._queues: dict[int, dict[str, deque[Waiting]]] = {}  # by rank, then by tenant
-        self._there: dict[str, Waiting] = {}
+        self._lines: dict[int, dict[str, _Line]] = {}  # by rank, then by tenant
+        self._there: dict[str, tuple[int, Waiting]] = {}
+        self._came = 0
         self._of_tenant: dict[str, int] = {}
         self._taken: dict[str, float] = {}  # work by weight, per tenant
         self._promotions: dict[str, Waiting] = {}
@@ -98,7 +133,8 @@ class WaitingRoom:
             gone.append(Left(victim, Why.SHED))
         if not self.waiting(one.tenant):
             self._arrives(one.tenant)
-        self._put(one)
+        self._came += 1
+        self._put(self._came, one)
         if one.promote_s is not None and one.rank > PROMOTED:
             self._promotions[one.request_id] = one
         return gone
@@ -115,15 +151,10 @@ class WaitingRoom:
                 del self._taken[name]
 
     def _victim(self, rank: int) -> Waiting | None:
-        for lower in sorted((found for found in self._queues if found > rank), reverse=True):
-            newest = [
-                candidate
-                for queue in self._queues[lower].values()
-                if (candidate := next((one for one in reversed(queue) if one.sheddable), None))
-            ]
-            if newest:
-                order = {request_id: n for n, request_id in enumerate(self._there)}
-                return max(newest, key=lambda one: order[one.request_id])
+        for lower in sorted((found for found in self._lines if found > rank), reverse=True):
+            latest = [pair for line in self._lines[lower].values() if (pair := line.latest_sheddable())]
+            if latest:
+                return max(latest, key=lambda pair: pair[0])[1]
         return None
 
     # ------------------------------------------------------------ out
@@ -131,10 +162,10 @@ class WaitingRoom:
     def take(self, now_s: float) -> Waiting | None:
         """Return the next request to be served; it does not wait any more. Call `expire` before."""
         self._promote(now_s)
-        for rank in sorted(self._queues):
-            tenants = self._queues[rank]
+        for rank in sorted(self._lines):
+            tenants = self._lines[rank]
             tenant = min(tenants, key=lambda name: (self._taken.get(name, 0.0), name))
-            one = tenants[tenant][0]
+            one = tenants[tenant].next(now_s)
             weight = 1.0 if self._weight is None else self._weight(tenant)
             self._taken[tenant] = self._taken.get(tenant, 0.0) + one.work / weight
             self._remove(one)
@@ -143,14 +174,14 @@ class WaitingRoom:
 
     def remove(self, request_id: str) -> bool:
         """Forget a request whose client left; return whether it waited."""
-        one = self._there.get(request_id)
-        if one is not None:
-            self._remove(one)
-        return one is not None
+        if request_id not in self._there:
+            return False
+        self._remove(self._there[request_id][1])
+        return True
 
     def expire(self, now_s: float) -> list[Left]:
         """Return who has waited until its deadline; linear in those who wait."""
-        late = [one for one in self._there.values() if one.deadline_s <= now_s]
+        late = [one for _, one in self._there.values() if one.deadline_s <= now_s]
         for one in late:
             self._remove(one)
         return [Left(one, Why.EXPIRED) for one in late]
@@ -162,17 +193,18 @@ class WaitingRoom:
             one for one in self._promotions.values() if one.promote_s is not None and one.promote_s <= now_s
         ]
         for one in due:
+            number, _ = self._there[one.request_id]
             self._remove(one)
-            self._put(msgspec.structs.replace(one, rank=PROMOTED, promote_s=None))
+            self._put(number, msgspec.structs.replace(one, rank=PROMOTED, promote_s=None))
 
-    def _put(self, one: Waiting) -> None:
-        self._there[one.request_id] = one
+    def _put(self, number: int, one: Waiting) -> None:
+        self._there[one.request_id] = number, one
         self._work[one.rank] = self._work.get(one.rank, 0.0) + one.work
         self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
-        self._queues.setdefault(one.rank, {}).setdefault(one.tenant, deque()).append(one)
+        self._lines.setdefault(one.rank, {}).setdefault(one.tenant, _Line()).add(number, one)
 
     def _remove(self, one: Waiting) -> None:
-        del self._there[one.request_id]
+        number, _ = self._there.pop(one.request_id)
         self._work[one.rank] -= one.work
         self._promotions.pop(one.request_id, None)
         left = self._of_tenant[one.tenant] - 1
@@ -180,14 +212,11 @@ class WaitingRoom:
             self._of_tenant[one.tenant] = left
         else:
             del self._of_tenant[one.tenant]
-        tenants = self._queues[one.rank]
-        queue = tenants[one.tenant]
-        if queue[0] is one:
-            queue.popleft()
-        else:
-            queue.remove(one)
-        if not queue:
+        tenants = self._lines[one.rank]
+        line = tenants[one.tenant]
+        line.remove(number, one)
+        if not len(line):
             del tenants[one.tenant]
             if not tenants:
-                del self._queues[one.rank]
+                del self._lines[one.rank]
                 del self._work[one.rank]  # with what rounding has left

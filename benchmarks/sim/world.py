@@ -97,6 +97,13 @@ class World:
             ]
             for entry in self.entries:
                 entry.terms = terms[entry.number % len(terms)]
+        if config.tenants:
+            for entry, session in zip(self.entries, sessions_of(requests), strict=True):
+                entry.terms = Terms(
+                    slo_class=entry.terms.slo_class,
+                    tenant=config.tenants[int(session) % len(config.tenants)],
+                    ttft_slo_s=config.reject_ttft_s,
+                )
         if config.session_bonus_s:
             for entry, session in zip(self.entries, sessions_of(requests), strict=True):
                 entry.session = session
@@ -107,7 +114,6 @@ class World:
                 tenant_max=config.waiting_max,
                 wait_s=WAIT_S_MAX,
             ),
-            self.cost,
             self.cluster,
         )
         self._pumping = False
@@ -264,10 +270,10 @@ class World:
             single_leg=trace.output_tokens == 1,
             session=entry.session,
         )
-        prompt_len = trace.input_tokens
         entry.machine = RequestMachine(facts)
         answer, others = self.gate.offer(
-            self.time.now_s, facts.request_id, prompt_len, entry.terms,
+            self.time.now_s, facts.request_id,
+            lambda: self.scheduler.work_s(facts, BLOCK_TOKENS), entry.terms,
             lambda now_s: self.scheduler.on_request(now_s, facts),
         )  # fmt: skip
         self.in_flight[entry.number] = entry

@@ -85,7 +85,7 @@ class World:
             self.cost,
             self.metrics,
             first_token=first_token,
-            gate=Gate(gate, self.cost, self.view, None if quotas is None else quotas.tenants.weight),
+            gate=Gate(gate, self.view, None if quotas is None else quotas.tenants.weight),
             quotas=quotas,
         )
         self.members.start(self.dispatcher)

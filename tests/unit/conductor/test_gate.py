@@ -2,8 +2,7 @@
 
 import pytest
 
-from conductor.cost import CostModel
-from conductor.gate import Gate, GateConfig
+from conductor.gate import PATIENCE, Gate, GateConfig
 from conductor.plan import Decision, Plan, Reason, Rejection
 from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
 from tests.unit.conductor.make import cluster, record
@@ -18,8 +17,7 @@ class World:
 
     def __init__(self, **config) -> None:
         self.view = cluster(record("p", "prefill"), record("d", "decode"))
-        cost = CostModel(prefill_prior=(1e-9, WORK_S / 1000, 1e-12))
-        self.gate = Gate(GateConfig(**{"hold_s": HOLD_S, **config}), cost, self.view)
+        self.gate = Gate(GateConfig(**{"hold_s": HOLD_S, **config}), self.view)
         self.tickets: list[int] = []
         self.placed: list[str] = []
         self.now_s = 0.0
@@ -30,7 +28,7 @@ class World:
             self.tickets.append(self.view.charge_prefill(now_s, "p", WORK_S, prompt_len))
             return Plan(request_id=name, prefill="p", decode="d", decision=Decision.LEAST_LOAD)
 
-        return self.gate.offer(self.now_s, name, prompt_len, terms, place)
+        return self.gate.offer(self.now_s, name, lambda: prompt_len * WORK_S / 1000, terms, place)
 
     def prefilled(self):
         """The first prompt is done, one second later."""
@@ -86,6 +84,19 @@ def test_a_premium_request_comes_in_before_those_that_waited_longer():
     for _ in range(3):
         world.prefilled()
     assert world.placed == ["premium", "default", "batch"]
+
+
+def test_shorter_prompts_go_first_until_a_long_one_has_waited_most_of_its_time():
+    world = World(wait_s=20.0)
+    world.fill()
+    world.offer("long", prompt_len=4000)
+    for n in range(30):
+        world.offer(f"short{n}", prompt_len=500)
+        world.prefilled()
+        if "long" in world.placed:
+            break
+    assert world.placed[:-1] == [f"short{n}" for n in range(n)]
+    assert world.now_s == pytest.approx(PATIENCE * (20.0 - 4 * WORK_S), abs=WORK_S)
 
 
 def test_nobody_overtakes_by_coming_when_the_gate_is_open_again():
@@ -160,4 +171,4 @@ def test_with_nobody_alive_the_scheduler_answers_and_nobody_waits():
     world.view.link_down(0.0, "p")
     world.view.link_down(0.0, "d")
     gone = Rejection(request_id="r", reason=Reason.NO_INSTANCE_ALIVE, retry_after_s=1.0)
-    assert world.gate.offer(0.0, "r", 10, Terms(), lambda _: gone) == (gone, [])
+    assert world.gate.offer(0.0, "r", lambda: 1.0, Terms(), lambda _: gone) == (gone, [])

@@ -40,6 +40,25 @@ def test_one_tenant_s_requests_go_in_the_order_they_came():
     assert taken(waiting_room, 4) == ["a", "b", "c", ""]
 
 
+def test_within_a_tenant_the_shortest_goes_first_until_another_s_patience_ends():
+    waiting_room = room()
+    for name, work, patient_s in (("long", 9.0, 5.0), ("longer", 10.0, 3.0), ("short", 1.0, 50.0)):
+        waiting_room.add(one(name, work=work, patient_s=patient_s))
+    assert taken(waiting_room, 1, now_s=2.0) == ["short"]
+    waiting_room.add(one("shorter", work=0.1, patient_s=50.0))
+    assert taken(waiting_room, 4, now_s=5.0) == ["longer", "long", "shorter", ""]
+
+
+def test_who_is_short_does_not_go_before_another_tenant_s_turn():
+    waiting_room = room()
+    for n in range(9):
+        waiting_room.add(one(f"short{n}", tenant="short", work=1.0))
+    for n in range(3):
+        waiting_room.add(one(f"long{n}", tenant="long", work=3.0))
+    shares = Counter(name.rstrip("0123456789") for name in taken(waiting_room, 8))
+    assert shares == {"long": 2, "short": 6}
+
+
 def test_a_higher_class_goes_first_whenever_it_comes():
     waiting_room = room()
     for name, rank in (("batch", 3), ("default", 2), ("premium", 0), ("interactive", 1)):
@@ -184,8 +203,9 @@ class Model(RuleBasedStateMachine):
         wait_s=st.floats(0, 20),
         sheddable=st.booleans(),
         promote_s=st.none() | st.floats(0, 10),
+        patience=st.floats(0, 1),
     )
-    def add(self, tenant, rank, work, wait_s, sheddable, promote_s) -> None:
+    def add(self, tenant, rank, work, wait_s, sheddable, promote_s, patience) -> None:
         self.count += 1
         new = Waiting(
             request_id=str(self.count),
@@ -195,6 +215,7 @@ class Model(RuleBasedStateMachine):
             deadline_s=self.now_s + wait_s,
             sheddable=sheddable,
             promote_s=None if promote_s is None else self.now_s + promote_s,
+            patient_s=self.now_s + wait_s * patience,
         )
         full = len(self.there) == ROOM
         gone = self.room.add(new)
@@ -226,6 +247,12 @@ class Model(RuleBasedStateMachine):
         assert got is not None
         known = self.there.pop(got.request_id)
         assert all(self.rank(known) <= self.rank(other) for other in self.there.values())
+        line = known.tenant, self.rank(known)
+        peers = [other for other in self.there.values() if (other.tenant, self.rank(other)) == line]
+        if known.patient_s <= self.now_s:
+            assert all(known.patient_s <= other.patient_s for other in peers)
+        else:
+            assert all(known.work <= other.work and other.patient_s > self.now_s for other in peers)
 
     @rule(share=st.floats(0, 1))
     def client_leaves(self, share) -> None:
