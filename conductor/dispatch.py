@@ -38,6 +38,7 @@ from conductor.plan import (
     Rejection,
     Release,
     Replan,
+    RequestFacts,
     Send,
     Stale,
 )
@@ -309,6 +310,10 @@ class Dispatcher:
     def tell(self, planner: Planner) -> None:
         """Let the planner of roles hear of every plan and answer."""
         self._observe.planner = planner
+
+    def tell_plans(self, hear: Callable[[RequestFacts, Plan], None]) -> None:
+        """Let somebody hear of every plan that is acted on; quick, and raising nothing."""
+        self._observe.on_plan = hear
 
     @property
     def decisions(self) -> Decisions:

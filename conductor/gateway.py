@@ -26,6 +26,8 @@ from conductor.core_client import ClusterCoreClient
 from conductor.cost import CostModel
 from conductor.dispatch import Dispatcher
 from conductor.gate import Gate, GateConfig
+from conductor.heat import Heat
+from conductor.hot_copies import HotCopies, HotMetrics
 from conductor.http import RejectionMiddleware
 from conductor.index import PrefixIndex
 from conductor.members import Members
@@ -76,12 +78,16 @@ class Cluster:
             self.members, scheduler, cost, metrics,
             first_token=options.first_token, gate=gate, quotas=self.quotas,
         )  # fmt: skip
+        heat = Heat(cost, options.hot_copies)
+        self.hot = HotCopies(heat, self.view, index, metadata, HotMetrics(metrics.registry))
+        self.dispatcher.tell_plans(self.hot.planned)
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 
     def start(self, llm: Any) -> None:
         """Begin, under the AsyncLLM that was made over `client`."""
         self.client.bind(llm, vllm_seam.fail_requests)
         self.members.start(self.dispatcher)
+        self.hot.start()
         if self._file is not None:
             self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
 
@@ -90,6 +96,7 @@ class Cluster:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        await self.hot.close()
         await self.members.close()
 
     async def drain(self) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import msgspec
@@ -61,6 +61,7 @@ class Observer:
         self._cost = cost
         self._metrics = metrics
         self.planner: Planner | None = None  # of roles: hears what is planned and answered
+        self.on_plan: Callable[[RequestFacts, Plan], None] | None = None  # hears of every plan
         self._steps: dict[str, _Steps] = {}
         self._moved: dict[str, _Moved] = {}
         self._fallbacks = Fallbacks()
@@ -111,6 +112,8 @@ class Observer:
         self._metrics.prefix_hit_blocks.inc(plan.hit_blocks)
         self._metrics.predicted_ttft_s.observe(plan.predicted_ttft_s)
         self._note_roles(plan)
+        if self.on_plan is not None:
+            self.on_plan(facts, plan)
         if self.planner is not None:
             answer_tokens = self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
             self.planner.planned(plan, facts.prompt_len, answer_tokens)

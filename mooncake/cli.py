@@ -72,6 +72,9 @@ Inline = Annotated[bool, typer.Option(help="Short prompts may run on decode inst
 Tenants = Annotated[
     Path | None, typer.Option(help="TOML file of tenants: shares, quotas, keys (docs/scheduling.md).")
 ]
+HotCopies = Annotated[
+    int, typer.Option(help="Hosts that get a prefix ahead which many ask for, at most; 0 = none.")
+]
 Host = Annotated[str, typer.Option(help="Address to serve on; others than loopback need an API key.")]
 
 
@@ -299,6 +302,7 @@ def conductor(
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
     inline: Inline = False,
+    hot_copies: HotCopies = 8,
     tenants: Tenants = None,
     api_key: ApiKey = "",
     dtype: Dtype = "auto",
@@ -324,6 +328,7 @@ def conductor(
             metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
             first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
             hold_s=hold_s, admission=admission, decode_s=decode_s, inline=inline,
+            hot_copies=hot_copies,
             tenants=str(tenants.resolve()) if tenants else "",
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=_run_dir(run_dir), log_level=log_level, vllm_args=vllm_args or [],

@@ -26,6 +26,8 @@ EVICTIONS = ("lru", "lfu", "length", "tail")
 """Which blocks a full store gives up first: kvstore.node.eviction.POLICIES, which says what they mean."""
 HUGEPAGES = ("auto", "off", "require")
 """What a store's memory is made of: transfer.hugepages says what they mean."""
+HOT_COPIES, HOT_COPIES_MAX = 8, 16
+"""Hosts that get a prefix which many ask for (conductor.heat): one rack of them; no directory makes more."""
 SLO_S_MAX = 3600.0
 BLOCK_TOKENS_STEP = 32
 """vLLM's CPU kernels want multiples of 32; on GPUs 32 and its multiples are fine as well."""
@@ -178,6 +180,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0  # how long `predicted` takes an answer for; 0 = learned
     inline: bool = False  # short prompts may run on decode instances
+    hot_copies: int = HOT_COPIES  # of a prefix that many ask for, made ahead; 0 = none
     tenants: str = ""  # file of their shares and quotas (conductor.tenants); "" = none
     api_key: str = ""  # from the environment in child processes
     block_size: int = 32
@@ -198,6 +201,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
         for key in ("ttft_slo_s", "tbt_slo_s", "hold_s", "decode_s"):
             if not 0.0 <= getattr(self, key) <= SLO_S_MAX:  # also refuses NaN
                 raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = none")
+        _between("hot_copies", self.hot_copies, 0, HOT_COPIES_MAX)
         _engine_sizes(self.block_size, self.max_model_len, KV_BYTES_MIN)
         _metadata(self.metadata_endpoint)
         _address(self.address)

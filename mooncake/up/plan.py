@@ -135,6 +135,7 @@ def make_plan(
         admission=options.admission,
         decode_s=options.decode_s,
         inline=options.inline,
+        hot_copies=0,  # there is one host
         tenants=options.tenants,
         block_size=options.block_size,
         max_model_len=options.max_model_len,
