@@ -403,6 +403,11 @@ class Dispatcher:
         log.warning("dispatch.instance_lost", instance=instance_id, reason=reason, legs=len(hit))
 
     def on_pulse(self, link: Link, pulse: Pulse) -> None:
+    def on_draining(self, instance_id: str) -> None:
+        """See Sink: who counts on it for later is placed anew when its prompt is done."""
+        for client in list(self._clients.values()):
+            self._run(client.machine.leave_place(instance_id))
+
         """See Sink."""
         self._observe.moved(link.instance_id, pulse)
 

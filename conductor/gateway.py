@@ -32,10 +32,14 @@ from conductor.http import RejectionMiddleware
 from conductor.index import PrefixIndex
 from conductor.members import Members
 from conductor.metrics import process_metrics
+from conductor.planner import Planner, PlannerConfig
+from conductor.role_keeper import RoleKeeper, RoleMetrics
+from conductor.roles import DRAINING
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.tenants_file import TenantsFile, follow
 from mooncake.core.config import GatewayOptions, check_host
+from mooncake.core.errors import RequestError
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd
@@ -78,6 +82,12 @@ class Cluster:
             self.members, scheduler, cost, metrics,
             first_token=options.first_token, gate=gate, quotas=self.quotas,
         )  # fmt: skip
+        planner = None
+        if options.plan_roles:
+            planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), cost)
+            self.dispatcher.tell(planner)
+        role_metrics = RoleMetrics(metrics.registry)
+        self.roles = RoleKeeper(self.view, self.members.order_role, role_metrics, planner)
         heat = Heat(cost, options.hot_copies)
         self.hot = HotCopies(heat, self.view, index, metadata, HotMetrics(metrics.registry))
         self.dispatcher.tell_plans(self.hot.planned)
@@ -87,6 +97,7 @@ class Cluster:
         """Begin, under the AsyncLLM that was made over `client`."""
         self.client.bind(llm, vllm_seam.fail_requests)
         self.members.start(self.dispatcher)
+        self.roles.start()
         self.hot.start()
         if self._file is not None:
             self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
@@ -97,6 +108,7 @@ class Cluster:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await self.hot.close()
+        await self.roles.close()
         await self.members.close()
 
     async def drain(self) -> None:
@@ -193,11 +205,19 @@ def api_keys(args: argparse.Namespace) -> list[str]:
     return [key for key in given if key]
 
 
+class RoleWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /mooncake/roles."""
+
+    instance_id: str
+    role: str
+
+
 def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
     """Add what only we know; vLLM's key check covers only its own paths, so it is ours here.
 
     GET /mooncake/instances: who is there. GET /mooncake/decisions[?request_id=...]: why requests run where
-    they run, newest first (see conductor.why).
+    they run, newest first (see conductor.why). POST /mooncake/roles {"instance_id": ..., "role": ...}: let an
+    instance take another role (see conductor.roles).
     """
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
@@ -205,29 +225,41 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
 
     keys = [f"Bearer {key}".encode() for key in api_keys(args)]
 
-    def guarded(answer: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             shown = request.headers.get("authorization", "").encode()
             if keys and not any(hmac.compare_digest(shown, key) for key in keys):
                 return JSONResponse({"error": "Unauthorized"}, status_code=401)
-            return JSONResponse(answer(request))
+            return await answer(request)
 
         return endpoint
 
-    def instances(request: Request) -> dict[str, Any]:  # noqa: ARG001
-        return {
+    async def instances(request: Request) -> Response:  # noqa: ARG001
+        return JSONResponse({
             "instances": cluster.describe(),
             "stores": cluster.describe_stores(),
             "in_flight": cluster.dispatcher.in_flight,
             "pid": os.getpid(),
-        }
+        })  # fmt: skip
 
-    def decisions(request: Request) -> dict[str, Any]:
+    async def decisions(request: Request) -> Response:
         found = cluster.dispatcher.decisions.last(request.query_params.get("request_id", ""))
-        return {"decisions": msgspec.to_builtins(found)}
+        return JSONResponse({"decisions": msgspec.to_builtins(found)})
 
-    for path, answer in (("instances", instances), ("decisions", decisions)):
-        app.router.routes.insert(0, Route(f"/mooncake/{path}", guarded(answer), methods=["GET"]))
+    async def roles(request: Request) -> Response:
+        try:
+            wish = msgspec.json.decode(await request.body(), type=RoleWish)
+            cluster.roles.change(wish.instance_id, wish.role)
+        except (msgspec.MsgspecError, RequestError) as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        return JSONResponse({"instance_id": wish.instance_id, "role": DRAINING, "next": wish.role}, 202)
+
+    for path, answer, method in (
+        ("instances", instances, "GET"),
+        ("decisions", decisions, "GET"),
+        ("roles", roles, "POST"),
+    ):
+        app.router.routes.insert(0, Route(f"/mooncake/{path}", guarded(answer), methods=[method]))
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ from conductor.index_feed import IndexFeed
 from conductor.index_metrics import IndexCollector
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
+from conductor.roles import DRAINING, Order
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
 from kvstore.directory import follower
 from mooncake.core.config import LOOPBACK
@@ -50,6 +51,10 @@ class Sink(Protocol):
 
     def on_lost(self, instance_id: str, reason: str) -> None:
         """Move the instance's requests; the view knows already."""
+        ...
+
+    def on_draining(self, instance_id: str) -> None:
+        """It takes nothing new, on its way to another role."""
         ...
 
     def on_pulse(self, link: Link, pulse: Pulse) -> None:
@@ -203,7 +208,11 @@ class Members:
         known = self.links.get(record.instance_id)
         if known is not None and known.record.epoch != record.epoch:
             self._drop_link(record.instance_id)
+        before = self.view.record(record.instance_id)
         self._apply(self.view.instance_up(now_s, record))
+        if record.role == DRAINING and before is not None and before.role != DRAINING:
+            assert self._sink is not None
+            self._sink.on_draining(record.instance_id)
         if record.instance_id not in self.links:
             self._link(record, relink=False)
         self._follow_cache(record)
@@ -315,10 +324,18 @@ class Members:
         for record, health, _ in self.view.instances():
             key = (record.role, str(health))
             counts[key] = counts.get(key, 0) + 1
-        for role in ("prefill", "decode", "both"):
+        for role in ("prefill", "decode", "both", DRAINING):
             for health in Health:
                 gauge = self._metrics.instances.labels(role, str(health))
                 gauge.set(counts.get((role, str(health)), 0))
+
+    def order_role(self, order: Order) -> bool:
+        """Tell an instance's relay which role to take; False without a link."""
+        link = self.up(order.instance_id)
+        if link is None:
+            return False
+        link.take_role(order.role, order.hold_s)
+        return True
 
     def up(self, instance_id: str) -> Link | None:
         """Return the instance's link if it can carry a request now."""

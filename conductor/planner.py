@@ -203,9 +203,11 @@ class Planner:
         if not direction or self._times < CONFIRMED:
             return []
         free = max(1, (len(prefills) + len(decodes)) // SHARE_MAX) - under_way
-        givers = decodes if moves > 0 else prefills
         # the least busy one is free first, and loses least
-        order = sorted(givers, key=lambda one: (one.decode_requests, one.queue_s, one.instance_id))
+        if moves > 0:
+            order = sorted(decodes, key=lambda one: (one.decode_requests, one.queue_s, one.instance_id))
+        else:
+            order = sorted(prefills, key=lambda one: (one.queue_s, one.decode_requests, one.instance_id))
         return [Switch(one.instance_id, direction) for one in order[: max(0, min(abs(moves), free))]]
 
     def _wanted(self, total: int, backlog_s: float, room: _Room) -> tuple[int, int]:

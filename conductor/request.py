@@ -280,13 +280,7 @@ class RequestMachine:
     def instance_lost(self, instance_id: str) -> list[Command]:
         """An instance is suspect or dead (Transition.lost)."""
         if self.state is State.PREFILLING:
-            commands: list[Command] = []
-            if self._place == instance_id:
-                # only the reservation is lost; leg 2 gets another place when leg 1 is done, since
-                # by then the load is known better and an instance may have come back
-                commands = self._release_place()
-                self._excluded.append(instance_id)
-            return commands + self._group.instance_lost(self, instance_id)
+            return self.leave_place(instance_id) + self._group.instance_lost(self, instance_id)
         if self.state is not State.DECODING or self._place != instance_id:
             return []
         commands = [Abort(self.facts.request_id, self._eid, instance_id), *self._release_place()]
@@ -295,6 +289,14 @@ class RequestMachine:
         if self._migrations > MIGRATIONS_MAX:
             return commands + self.fail(f"lost {self._migrations} instances", retryable=True)
         return commands + self.next_leg()
+
+    def leave_place(self, instance_id: str) -> list[Command]:
+        """Give up a place for leg 2 that is not used yet: the instance takes nothing new."""
+        if self.state is not State.PREFILLING or self._place != instance_id:
+            return []
+        # leg 2 gets another place when leg 1 is done, since by then the load is known better
+        self._excluded.append(instance_id)
+        return self._release_place()
 
     def plan_result(self, need: Need, answer: Plan | Rejection) -> list[Command]:
         """Answer to a Replan, also to one that nobody waits for any more."""

@@ -45,6 +45,9 @@ class Changes:
         self._drain_s = drain_s
         self._ways: dict[str, _Way] = {}
 
+    def __len__(self) -> int:
+        return len(self._ways)
+
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._ways
 

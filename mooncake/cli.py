@@ -72,6 +72,9 @@ Inline = Annotated[bool, typer.Option(help="Short prompts may run on decode inst
 Tenants = Annotated[
     Path | None, typer.Option(help="TOML file of tenants: shares, quotas, keys (docs/scheduling.md).")
 ]
+PlanRoles = Annotated[
+    bool, typer.Option(help="Instances change between prefill and decode as the load asks for.")
+]
 HotCopies = Annotated[
     int, typer.Option(help="Hosts that get a prefix ahead which many ask for, at most; 0 = none.")
 ]
@@ -186,6 +189,7 @@ def up(
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
     inline: Inline = False,
+    plan_roles: PlanRoles = False,
     tenants: Tenants = None,
     metrics_port: Annotated[
         int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
@@ -219,6 +223,7 @@ def up(
             "load_mode": load_mode, "first_token": first_token, "log_level": log_level,
             "policy": policy, "ttft_slo_s": ttft_slo_s, "tbt_slo_s": tbt_slo_s,
             "hold_s": hold_s, "admission": admission, "decode_s": decode_s, "inline": inline,
+            "plan_roles": plan_roles,
             "tenants": str(tenants.resolve()) if tenants else "",
             "vllm_args": vllm_args or [],
         }  # fmt: skip
@@ -302,6 +307,7 @@ def conductor(
     admission: Admission = "objectives",
     decode_s: DecodeTime = 0.0,
     inline: Inline = False,
+    plan_roles: PlanRoles = False,
     hot_copies: HotCopies = 8,
     tenants: Tenants = None,
     api_key: ApiKey = "",
@@ -327,7 +333,7 @@ def conductor(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port,
             metadata_endpoint=metadata_endpoint, address=address, aggregated=aggregated,
             first_token=first_token, policy=policy, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s,
-            hold_s=hold_s, admission=admission, decode_s=decode_s, inline=inline,
+            hold_s=hold_s, admission=admission, decode_s=decode_s, inline=inline, plan_roles=plan_roles,
             hot_copies=hot_copies,
             tenants=str(tenants.resolve()) if tenants else "",
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,

@@ -131,7 +131,6 @@ class Instance:
         self.feed = feed
         self.up = True
         self.jobs = 0
-        self.next_role = ""  # while it finishes what it has
 
 
 class Running:

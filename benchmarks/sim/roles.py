@@ -1,4 +1,4 @@
-"""Changes of roles in the simulated world: the production Planner decides, instances drain and come back."""
+"""Changes of roles in the simulated world: the production Planner decides, production Changes drain."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,9 +8,8 @@ from benchmarks.sim.nouns import Instance
 from benchmarks.sim.timeline import Timeline
 from conductor.cluster import ClusterView
 from conductor.planner import Member, Planner, Switch
+from conductor.roles import Changes, Order
 
-DRAINING = "draining"
-"""Role of an instance on its way to another one: neither pool has it."""
 DRAIN_POLL_S = 0.5
 
 
@@ -24,13 +23,20 @@ class Roles:
         planner: Planner | None,
         instances: Mapping[str, Instance],
         going: Callable[[], bool],
+        leave: Callable[[str], None],
     ) -> None:
-        """`planner` None = nobody changes roles. `going`: whether there is work still, or to come."""
+        """`planner` None = nobody changes roles. `going`: whether there is work still, or to come.
+
+        `leave`: place requests anew that only count on an instance.
+        """
         self._time = time
         self._cluster = cluster
         self._planner = planner
         self._instances = instances
         self._going = going
+        self._leave = leave
+        self._changes = Changes()
+        self._polling = False
         self.switches: list[tuple[float, str, str]] = []  # when, who, to which role
 
     def replan(self) -> None:
@@ -56,21 +62,31 @@ class Roles:
         )
 
     def _switch(self, switch: Switch) -> None:
-        """Give it nothing new; when it has finished, it comes back in its other role."""
-        instance = self._instances[switch.instance_id]
-        instance.next_role = switch.role
-        self._set_role(instance, DRAINING)
-        self._drained(instance)
-
-    def _drained(self, instance: Instance) -> None:
-        load = self._cluster.load(instance.record.instance_id)
-        if load.decode_requests or load.prefill_requests:
-            self._time.at(self._time.now_s + DRAIN_POLL_S, lambda: self._drained(instance))
+        """Give it nothing new; when it has finished, or after long enough, it comes back in its other role."""
+        instance_id = switch.instance_id
+        if instance_id in self._changes:
             return
-        self._set_role(instance, instance.next_role)
-        self.switches.append((self._time.now_s, instance.record.instance_id, instance.next_role))
-        instance.next_role = ""
+        self._set_role(self._changes.begin(self._time.now_s, instance_id, switch.role))
+        self._leave(instance_id)
+        self._poll()
 
-    def _set_role(self, instance: Instance, role: str) -> None:
-        instance.record = msgspec.structs.replace(instance.record, role=role)
+    def _poll(self) -> None:
+        for order in self._changes.step(self._time.now_s, self._is_busy):
+            self._set_role(order)
+            self.switches.append((self._time.now_s, order.instance_id, order.role))
+        if len(self._changes) and not self._polling:
+            self._polling = True
+            self._time.at(self._time.now_s + DRAIN_POLL_S, self._poll_again)
+
+    def _poll_again(self) -> None:
+        self._polling = False
+        self._poll()
+
+    def _is_busy(self, instance_id: str) -> bool:
+        load = self._cluster.load(instance_id)
+        return bool(load.decode_requests or load.prefill_requests)
+
+    def _set_role(self, order: Order) -> None:
+        instance = self._instances[order.instance_id]
+        instance.record = msgspec.structs.replace(instance.record, role=order.role)
         self._cluster.instance_up(self._time.now_s, instance.record)

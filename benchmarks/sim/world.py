@@ -128,7 +128,9 @@ class World:
         self._legs = Legs(self.time, profile, conductor, self.instances, self._hosts, self._execute)
         self.copies = self._legs.copies
         self._next_arrival = 0
-        self._roles = Roles(self.time, self.cluster, self.planner, self.instances, self._going)
+        self._roles = Roles(
+            self.time, self.cluster, self.planner, self.instances, self._going, self._leave
+        )
         self.switches = self._roles.switches
         self.faults = Faults(self.time, self.cluster, self.instances, config.failures, self._going, self)
         for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):
@@ -330,6 +332,12 @@ class World:
         entry.given_tokens += tokens
         if entry.ttft_s < 0:
             entry.ttft_s = self.time.now_s - entry.trace.arrival_s
+
+    def _leave(self, instance_id: str) -> None:
+        """As the gateway's dispatcher when an instance drains."""
+        for entry in list(self.in_flight.values()):
+            if entry.machine is not None:
+                self._execute(entry, entry.machine.leave_place(instance_id))
 
     def _done(self, entry: Entry) -> None:
         entry.done = True

@@ -180,6 +180,7 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0  # how long `predicted` takes an answer for; 0 = learned
     inline: bool = False  # short prompts may run on decode instances
+    plan_roles: bool = False  # instances change between prefill and decode as the load asks for
     hot_copies: int = HOT_COPIES  # of a prefix that many ask for, made ahead; 0 = none
     tenants: str = ""  # file of their shares and quotas (conductor.tenants); "" = none
     api_key: str = ""  # from the environment in child processes

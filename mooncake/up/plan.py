@@ -64,6 +64,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     admission: str = ADMISSIONS[0]
     decode_s: float = 0.0
     inline: bool = False
+    plan_roles: bool = False
     tenants: str = ""  # file of shares and quotas; "" = none
     metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
@@ -135,6 +136,7 @@ def make_plan(
         admission=options.admission,
         decode_s=options.decode_s,
         inline=options.inline,
+        plan_roles=options.plan_roles,
         hot_copies=0,  # there is one host
         tenants=options.tenants,
         block_size=options.block_size,

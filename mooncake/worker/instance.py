@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from mooncake.core.config import WorkerOptions
 from mooncake.core.errors import MooncakeError, PeerTimeout
-from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, StoreRecord
+from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, RoleOrder, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
@@ -36,6 +37,7 @@ from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
+from mooncake.worker.role import HeldRole
 from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_atomically
 
 log = structlog.get_logger(__name__)
@@ -192,6 +194,8 @@ class Instance:
         self._record: InstanceRecord | None = None
         self._tells_blocks = False
         self._gpu = GpuCollector(options.instance_id, options.role)
+        self._role = HeldRole(options.role)
+        self._role_changed: Callable[[], object] = bool  # nothing to tell before there is a record
 
     def run(self) -> int:
         """Start, serve until SIGTERM or the engine's end, clean up."""
@@ -203,6 +207,7 @@ class Instance:
         pulse = Pulse(spec.pulse_path, create=True)
         engine = start_engine(spec)  # before any thread of ours: it may fork
         relay = Relay(spec, pulse, f"tcp://{self._options.address}:0")
+        relay.on_role = self._take_role
         signal.signal(signal.SIGTERM, lambda *_: request_stop(self._stop_write))
         signal.signal(signal.SIGINT, lambda *_: request_stop(self._stop_write))
         self._start_control(spec, pulse, engine)
@@ -291,9 +296,11 @@ class Instance:
             while not self._leave.is_set():
                 if self._ready.is_set() and registration is None and self._record is not None:
                     record = self._open_gpu_events(spec, self._record)
-                    encode = functools.partial(msgspec.json.encode, record)
+                    encode = functools.partial(self._encoded, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()
+                    loop = asyncio.get_running_loop()
+                    self._role_changed = functools.partial(loop.call_soon_threadsafe, registration.refresh)
                 if engine.poll() is not None:
                     break
                 if spec.store is not None:
@@ -307,6 +314,15 @@ class Instance:
             await metadata.close()
             if metrics:
                 await metrics.close()
+
+    def _encoded(self, record: InstanceRecord) -> bytes:
+        return msgspec.json.encode(msgspec.structs.replace(record, role=self._role.now(time.monotonic())))
+
+    def _take_role(self, order: RoleOrder) -> None:
+        """Called by the relay; the next beat, at once, registers with the new role."""
+        self._role.order(time.monotonic(), order)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nothing is registered any more
+            self._role_changed()
 
     def _open_gpu_events(self, spec: EngineSpec, record: InstanceRecord) -> InstanceRecord:
         """Begin to tell what the engine's own cache holds, if it says so; return where."""

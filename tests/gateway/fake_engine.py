@@ -23,7 +23,7 @@ from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from mooncake.core import wire
-from mooncake.core.messages import Hello, InstanceRecord, Pulse, RelayOp, Welcome
+from mooncake.core.messages import Hello, InstanceRecord, Pulse, RelayOp, RoleOrder, Welcome
 from tests.unit.conductor.make import record
 
 BLOCK_SIZE = 4
@@ -55,7 +55,9 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.hellos = 0
         self.frozen = threading.Event()
+        self.stands = threading.Event()  # frozen took effect
         self.moved = (0.0, 0.0, 0.0, 0.0)  # bytes and seconds: loaded, fetched
+        self.orders: list[RoleOrder] = []
         self.fail_next = 0  # legs that end in finish reason "error"
         self.jobs: dict[str, Job] = {}
         self._stop = threading.Event()
@@ -99,6 +101,7 @@ class FakeEngine:
         step_at_s = time.monotonic()
         while not self._stop.is_set():
             if self.frozen.is_set():
+                self.stands.set()
                 time.sleep(0.01)
                 continue
             wait_s = min(0.02, max(0.0, step_at_s - time.monotonic()) if self.jobs else 0.02)
@@ -129,6 +132,8 @@ class FakeEngine:
                 self._socket.send_multipart([identity, RelayOp.PONG, frames[0], pulse])
             elif operation == RelayOp.BYE:
                 self.jobs.clear()
+            elif operation == RelayOp.ROLE:
+                self.orders.append(wire.decode(frames[0], RoleOrder))
             elif operation == RelayOp.ENGINE:
                 self._engine(frames)
 

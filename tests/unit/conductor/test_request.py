@@ -192,6 +192,18 @@ def test_losing_an_instance_that_does_both_legs_loses_both():
 # ------------------------------------------------------------ leg 2 is lost
 
 
+def test_a_decode_instance_that_drains_gives_its_unused_place_up_and_leg_1_goes_on():
+    machine = started()
+    assert lines(machine.leave_place("another")) == []
+    assert lines(machine.leave_place("d0")) == ["release 2"]
+    assert lines(machine.leave_place("d0")) == []
+    assert lines(machine.output("r#p1", [7], "length")) == ["release 1", "replan r decode +0 not d0 in 0"]
+
+
+def test_what_decodes_there_already_is_not_moved_when_an_instance_drains():
+    assert lines(decoding(emitted=3).leave_place("d0")) == []
+
+
 def test_a_lost_decode_instance_is_replaced_and_goes_on_after_what_was_emitted():
     machine = decoding(emitted=3)
     assert lines(machine.instance_lost("d0")) == [
