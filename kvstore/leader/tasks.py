@@ -25,6 +25,7 @@ import msgspec
 
 from kvstore.directory.event_stream import SILENCE_S
 from kvstore.leader.placement import COPIES_MAX, Placer
+from kvstore.leader.steps import CopyTo, DropFrom, Reached, Step, Steps, Stuck, Task, Wish
 from kvstore.leader.task_types import Command, Copy, Drop, Kind, Locations, Progress, State
 from mooncake.core.errors import CapacityError, RequestError
 
@@ -64,66 +65,9 @@ LOOKS_MAX = 4_096
 """Steps looked at in one call: 20 ms, when none of them has anything left to do."""
 
 
-class _Task(msgspec.Struct):
-    task_id: int
-    kind: Kind
-    what: object  # equal for equal requests
-    source: str
-    target: str  # of a copy: nodes with "," between
-    size_bytes: int
-    queue: deque["_Step"]  # to be looked at now
-    fresh: deque[bytes]  # keys that are no steps yet: 1 M of them at once would stop the loop for 2 s
-    state: State = State.RUNNING
-    open: int = 0
-    total: int = 0
-    done: int = 0
-    failed: int = 0
-    rounds: int = 0
-    relist_s: float = math.inf  # when a drained node is listed again
-    reason: str = ""
-    created_s: float = 0.0
-    updated_s: float = 0.0  # when its state or one of its counters changed
-
-
-class _Step(msgspec.Struct):
-    task: _Task
-    key: bytes
-    attempts: int = 0
-    confirmed: tuple[tuple[str, float], ...] = ()  # copies made, and until when no index need know them
-
-
 class _Running(msgspec.Struct, frozen=True):
-    step: _Step
+    step: Step
     command: Command
-
-
-class _Wish(msgspec.Struct, frozen=True):
-    """For a hot key; one object for all that were named together."""
-
-    copies: int
-    size_bytes: int
-    nodes: tuple[str, ...]
-    until_s: float
-
-
-class _Copy(msgspec.Struct, frozen=True):
-    source: str
-    target: str
-
-
-class _Drop(msgspec.Struct, frozen=True):
-    node: str
-
-
-class _Reached(msgspec.Struct, frozen=True):
-    pass
-
-
-class _Stuck(msgspec.Struct, frozen=True):
-    reason: str
-
-
-_Decision = _Copy | _Drop | _Reached | _Stuck
 
 
 class Tasks:
@@ -135,19 +79,20 @@ class Tasks:
         self._placer = placer
         self._running_max = running_max
         self._ids = itertools.count(1)
-        self._open: OrderedDict[int, _Task] = OrderedDict()
+        self._open: OrderedDict[int, Task] = OrderedDict()
         self._ended: OrderedDict[int, Progress] = OrderedDict()
         self._running: dict[int, _Running] = {}
         self._deadlines: deque[tuple[float, int]] = deque()  # ascending; may hold ended commands
         self._load: dict[str, int] = {}  # node -> commands that touch it
         self._touched: dict[bytes, None] = {}  # keys of running commands
-        self._dropped: OrderedDict[tuple[bytes, str], float] = OrderedDict()  # until when, ascending
-        self._waiting: list[tuple[float, int, _Step]] = []  # heap of steps that pause
-        self._hot: dict[bytes, _Wish] = {}
+        self._steps = Steps(locations, placer)
+        self._dropped = self._steps.dropped
+        self._waiting: list[tuple[float, int, Step]] = []  # heap of steps that pause
+        self._hot = self._steps.wishes
         self._hot_busy: dict[bytes, None] = {}  # being copied, or resting after a failure
         self._hot_round: deque[bytes] = deque()
         self._now_s = 0.0
-        self._hot_task = _Task(0, Kind.HOT, Kind.HOT, "", "", 0, deque(), deque())
+        self._hot_task = Task(0, Kind.HOT, Kind.HOT, "", "", 0, deque(), deque())
 
     # ------------------------------------------------------------ wishes
 
@@ -217,7 +162,7 @@ class Tasks:
             raise CapacityError(f"{len(self._hot)} hot keys: at most {HOT_MAX}")
         if len(nodes) > HOT_NODES_MAX:
             raise RequestError(f"{len(nodes)} nodes for hot keys: at most {HOT_NODES_MAX}")
-        wish = _Wish(copies, size_bytes, tuple(nodes), until_s)
+        wish = Wish(copies, size_bytes, tuple(nodes), until_s)
         for key in keys:
             self._hot[key] = wish
         self._hot_round.extend(fresh)
@@ -282,7 +227,7 @@ class Tasks:
             if node in _nodes(running.command):
                 self._end_command(command_id)
                 self._retry(now_s, running.step, f"{node} left")
-        for step in self._steps():
+        for step in self._begun():
             step.confirmed = tuple(copy for copy in step.confirmed if copy[0] != node)
         return self._dispatch(now_s)
 
@@ -311,46 +256,6 @@ class Tasks:
 
     # ------------------------------------------------------------ steps
 
-    def _decide(self, now_s: float, step: _Step) -> _Decision:
-        """Look at the world as it is now; what was done before does not matter."""
-        task, locations = step.task, self._locations
-        confirmed = [node for node, until_s in step.confirmed if now_s < until_s]
-        held = dict.fromkeys([*confirmed, *locations.replicas([step.key])[0]])
-        if task.kind is Kind.HOT:
-            return self._decide_hot(step, list(held))
-        sure = [*confirmed, *locations.replicas([step.key], exact_only=True)[0]]
-        exact = [node for node in sure if (step.key, node) not in self._dropped]
-        if task.kind is Kind.DRAIN:
-            if task.source not in held:
-                return _Reached()
-            if any(node != task.source for node in exact):
-                return _Drop(task.source)
-            target = self._placer.choose(step.key, task.size_bytes, exclude=[task.source]).nodes
-            return _Copy(task.source, target[0]) if target else _Stuck("no node to drain to")
-        lacking = [node for node in task.target.split(",") if node not in exact]
-        if not lacking:
-            return _Drop(task.source) if task.kind is Kind.MOVE and task.source in held else _Reached()
-        sources = [node for node in held if node not in lacking]
-        if not sources:
-            return _Stuck("no node holds it")
-        return _Copy(task.source if task.source in sources else sources[0], lacking[0])
-
-    def _decide_hot(self, step: _Step, held: list[str]) -> _Decision:
-        wish = self._hot.get(step.key)
-        if wish is None or not held:
-            return _Reached()  # unwanted, or lost: then nobody can copy it
-        there = [node for node in wish.nodes if node in held] if wish.nodes else held
-        if len(there) >= wish.copies:
-            return _Reached()
-        if wish.nodes:
-            target = [n for n in wish.nodes if n not in held and self._placer.takes(n, wish.size_bytes)][:1]
-        else:
-            target = list(self._placer.choose(step.key, wish.size_bytes, exclude=held).nodes)
-        if not target:
-            return _Reached()  # it is wherever it can be
-        # spread over the sources: many readers want this block
-        return _Copy(held[step.key[0] % len(held)], target[0])
-
     def _dispatch(self, now_s: float) -> list[Command]:
         """Start what may start, one step of each task in turn."""
         commands: list[Command] = []
@@ -359,7 +264,7 @@ class Tasks:
         while tasks and looks and len(self._running) < self._running_max:
             looks -= 1
             task = tasks.popleft()
-            step = task.queue.popleft() if task.queue else _Step(task, task.fresh.popleft())
+            step = task.queue.popleft() if task.queue else Step(task, task.fresh.popleft())
             command = self._start(now_s, step)
             if command is not None:
                 commands.append(command)
@@ -368,19 +273,19 @@ class Tasks:
                 tasks.append(task)
         return commands
 
-    def _start(self, now_s: float, step: _Step) -> Command | None:
-        decision = self._decide(now_s, step)
+    def _start(self, now_s: float, step: Step) -> Command | None:
+        decision = self._steps.decide(now_s, step)
         command: Command
         match decision:
-            case _Reached():
+            case Reached():
                 self._proceed(step, dropped=True)
                 return None
-            case _Stuck(reason):
+            case Stuck(reason):
                 self._retry(now_s, step, reason)
                 return None
-            case _Copy(source, target):
+            case CopyTo(source, target):
                 command = Copy(next(self._ids), step.key, source, target)
-            case _Drop(node):
+            case DropFrom(node):
                 command = Drop(next(self._ids), step.key, node)
         full = any(self._load.get(node, 0) >= PER_NODE_MAX for node in _nodes(command))
         if full or step.key in self._touched:
@@ -396,7 +301,7 @@ class Tasks:
         self._deadlines.append((now_s + COMMAND_S, command.command_id))
         return command
 
-    def _proceed(self, step: _Step, *, dropped: bool) -> None:
+    def _proceed(self, step: Step, *, dropped: bool) -> None:
         """One thing of a step is done: a drop is the last thing of every step, so is a copy to one node."""
         task = step.task
         if not dropped and (task.kind is not Kind.COPY or "," in task.target):
@@ -405,7 +310,7 @@ class Tasks:
         task.done += 1
         self._close(step)
 
-    def _retry(self, now_s: float, step: _Step, reason: str) -> None:
+    def _retry(self, now_s: float, step: Step, reason: str) -> None:
         task = step.task
         step.attempts += 1
         task.reason = reason
@@ -418,7 +323,7 @@ class Tasks:
                 return
         heapq.heappush(self._waiting, (now_s + pause_s, next(self._ids), step))
 
-    def _close(self, step: _Step, *, rest: bool = False) -> None:
+    def _close(self, step: Step, *, rest: bool = False) -> None:
         task = step.task
         task.open -= 1
         task.updated_s = self._now_s
@@ -440,23 +345,23 @@ class Tasks:
                 return task.task_id
         if len(self._open) >= TASKS_MAX:
             raise CapacityError(f"{len(self._open)} tasks are open: at most {TASKS_MAX}")
-        task = _Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque(), deque())
+        task = Task(task_id or next(self._ids), kind, what, source, target, size_bytes, deque(), deque())
         task.created_s = task.updated_s = self._now_s
         self._open[task.task_id] = task
         self._queue(task, keys)
         return task.task_id
 
-    def _queue(self, task: _Task, keys: Sequence[bytes]) -> None:
+    def _queue(self, task: Task, keys: Sequence[bytes]) -> None:
         before = len(task.fresh)
         task.fresh.extend(keys if task.kind is Kind.DRAIN else dict.fromkeys(keys))
         task.open += len(task.fresh) - before
         task.total += len(task.fresh) - before
 
-    def _end_if_empty(self, task: _Task) -> None:
+    def _end_if_empty(self, task: Task) -> None:
         if task.kind not in (Kind.HOT, Kind.DRAIN) and not task.open and task.state is State.RUNNING:
             self._finish(task, State.FAILED if task.failed else State.DONE)
 
-    def _relist(self, now_s: float, task: _Task) -> None:
+    def _relist(self, now_s: float, task: Task) -> None:
         """End a drain whose node is empty; blocks that came meanwhile are drained, too."""
         if task.open:
             task.relist_s = math.inf
@@ -473,7 +378,7 @@ class Tasks:
                 task.reason = f"{len(left)} blocks left after {ROUNDS_MAX} rounds" if left else ""
                 self._finish(task, State.FAILED if left else State.DONE)
 
-    def _finish(self, task: _Task, state: State) -> None:
+    def _finish(self, task: Task, state: State) -> None:
         task.state = state
         task.updated_s = self._now_s
         task.queue.clear()
@@ -495,8 +400,8 @@ class Tasks:
             self._hot_round.append(key)
             if key in self._hot_busy:
                 continue
-            step = _Step(self._hot_task, key)
-            if not isinstance(self._decide(now_s, step), _Reached):
+            step = Step(self._hot_task, key)
+            if not isinstance(self._steps.decide(now_s, step), Reached):
                 self._hot_busy[key] = None
                 self._hot_task.queue.append(step)
                 self._hot_task.open += 1
@@ -512,7 +417,7 @@ class Tasks:
                     del self._load[node]
         return running
 
-    def _steps(self) -> list[_Step]:
+    def _begun(self) -> list[Step]:
         """Return every step that was begun and has not ended."""
         queued = [step for task in [self._hot_task, *self._open.values()] for step in task.queue]
         return [*queued, *(step for _, _, step in self._waiting), *(r.step for r in self._running.values())]
@@ -522,7 +427,7 @@ def _nodes(command: Command) -> tuple[str, ...]:
     return (command.source, command.target) if isinstance(command, Copy) else (command.node,)
 
 
-def _progress(task: _Task) -> Progress:
+def _progress(task: Task) -> Progress:
     return Progress(
         *(task.task_id, task.kind, task.state, task.total, task.done, task.failed, task.reason),
         *(task.source, task.target, task.created_s, task.updated_s),

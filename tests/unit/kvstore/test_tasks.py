@@ -408,7 +408,7 @@ def test_a_drain_of_many_blocks_makes_steps_only_of_those_it_looks_at():
     task = cluster.tasks.drain("a", SIZE)
     cluster.tasks.tick(0.0)
     assert cluster.tasks.progress(task).total == 5_000
-    assert len(cluster.tasks._steps()) <= PER_NODE_MAX + 1
+    assert len(cluster.tasks._begun()) <= PER_NODE_MAX + 1
     cluster.tasks.cancel(task)
     assert not cluster.tasks.busy
 
