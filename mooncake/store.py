@@ -10,7 +10,6 @@ call does and what differs. On purpose it differs where upstream ends the proces
 - every read is verified by checksum.
 """
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import structlog
 
-from kvstore.store.config import FileMemory
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.dropin.client.counted import calls_of
 from mooncake.dropin.client.dummy import DummySettings, DummyStarted
@@ -32,7 +30,7 @@ from mooncake.dropin.store.buffers import (
     RegisteredBufferLeaseView,
     RegisteredBufferPool,
 )
-from mooncake.dropin.store.calls import Calls, Parts
+from mooncake.dropin.store.calls import Calls, Parts, texts
 from mooncake.dropin.store.engram import EngramStore, EngramStoreConfig
 from mooncake.dropin.store.hostmem import (
     MooncakeHostMemAllocator,
@@ -40,8 +38,10 @@ from mooncake.dropin.store.hostmem import (
     get_alloc_func_addr,
     get_free_func_addr,
 )
+from mooncake.dropin.store.memory_forms import MemoryForms
 from mooncake.dropin.store.parallel_forms import ParallelForms
 from mooncake.dropin.store.parallel_types import ParallelAxis, ReadTarget, TensorParallelism
+from mooncake.dropin.store.segment_forms import SegmentForms
 from mooncake.dropin.store.sessions import SessionForms, Sessions
 from mooncake.dropin.store.settings import BUFFER_BYTES, Settings
 from mooncake.dropin.store.start import Started
@@ -91,7 +91,6 @@ from mooncake.dropin.store.types import (
 )
 from mooncake.dropin.store.vendor import MooncakeDistributedNoFRegister, _get_pyclient_from_wrapper
 from transfer.model import Buffer
-from transfer.segment import PAGE_BYTES
 
 __all__ = [
     "ACTIVATION",
@@ -153,13 +152,14 @@ HEALTHY = 0
 NOT_SET_UP = 1
 NO_MASTER = 2
 """Answers of health_check; 0 and 2 as measured on upstream, which crashes where we answer 1."""
-UNREGISTER_S = 10.0
 P2P_HANDSHAKE = "P2PHANDSHAKE"
 
 log = structlog.get_logger(__name__)
 
 
-class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskForms):
+class MooncakeDistributedStore(
+    MemoryForms, SegmentForms, TensorForms, ParallelForms, SessionForms, TaskForms
+):
     """A client of the pool. Every method may be called from any thread."""
 
     def __init__(self) -> None:
@@ -300,13 +300,13 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
     @answers_code
     def put(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
         """Store a copy of `value`; 0 also if the key is there: its value stays."""
-        return self._need().put(_texts([key]), [[memoryview(value)]], config)[0]
+        return self._need().put(texts([key]), [[memoryview(value)]], config)[0]
 
     @answers_code
     def put_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
         """Store buffers as one object, one behind the other; none at all is 0."""
         parts = [memoryview(part) for part in args]
-        return self._need().put(_texts([key]), [parts], config)[0] if parts else OK
+        return self._need().put(texts([key]), [parts], config)[0] if parts else OK
 
     @answers_code
     def put_batch(
@@ -325,18 +325,18 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         sources = [[memoryview(value)] for value in values]
         if len(keys) != len(sources) or not all(parts[0].nbytes for parts in sources):
             return INVALID_PARAMS
-        return next((code for code in write(_texts(keys), sources, config) if code), OK)
+        return next((code for code in write(texts(keys), sources, config) if code), OK)
 
     @answers_code
     def upsert(self, key: str, value: Any, config: ReplicateConfig | None = None) -> int:
         """Store `value`, in the place of what is there."""
-        return self._need().upsert(_texts([key]), [[memoryview(value)]], config)[0]
+        return self._need().upsert(texts([key]), [[memoryview(value)]], config)[0]
 
     @answers_code
     def upsert_parts(self, key: str, *args: Any, config: ReplicateConfig | None = None) -> int:
         """As put_parts, in the place of what is there."""
         parts = [memoryview(part) for part in args]
-        return self._need().upsert(_texts([key]), [parts], config)[0] if parts else OK
+        return self._need().upsert(texts([key]), [parts], config)[0] if parts else OK
 
     @answers_code
     def upsert_batch(
@@ -351,11 +351,11 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         Raises:
             PeerError: it may be there and cannot be read; RequestError: not set up.
         """
-        return self._need().get(_texts([arg0]))[0] or b""
+        return self._need().get(texts([arg0]))[0] or b""
 
     def get_batch(self, arg0: Sequence[str], /) -> list[bytes]:
         """Return the objects, b"" for each that is not there; raises as get."""
-        return [value or b"" for value in self._need().get(_texts(arg0))]
+        return [value or b"" for value in self._need().get(texts(arg0))]
 
     def get_buffer(self, arg0: str, /) -> BufferHandle | None:
         """Return the object in memory that can be written to, None if there is none; raises as get."""
@@ -363,163 +363,35 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
 
     def batch_get_buffer(self, arg0: Sequence[str], /) -> list[BufferHandle | None]:
         """As get_buffer, for several."""
-        return [None if value is None else BufferHandle(value) for value in self._need().get(_texts(arg0))]
-
-    # ------------------------------------------------------------ objects in the caller's memory
-
-    @answers_code
-    def register_buffer(self, buffer_ptr: int, size: int) -> int:
-        """Let bytes of other hosts go straight into and out of this memory; -600: it overlaps another."""
-        calls = self._need()
-        if size <= 0:
-            raise RequestError(f"{size} bytes: nothing to register")
-        buffer = calls.started.engine.register(buffer_ptr, size)
-        with self._lock:
-            self._buffers[buffer_ptr] = buffer
-        return OK
-
-    @answers_code
-    def unregister_buffer(self, buffer_ptr: int) -> int:
-        """End the registration that begins at this address; -600: there is none."""
-        calls = self._need()
-        with self._lock:
-            buffer = self._buffers.get(buffer_ptr)
-        if buffer is None:
-            raise RequestError(f"no buffer is registered at {buffer_ptr:#x}")
-        calls.started.engine.unregister(buffer, UNREGISTER_S)
-        with self._lock:
-            self._buffers.pop(buffer_ptr, None)
-        return OK
-
-    def alloc_from_mem_pool(self, arg0: int, /) -> int:
-        """Return the address of memory that a dummy client shares with its mooncake_client, 0: there is none.
-
-        Bytes of other hosts go straight into and out of it. It is given back by `close`.
-        """
-        try:
-            started = self._need().started
-            if not isinstance(started, DummyStarted):
-                raise RequestError("only a client of setup_dummy has a shared memory pool")
-            return started.allocate(arg0)
-        except MooncakeError as error:
-            log.error("mooncake.store: no shared memory", size=arg0, reason=str(error))
-            return 0
-
-    def put_from(self, key: str, buffer_ptr: int, size: int, config: ReplicateConfig | None = None) -> int:
-        """Store `size` bytes at an address of this process; it need not be registered."""
-        return self.batch_put_from([key], [buffer_ptr], [size], config)[0]
-
-    def upsert_from(self, key: str, buffer_ptr: int, size: int, config: ReplicateConfig | None = None) -> int:
-        """As put_from, in the place of what is there."""
-        return self.batch_upsert_from([key], [buffer_ptr], [size], config)[0]
-
-    @answers_code
-    def put_from_with_metadata(
-        self,
-        key: str,
-        buffer_ptr: int,
-        metadata_buffer_ptr: int,
-        size: int,
-        metadata_size: int,
-        config: ReplicateConfig | None = None,
-    ) -> int:
-        """Store metadata and data as one object, the metadata first."""
-        calls = self._need()
-        parts = [calls.memory(metadata_buffer_ptr, metadata_size), calls.memory(buffer_ptr, size)]
-        return calls.put(_texts([key]), [parts], config)[0]
-
-    @answers_codes
-    def batch_put_from(
-        self,
-        keys: Sequence[str],
-        buffer_ptrs: Sequence[int],
-        sizes: Sequence[int],
-        config: ReplicateConfig | None = None,
-    ) -> list[int]:
-        """Store memory of this process; one code each."""
-        calls = self._calls if config is None else None
-        if calls and (put := calls.put_straight(_texts(keys), buffer_ptrs, sizes)) is not None:
-            return put
-        return self.batch_put_from_multi_buffers(keys, _each(buffer_ptrs), _each(sizes), config)
-
-    @answers_codes
-    def batch_upsert_from(
-        self,
-        keys: Sequence[str],
-        buffer_ptrs: Sequence[int],
-        sizes: Sequence[int],
-        config: ReplicateConfig | None = None,
-    ) -> list[int]:
-        """As batch_put_from, in the place of what is there."""
-        calls = self._need()
-        write = functools.partial(calls.upsert, config=config)
-        return _with_memory(calls, keys, _each(buffer_ptrs), _each(sizes), write)
-
-    @answers_codes
-    def batch_put_from_multi_buffers(
-        self,
-        keys: Sequence[str],
-        all_buffer_ptrs: Sequence[Sequence[int]],
-        all_sizes: Sequence[Sequence[int]],
-        config: ReplicateConfig | None = None,
-    ) -> list[int]:
-        """Store objects that lie in pieces in this process; one code each."""
-        calls = self._need()
-        write = functools.partial(calls.put, config=config)
-        return _with_memory(calls, keys, all_buffer_ptrs, all_sizes, write)
-
-    def get_into(self, key: str, buffer_ptr: int, size: int) -> int:
-        """Read an object into memory of this process; return its size, -600: `size` is too small."""
-        return self.batch_get_into([key], [buffer_ptr], [size])[0]
-
-    @answers_codes
-    def batch_get_into(
-        self, keys: Sequence[str], buffer_ptrs: Sequence[int], sizes: Sequence[int]
-    ) -> list[int]:
-        """As get_into, for several; memory of one that failed may have been written to."""
-        if self._calls and (read := self._calls.get_straight(_texts(keys), buffer_ptrs, sizes)) is not None:
-            return read
-        return self.batch_get_into_multi_buffers(keys, _each(buffer_ptrs), _each(sizes))
-
-    @answers_codes
-    def batch_get_into_multi_buffers(
-        self,
-        keys: Sequence[str],
-        all_buffer_ptrs: Sequence[Sequence[int]],
-        all_sizes: Sequence[Sequence[int]],
-        prefer_alloc_in_same_node: bool = False,  # noqa: ARG002 - means nothing for a read
-    ) -> list[int]:
-        """Read objects into several pieces of memory each, which are filled in order."""
-        calls = self._need()
-        return _with_memory(calls, keys, all_buffer_ptrs, all_sizes, calls.get_into)
+        return [None if value is None else BufferHandle(value) for value in self._need().get(texts(arg0))]
 
     # ------------------------------------------------------------ looking and removing
 
     @answers_code
     def is_exist(self, arg0: str, /) -> int:
         """Return 1 or 0; negative: nobody can tell."""
-        size = self._need().sizes(_texts([arg0]))[0]
+        size = self._need().sizes(texts([arg0]))[0]
         return _there(size)
 
     @answers_codes
     def batch_is_exist(self, keys: Sequence[str]) -> list[int]:
         """As is_exist, for several."""
-        return [_there(size) for size in self._need().sizes(_texts(keys))]
+        return [_there(size) for size in self._need().sizes(texts(keys))]
 
     @answers_code
     def get_size(self, arg0: str, /) -> int:
         """Return the bytes of an object, -704: there is none."""
-        return self._need().sizes(_texts([arg0]))[0]
+        return self._need().sizes(texts([arg0]))[0]
 
     @answers_code
     def remove(self, key: str, force: bool = False) -> int:
         """Remove an object everywhere; -704: there is none, -706: somebody has just read it."""
-        return self._need().remove(_texts([key]), force)[0]
+        return self._need().remove(texts([key]), force)[0]
 
     @answers_codes
     def batch_remove(self, keys: Sequence[str], force: bool = False) -> list[int]:
         """As remove, for several."""
-        return self._need().remove(_texts(keys), force)
+        return self._need().remove(texts(keys), force)
 
     @answers_code
     def remove_by_regex(self, regex_pattern: str, force: bool = False) -> int:
@@ -533,11 +405,11 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
 
     def get_replica_desc(self, key: str) -> list[ReplicaDescriptor]:
         """Return where the copies of an object are; raises as get."""
-        return descriptors(self._need().places(_texts([key]))[0])
+        return descriptors(self._need().places(texts([key]))[0])
 
     def batch_get_replica_desc(self, keys: Sequence[str]) -> dict[str, list[ReplicaDescriptor]]:
         """As get_replica_desc, for those of `keys` that are there."""
-        places = self._need().places(_texts(keys))
+        places = self._need().places(texts(keys))
         return {key: descriptors(found) for key, found in zip(keys, places, strict=True) if found}
 
     def batch_replica_clear(self, keys: Sequence[str], segment_name: str = "") -> list[str]:
@@ -546,117 +418,14 @@ class MooncakeDistributedStore(TensorForms, ParallelForms, SessionForms, TaskFor
         Raises:
             RequestError: not set up.
         """
-        return self._need().clear(_texts(keys), segment_name)
-
-    # ------------------------------------------------------------ segments
-
-    def allocate_and_mount_segment(
-        self,
-        size: int,
-        protocol: str = "tcp",  # noqa: ARG002 - the pool's engine has its own
-        location: str = "",  # noqa: ARG002 - host memory
-    ) -> dict[str, Any]:
-        """Give `size` more bytes to the pool: {"ret", "segment_ids", "allocated_size"}; ret -1: refused."""
-        try:
-            name = self._need().started.mount(size)
-        except MooncakeError as error:
-            log.error("mooncake.store: not mounted", size=size, reason=str(error))
-            return {"ret": INTERNAL, "segment_ids": [], "allocated_size": 0}
-        return {"ret": OK, "segment_ids": [name], "allocated_size": size}
-
-    def mount_segment(
-        self,
-        path: str,
-        size: int,
-        offset: int = 0,
-        protocol: str = "tcp",  # noqa: ARG002 - the pool's engine has its own
-        location: str = "",  # noqa: ARG002 - host memory
-    ) -> dict[str, Any]:
-        """Give memory of a file to the pool, whole pages of it: {"ret", "segment_ids"}; ret -1: refused.
-
-        What the file has there is overwritten. It must not be cut while it is mounted: that ends the process.
-        """
-        if not size and self._calls is not None:
-            return {"ret": OK, "segment_ids": []}
-        try:
-            started = self._need().started
-            whole = size // PAGE_BYTES * PAGE_BYTES
-            name = started.mount(whole, FileMemory(path, offset))
-        except MooncakeError as error:
-            log.error("mooncake.store: not mounted", path=path, size=size, reason=str(error))
-            return {"ret": INTERNAL, "segment_ids": []}
-        return {"ret": OK, "segment_ids": [name]}
-
-    def unmount_and_free_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
-        """Take mounted segments back, with what is in them; -1: one is none of ours."""
-        return self.unmount_segment(segment_ids, grace_period_seconds)
-
-    def unmount_segment(self, segment_ids: Sequence[str], grace_period_seconds: int = 0) -> int:
-        """As unmount_and_free_segment: for the grace period they are read as ever, and take nothing more."""
-        calls = self._calls
-        if calls is None:
-            return INVALID_PARAMS
-        if grace_period_seconds < 0:
-            raise TypeError(f"grace_period_seconds={grace_period_seconds}: must not be negative")
-        done = [calls.started.unmount(one, grace_period_seconds) for one in segment_ids]
-        return OK if all(done) else INTERNAL
-
-    @answers_code
-    def unmount_local_disk_segment(self, grace_period_seconds: int = 0) -> int:  # noqa: ARG002
-        """Do without the SSD tier from now on: what only it has leaves the pool until the next start."""
-        self._need().started.unmount_ssd()
-        return OK
-
-    def get_offload_rpc_read_count(self) -> int:
-        """Return 0: no read goes by another client's disk."""
-        return 0
+        return self._need().clear(texts(keys), segment_name)
 
 
 def _asked(started: Started) -> Settings:
     return started.asked if isinstance(started, DummyStarted) else started.settings
 
 
-def _texts(keys: Sequence[str]) -> Sequence[str]:
-    for key in keys:
-        if not isinstance(key, str):
-            raise TypeError(f"a key is a str, not {type(key).__name__}")
-    return keys
-
-
 def _there(size: int) -> int:
     if size > 0:
         return 1
     return size if size == RPC_FAIL else 0
-
-
-def _each(values: Sequence[int]) -> list[list[int]]:
-    return [[value] for value in values]
-
-
-def _with_memory(
-    calls: Calls,
-    keys: Sequence[str],
-    addresses: Sequence[Sequence[int]],
-    sizes: Sequence[Sequence[int]],
-    call: Callable[[Sequence[str], list[Parts]], list[int]],
-) -> list[int]:
-    """Return what `call` answers for the memory of each key; -600 for those whose memory makes no sense."""
-    if not len(keys) == len(addresses) == len(sizes):
-        raise RequestError(f"{len(keys)} keys, {len(addresses)} addresses, {len(sizes)} sizes")
-    codes = [INVALID_PARAMS] * len(keys)
-    rows: list[int] = []
-    memory: list[Parts] = []
-    for row, (starts, lengths) in enumerate(zip(addresses, sizes, strict=True)):
-        if len(starts) != len(lengths):
-            log.error("mooncake.store: not a size for each address", key=keys[row])
-            continue
-        try:
-            memory.append([calls.memory(at, length) for at, length in zip(starts, lengths, strict=True)])
-            rows.append(row)
-        except RequestError as error:
-            log.error("mooncake.store: no such memory", key=keys[row], reason=str(error))
-    if rows:
-        done = call(_texts([keys[row] for row in rows]), memory)
-        for row, code in zip(rows, done, strict=True):
-            codes[row] = code
-    return codes

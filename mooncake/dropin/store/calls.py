@@ -365,3 +365,11 @@ def _size_code(result: Result) -> int:
 
 def _is_bad(name: str) -> bool:
     return not name or (len(name) > NAME_BYTES_MAX // 4 and len(name.encode()) > NAME_BYTES_MAX)
+
+
+def texts(keys: Sequence[str]) -> Sequence[str]:
+    """Return `keys` if they are texts; raises TypeError as upstream's binding."""
+    for key in keys:
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a str, not {type(key).__name__}")
+    return keys
