@@ -2,6 +2,7 @@
 
 import asyncio
 from hashlib import sha256
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -354,3 +355,10 @@ def test_a_bucket_is_never_above_its_burst_even_if_time_seems_to_go_back(steps):
         bucket.use(now_s, amount)
         assert bucket.level(now_s) <= 10.0
         assert bucket.wait_s(now_s, 1.0) >= 0.0
+
+
+def test_the_documented_example_is_understood():
+    page = (Path(__file__).parents[3] / "docs" / "scheduling.md").read_text()
+    tenants = parse(page.partition("```toml\n")[2].partition("```")[0])
+    assert (tenants.of("search").weight, tenants.of("night shift").tokens_per_s) == (4.0, 20_000.0)
+    assert tenants.of("somebody").requests_per_s == 5.0
