@@ -13,18 +13,13 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
+from benchmarks.sim.intervals import Gap, Run, Runs, Tbt, tbt_of
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.timeline import Timeline
-
-Gap = tuple[float, int]
-"""Seconds between two tokens, and how many such intervals there were."""
-TAIL = 0.1
-"""The paper's TBT: mean of the longest tenth of a request's intervals (FAST'25, section 5)."""
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -68,15 +63,6 @@ class Stopped(msgspec.Struct, frozen=True):
     prompt_tokens: int
 
 
-class Run(msgspec.Struct, frozen=True, gc=False):
-    """So many decode steps of one batch; before the first, the batch stood still for stall_s."""
-
-    start_s: float
-    steps: int
-    step_s: float
-    stall_s: float
-
-
 class EngineEvents(Protocol):
     """What an engine tells the world."""
 
@@ -89,15 +75,8 @@ class EngineEvents(Protocol):
     def stepped(self, batch: int, kv_tokens: int, seconds: float) -> None:
         """A run of decode steps with nothing else in them took `seconds` each."""
 
-    def answered(self, job: Job, tbt: "Tbt") -> None:
+    def answered(self, job: Job, tbt: Tbt) -> None:
         """The last token is out."""
-
-
-class Tbt(msgspec.Struct, frozen=True):
-    """Time between tokens of one request."""
-
-    mean_s: float
-    tail_s: float
 
 
 class Engine:
@@ -116,7 +95,7 @@ class Engine:
         self._answers: deque[Job] = deque()
         self._batch: list[tuple[int, int, Job]] = []  # heap of (step after which it ends, order, job)
         self._order = itertools.count()
-        self._runs: list[Run] = []
+        self._runs = Runs()
         self._steps = 0
         self._kv_tokens = 0  # in the contexts of the batch now
         self._room_tokens = profile.gpu_kv_tokens
@@ -156,18 +135,19 @@ class Engine:
         """Break down: call nobody back any more, and return how far every leg had come."""
         now_s, k = self._time.now_s, 0
         self._broken = True
-        runs = list(self._runs)
         if self._run is not None:
             start_s, steps, first_s, growth_s = self._run
             while k < steps and start_s + _run_s(k + 1, first_s, growth_s) <= now_s:
                 k += 1
             if k:
-                runs.append(Run(start_s, k, _run_s(k, first_s, growth_s) / k, self._stall_s))
-        end_s = runs[-1].start_s + runs[-1].steps * runs[-1].step_s if runs else 0.0
+                self._runs.add(Run(start_s, k, _run_s(k, first_s, growth_s) / k, self._stall_s))
+        end_s = self._runs.end_s
         stopped = []
         for end_step, _, job in sorted(self._batch, key=lambda one: one[1]):
             tokens = self._steps + k - (end_step - job.answer_tokens)
-            gaps = _gaps(job, runs) if tokens else list(job.before)
+            gaps = (
+                job.before + self._runs.gaps(job.run_from, job.first_token_s) if tokens else list(job.before)
+            )
             stopped.append(
                 Stopped(job, tokens, end_s if tokens else job.first_token_s, gaps, job.prompt_tokens)
             )
@@ -337,7 +317,7 @@ class Engine:
         self._next()
 
     def _record(self, start_s: float, steps: int, step_s: float) -> None:
-        self._runs.append(Run(start_s, steps, step_s, self._stall_s))
+        self._runs.add(Run(start_s, steps, step_s, self._stall_s))
         self._stall_s = 0.0
         self._steps += steps
         self._kv_tokens += steps * len(self._batch)
@@ -345,7 +325,7 @@ class Engine:
             job = heapq.heappop(self._batch)[2]
             self._kv_tokens -= job.kv_tokens + 1
             self._room_tokens += job.kv_tokens
-            self._events.answered(job, tbt_of(_gaps(job, self._runs)))
+            self._events.answered(job, tbt_of(job.before + self._runs.gaps(job.run_from, job.first_token_s)))
 
 
 def _run_s(steps: int, first_s: float, growth_s: float) -> float:
@@ -354,34 +334,3 @@ def _run_s(steps: int, first_s: float, growth_s: float) -> float:
 
 def _unbegun(job: Job, prompt_tokens: int) -> Stopped:
     return Stopped(job, 0, job.first_token_s, list(job.before), prompt_tokens)
-
-
-def _gaps(job: Job, runs: list[Run]) -> list[Gap]:
-    """Return the intervals between the tokens of a leg, which ends with the last of `runs`."""
-    first = runs[job.run_from]
-    # its own wait between first token and batch is its first interval, whatever stalled the others
-    gaps = [*job.before, (first.start_s + first.step_s - job.first_token_s, 1)]
-    if first.steps > 1:
-        gaps.append((first.step_s, first.steps - 1))
-    for run in runs[job.run_from + 1 :]:
-        if run.stall_s:
-            gaps.append((run.stall_s + run.step_s, 1))
-            if run.steps > 1:
-                gaps.append((run.step_s, run.steps - 1))
-        else:
-            gaps.append((run.step_s, run.steps))
-    return gaps
-
-
-def tbt_of(gaps: Sequence[Gap]) -> Tbt:
-    """Weigh the intervals of one request."""
-    count = sum(times for _, times in gaps)
-    left = kept = math.ceil(TAIL * count)
-    tail_s = 0.0
-    for gap_s, times in sorted(gaps, reverse=True):
-        used = min(times, left)
-        tail_s += used * gap_s
-        left -= used
-        if not left:
-            break
-    return Tbt(sum(gap_s * times for gap_s, times in gaps) / count, tail_s / kept)

@@ -8,8 +8,9 @@ and the rest is computed.
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.sim.copies import Copies
-from benchmarks.sim.engine import Job, Tbt, Work, tbt_of
+from benchmarks.sim.engine import Job, Work
 from benchmarks.sim.host import Host
+from benchmarks.sim.intervals import Tbt, tbt_of
 from benchmarks.sim.nouns import Entry, Instance, Running
 from benchmarks.sim.profile import Profile
 from benchmarks.sim.timeline import Timeline

@@ -2,10 +2,11 @@
 
 import msgspec
 
-from benchmarks.sim.engine import Engine, Gap, Job, Tbt
+from benchmarks.sim.engine import Engine, Job
 from benchmarks.sim.failures import Failure
 from benchmarks.sim.feed import Feed
 from benchmarks.sim.host import Host
+from benchmarks.sim.intervals import Gap, Tbt
 from benchmarks.sim.trace import TraceRequest
 from conductor.admission import AdmissionMode
 from conductor.plan import Leg, Plan

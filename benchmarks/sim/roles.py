@@ -62,7 +62,7 @@ class Roles:
         )
 
     def _switch(self, switch: Switch) -> None:
-        """Give it nothing new; when it has finished, or after long enough, it comes back in its other role."""
+        """Give it nothing new; when it has finished, or after long enough, it comes back in its new role."""
         instance_id = switch.instance_id
         if instance_id in self._changes:
             return

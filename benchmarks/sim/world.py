@@ -128,9 +128,7 @@ class World:
         self._legs = Legs(self.time, profile, conductor, self.instances, self._hosts, self._execute)
         self.copies = self._legs.copies
         self._next_arrival = 0
-        self._roles = Roles(
-            self.time, self.cluster, self.planner, self.instances, self._going, self._leave
-        )
+        self._roles = Roles(self.time, self.cluster, self.planner, self.instances, self._going, self._leave)
         self.switches = self._roles.switches
         self.faults = Faults(self.time, self.cluster, self.instances, config.failures, self._going, self)
         for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):

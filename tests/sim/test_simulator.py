@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sim.engine import Engine, Job, Tbt, Work
+from benchmarks.sim.engine import Engine, Job, Work
+from benchmarks.sim.intervals import Tbt
 from benchmarks.sim.nouns import WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
 from benchmarks.sim.report import Summary, summarize, within

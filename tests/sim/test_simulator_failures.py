@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sim.engine import Engine, Job, tbt_of
+from benchmarks.sim.engine import Engine, Job
 from benchmarks.sim.failures import Failure, draw, parse
+from benchmarks.sim.intervals import tbt_of
 from benchmarks.sim.nouns import Entry, WorldConfig
 from benchmarks.sim.profile import DEFAULT, read_profile
 from benchmarks.sim.report import summarize
