@@ -4,9 +4,11 @@ A failure means: read vllm/distributed/kv_events.py and vllm/v1/core/block_pool.
 """
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,6 +22,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
@@ -28,11 +31,14 @@ from conductor.index_feed import IndexFeed
 from conductor.members import cache_record
 from kvstore.directory.follower import StoreFollower
 from mooncake.core.keys import prompt_keys, request_root
-from mooncake.core.messages import gpu_node
+from mooncake.core.messages import StoreRecord, gpu_node
+from mooncake.worker.connector import tells_blocks
+from mooncake.worker.engine import engine_arguments
+from mooncake.worker.engine_core import MooncakeEngine
 from mooncake.worker.gpu_blocks import GpuBlocks, LeftOut, decode_batch
 from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.spec import EngineSpec
-from tests.unit.conductor.make import ROOT, record
+from tests.unit.conductor.make import ROOT, record, store
 
 SIZE = 4
 BLOCKS = 12
@@ -152,6 +158,67 @@ def test_the_array_encoding_of_the_same_fields_is_read_alike() -> None:
     by_array.apply(decode_batch(msgspec.msgpack.encode([1.0, arrays, 0])))
     assert by_map.keys() == by_array.keys()
     assert len(by_map) == 4
+
+
+# ---------------------------------------------------------------- switched on and off
+
+
+def parsed(*flags: str, store: StoreRecord | None = None) -> tuple[EngineSpec, SimpleNamespace]:
+    """Our spec, and the part of vLLM's configuration that counts, as its own parser makes it of our flags."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    spec = EngineSpec(
+        instance_id="p0",
+        role="both",
+        epoch="e",
+        run_dir="/tmp/x",
+        model="m",
+        store=store,
+        vllm_args=list(flags),
+    )
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(spec))
+    made = AsyncEngineArgs.from_cli_args(args)
+    caching = SimpleNamespace(enable_prefix_caching=made.enable_prefix_caching is not False)
+    return spec, SimpleNamespace(kv_events_config=made.kv_events_config, cache_config=caching)
+
+
+def test_an_engine_with_a_pool_tells_its_relay() -> None:
+    spec, config = parsed(store=store("n0"))
+    assert (config.kv_events_config.publisher, config.kv_events_config.topic) == ("zmq", "")
+    assert config.kv_events_config.replay_endpoint == spec.kv_replay
+    assert tells_blocks(config, spec)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-enable-prefix-caching"],
+        ['--kv-events-config={"enable_kv_cache_events": false}'],
+        ['--kv-events-config={"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}'],  # the user's own
+    ],
+)
+def test_without_a_prefix_cache_and_with_the_user_s_own_settings_nothing_is_told(flags: list[str]) -> None:
+    spec, config = parsed(*flags, store=store("n0"))
+    assert not tells_blocks(config, spec)
+
+
+def test_without_a_pool_nothing_is_told() -> None:
+    spec, config = parsed()
+    assert not tells_blocks(config, spec)
+
+
+def test_a_client_cannot_have_cached_blocks_told_again_which_would_count_as_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert '"kv_cache_report_mode"' in inspect.getsource(Request.__init__)
+    monkeypatch.setattr(EngineCoreProc, "preprocess_add_request", lambda _, request: (request, 0))
+    engine = object.__new__(MooncakeEngine)
+    request = Request("r", [1], SamplingParams(extra_args={"kv_cache_report_mode": "full", "x": 1}), None)
+    engine.preprocess_add_request(request)
+    assert request.sampling_params is not None
+    assert request.sampling_params.extra_args == {"x": 1}
 
 
 # ---------------------------------------------------------------- over sockets
