@@ -48,7 +48,8 @@ from mooncake.core.metadata_open import open_metadata
 log = structlog.get_logger(__name__)
 
 SESSION_BONUS_S = 0.05
-"""What an engine's own prefix cache, which the index does not know, may save of a session's next turn."""
+"""What an engine's own cache may save of a session's next turn where the index does not know it: blocks that
+have no name, and those of the last tenths of a second."""
 DRAIN_S = 25.0
 """Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
 

@@ -60,7 +60,7 @@ class GatewayMetrics:
             "mooncake_prefix_lookup_blocks", "Full blocks of planned prompts.", registry=registry
         )
         self.prefix_hit_blocks = Counter(
-            "mooncake_prefix_hit_blocks", "Of these, expected in the pool.", registry=registry
+            "mooncake_prefix_hit_blocks", "Of these, expected in the pool or cached.", registry=registry
         )
         self.ttft_s = Histogram(
             "mooncake_ttft_seconds", "Time to first token.", buckets=_LATENCY_S, registry=registry
