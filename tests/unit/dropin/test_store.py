@@ -25,6 +25,7 @@ from mooncake.store import (
     SoftPinAction,
 )
 from tests.unit.dropin.conftest import MasterThread, client
+from tests.unit.dropin.master_http import until
 
 # ---------------------------------------------------------------- bytes
 
@@ -249,8 +250,7 @@ def test_a_lease_ends_by_itself() -> None:
     try:
         store.put("a", b"1")
         store.get("a")
-        while store.remove("a") == -706:
-            pass
+        until(lambda: store.remove("a") != -706)
         assert store.is_exist("a") == 0
     finally:
         store.close()
@@ -329,8 +329,7 @@ def test_more_copies_than_segments_are_as_many_as_there_are(store) -> None:
 
 def test_copies_go_to_different_segments_and_to_the_preferred_one_first(store, join) -> None:
     other = join()
-    while len(store._need().pool.nodes) < 2:
-        pass
+    until(lambda: len(store._need().pool.nodes) >= 2)
     assert store.put("a", b"x", config_of(replica_num=2)) == 0
     assert len(store.get_replica_desc("a")) == 2
     assert store.put("b", b"x", config_of(preferred_segment=other.get_hostname())) == 0
@@ -510,8 +509,7 @@ def test_a_closed_client_s_segment_leaves_with_what_is_in_it(store, join) -> Non
     assert late.get("a") == b"1"
     other.close()
     assert late.is_exist("a") <= 0  # gone, or nobody can tell for a moment
-    while late.is_exist("a"):
-        pass
+    until(lambda: late.is_exist("a") == 0)
     assert late.get("a") == b""
 
 
@@ -541,8 +539,7 @@ def test_what_a_killed_process_held_is_an_error_then_a_miss_and_never_other_byte
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout.readline() == "ready\n"
-        while store.batch_is_exist(["a", "b"]) != [1, 1]:
-            pass
+        until(lambda: store.batch_is_exist(["a", "b"]) == [1, 1])
         assert store.get("a") == b"1" * 100_000
         owner.kill()
         owner.wait(30)

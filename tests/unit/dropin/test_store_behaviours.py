@@ -14,6 +14,7 @@ from mooncake.core.errors import PeerError, RequestError
 from mooncake.core.messages import Stats, StoreStats
 from mooncake.store import MooncakeDistributedStore
 from tests.unit.dropin.conftest import PATIENCE_S, MasterThread, client
+from tests.unit.dropin.master_http import until
 
 # ---------------------------------------------------------------- as upstream
 
@@ -187,8 +188,7 @@ def test_a_master_that_was_killed_and_starts_again_loses_nothing_that_live_nodes
         assert store.get("k") == b"1"  # nor does anybody have to wait for it
         master = MasterProcess(int(master.address.split(":")[1]))
         late = client(master, 0)
-        while late.get("k") != b"1":  # until the segment has registered anew
-            pass
+        until(lambda: late.get("k") == b"1")  # the segment has registered anew
         assert (late.put("k", b"2"), late.get("k"), late.remove("k", force=True)) == (0, b"1", 0)
         late.close()
     finally:
@@ -215,8 +215,7 @@ def test_a_node_s_death_is_an_error_or_a_miss_and_never_wrong_bytes(memory) -> N
     try:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "ready\n"
-        while store.get("k") != b"1" * 100_000:
-            pass
+        until(lambda: store.get("k") == b"1" * 100_000)
         kill(owner)
         data, address = memory(100_000)
         for _ in range(3):

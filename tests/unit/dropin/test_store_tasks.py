@@ -8,6 +8,7 @@ from mooncake.core.metadata_client import MetadataServer
 from mooncake.dropin.store import tasks
 from mooncake.store import MooncakeDistributedStore, QueryTaskResponse, TaskStatus, TaskType
 from tests.unit.dropin.conftest import MasterThread, client
+from tests.unit.dropin.master_http import until
 from tests.unit.dropin.test_store import config_of
 
 
@@ -16,8 +17,7 @@ def pair(join) -> tuple[MooncakeDistributedStore, MooncakeDistributedStore]:
     """Two clients with a segment each that know each other."""
     first, second = join("4MB", tenant_id="tasks"), join("4MB", tenant_id="tasks")
     for store in (first, second):
-        while not {node(first), node(second)} <= set(store._need().pool.nodes):
-            pass
+        until(lambda: {node(first), node(second)} <= set(store._need().pool.nodes))  # noqa: B023 - at once
     return first, second
 
 
@@ -26,12 +26,13 @@ def node(store: MooncakeDistributedStore) -> str:
 
 
 def ended(store: MooncakeDistributedStore, task_id: tuple[int, int]) -> QueryTaskResponse:
-    while True:
+    def asked() -> QueryTaskResponse | None:
         task, code = store.query_task(task_id)
         assert code == 0
         assert task is not None
-        if task.status in (TaskStatus.SUCCESS, TaskStatus.FAILED):
-            return task
+        return task if task.status in (TaskStatus.SUCCESS, TaskStatus.FAILED) else None
+
+    return until(asked)
 
 
 def holders(store: MooncakeDistributedStore, key: str) -> set[str]:
