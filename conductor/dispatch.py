@@ -72,6 +72,7 @@ _STATUS = {
     Reason.NO_INSTANCE_FITS: HTTPStatus.BAD_REQUEST,
     Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
+    Reason.PREFILL_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.DECODE_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
 }
@@ -402,12 +403,12 @@ class Dispatcher:
             self._run(client.machine.instance_lost(instance_id))
         log.warning("dispatch.instance_lost", instance=instance_id, reason=reason, legs=len(hit))
 
-    def on_pulse(self, link: Link, pulse: Pulse) -> None:
     def on_draining(self, instance_id: str) -> None:
         """See Sink: who counts on it for later is placed anew when its prompt is done."""
         for client in list(self._clients.values()):
             self._run(client.machine.leave_place(instance_id))
 
+    def on_pulse(self, link: Link, pulse: Pulse) -> None:
         """See Sink."""
         self._observe.moved(link.instance_id, pulse)
 

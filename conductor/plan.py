@@ -100,6 +100,7 @@ class Reason(StrEnum):
     QUEUE_TIME = "waited in the queue until its deadline"
     TTFT_SLO = "predicted time to first token exceeds its objective"
     TBT_SLO = "predicted time between tokens exceeds its objective"
+    PREFILL_LOAD = "prefill instances are too loaded for a prompt that takes so long"
     DECODE_LOAD = "decode instances are loaded beyond their objective or KV room"
     QUOTA = "the tenant's quota is used up"
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import msgspec
 
-from conductor.admission import Admission, AdmissionMode, Room
+from conductor.admission import MARGIN, Admission, AdmissionMode
 from conductor.cluster import ClusterView, Load
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
@@ -24,6 +24,7 @@ from conductor.inline import inlined
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
 from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker
 from conductor.sessions import Sessions
+from conductor.terms import CLASSES
 from mooncake.core.context import differences
 from mooncake.core.messages import InstanceRecord
 
@@ -69,7 +70,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     waiting_max: prefills that one instance may hold, and decode requests beyond max_num_seqs; new
         requests are rejected beyond it. Requests already accepted are never dropped for it.
-    admission, decode_s: see conductor.admission; decode_s is its t_d, None = learned.
+    admission, decode_s, admission_margin: see conductor.admission; decode_s is its t_d, None = learned.
     inline: short prefills may run on decode instances (policies that predict; see conductor.inline).
     session_bonus_s: the instances that served a session last count as so much sooner.
     """
@@ -82,6 +83,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     admission: AdmissionMode = AdmissionMode.OBJECTIVES
     decode_s: float | None = None
+    admission_margin: float = MARGIN
     inline: bool = False
     session_bonus_s: float = 0.0
 
@@ -101,7 +103,9 @@ class Scheduler:
         self._draws = 0
         self._alive: Sequence[tuple[InstanceRecord, Load]] = ()
         self._workers: list[Worker] = []  # the same as _alive
-        self._admission = Admission(config.admission, config.tbt_slo_s, config.decode_s, cost)
+        self._admission = Admission(
+            config.admission, config.tbt_slo_s, config.decode_s, cost, config.admission_margin
+        )
 
     def listen(self, trail: Trail) -> None:
         """Leave the price of everything that is compared in `trail`; who asked clears it."""
@@ -250,7 +254,7 @@ class Scheduler:
             return free
         work = self._choose_prefill(now_s, facts, free, self._pricing.hits(facts))
         chosen = self._pricing.decode(facts, work.worker)
-        rejected = self._refused(now_s, facts, work, chosen, [work.worker])
+        rejected = self._refused(now_s, facts, work, chosen, free, [work.worker])
         return rejected or self._plan(now_s, facts, decision, None, work, chosen)
 
     def _two_legs(
@@ -281,7 +285,7 @@ class Scheduler:
             found = inlined(now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s)
             if found is not None:
                 work, chosen, decision, prefill = found.work, found.answer, Decision.INLINED, None
-        rejected = self._refused(now_s, facts, work, chosen, same_root)
+        rejected = self._refused(now_s, facts, work, chosen, free_prefills, same_root)
         if rejected:
             return rejected
         return self._plan(now_s, facts, decision, prefill, work, chosen)
@@ -325,18 +329,42 @@ class Scheduler:
         )
 
     def _refused(
-        self, now_s: float, facts: RequestFacts, work: Prefill, chosen: Decode, decodes: list[Worker]
+        self,
+        now_s: float,
+        facts: RequestFacts,
+        work: Prefill,
+        chosen: Decode,
+        prefills: list[Worker],
+        decodes: list[Worker],
     ) -> Rejection | None:
-        """Judge a new request's predictions by the objectives, and its `decodes` by their load."""
+        """Judge a new request's predictions by the objectives, and who may serve it by their load."""
         ttft_s = max(0.0, now_s - facts.arrival_s) + work.ttft_s  # it may have waited in the gate
         if self._config.admission is AdmissionMode.OBJECTIVES:
             return self._over_objectives(facts, ttft_s, chosen.tbt_s)
         if rejected := self._over_objectives(facts, ttft_s, 0.0):
             return rejected
-        kv_tokens = sum(w.record.kv_blocks * w.record.block_size for w in decodes)
-        room = Room(len(decodes), max(1, kv_tokens))
-        load = self._admission.load_on_arrival(now_s + work.ttft_s, chosen.kv_tokens, room)
+        if rejected := self._too_dear(now_s, facts, work, prefills):
+            return rejected
+        rooms = {w.id: max(1, w.record.kv_blocks * w.record.block_size) for w in decodes}
+        sheddable = facts.slo_class in CLASSES and CLASSES[facts.slo_class].sheddable
+        load = self._admission.load_on_arrival(
+            now_s, now_s + work.ttft_s, chosen.worker.id, chosen.kv_tokens, rooms, sheddable=sheddable
+        )
         return _over_load(facts.request_id, load, self._admission.decode_s)
+
+    def _too_dear(
+        self, now_s: float, facts: RequestFacts, work: Prefill, prefills: list[Worker]
+    ) -> Rejection | None:
+        if not self._admission.prices_prompts:
+            return None
+        queue_s = sum(w.load.queue_s(now_s) for w in prefills) / len(prefills)
+        load = self._admission.prompt_load(work.work_s, queue_s)
+        if load <= 1:
+            return None
+        # a queue drains by one second each second
+        retry_after_s = min(max(queue_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        detail = f"{work.work_s:.1f} s of work, and {queue_s:.1f} s of others' on the mean instance"
+        return _reject(facts, Reason.PREFILL_LOAD, detail, retry_after_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
         ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s

@@ -10,6 +10,8 @@ PURE = (
     "modes",
     "why",
     "admission",
+    "stays",
+    "terms",
     "plan",
     "index",
     "cost",
