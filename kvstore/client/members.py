@@ -25,9 +25,10 @@ from kvstore.engine.client import PoolClient
 from kvstore.leader.placement import Placer, Room
 from kvstore.leader.task_book import drain_key
 from mooncake.core.errors import MooncakeError, PeerError, PeerGone, PeerTimeout
-from mooncake.core.messages import STORES_PREFIX, MetaEntry, StoreRecord
+from mooncake.core.messages import STORES_PREFIX, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_follow import Removed, follow
+from mooncake.core.metadata_messages import MetaEntry
 from transfer.engine import TransferEngine
 
 log = structlog.get_logger(__name__)

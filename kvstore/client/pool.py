@@ -6,7 +6,7 @@
 
 Stores of this host are used by shared memory: bytes are copied once, or not at all (`view`). Those of other
 hosts are reached through a transfer engine. Who has a key is a directory's knowledge; without one, or while
-it is away, this host's stores are asked and then all others at once (see pool_locate for the bounds).
+it is away, this host's stores are asked and then all others at once (bounds: kvstore.client.locate).
 
 Every call has a deadline and answers for each key by itself: what was done stays done. What is read is
 leased meanwhile and verified by its checksum, so a store that dies, restarts or is overwritten makes a key
@@ -51,7 +51,7 @@ DEADLINE_S = 5.0
 START_S = 10.0
 
 Name = str | bytes
-"""A bytes object of 32 bytes is a key; anything else a name, see pool_names."""
+"""A bytes object of 32 bytes is a key; anything else a name, see kvstore.client.object_names."""
 
 
 class Pool:

@@ -210,7 +210,7 @@ class PoolClient:
         Args:
             keys: 32 bytes each.
             size_bytes: of each block.
-            tenant: who pays for the blocks, see kvstore.node.pins; "" = nobody.
+            tenant: who pays for the blocks, see kvstore.node.tags; "" = nobody.
             group: they go together with others of that name; "" = none.
             depth: of keys[0] in its prompt, the others follow it; -1 = unknown.
             soft_pin_s: keep them until they have not been hit for so long; 0 = no pin.

@@ -11,8 +11,8 @@ import msgspec
 from kvstore.leader.task_types import Kind
 from mooncake.core import wire
 from mooncake.core.errors import CapacityError, ProtocolError, RequestError
-from mooncake.core.messages import MetaEntry
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_messages import MetaEntry
 
 TASKS_PREFIX = "/mooncake/tasks/"
 BOOK_KEYS_MAX = 1_024

@@ -317,7 +317,7 @@ class Node:
     def set_quota(
         self, now_s: float, tenant: str, quota_bytes: int | None, *, strict: bool = False
     ) -> TenantUse:
-        """Give a tenant a share, None ends it; `strict`: a wall; see kvstore.node.pins. Returns what it has.
+        """Give a tenant a share, None ends it; `strict`: a wall, see kvstore.node.tenants; return its use.
 
         Raises:
             RequestError: no name, or a negative quota.

@@ -23,8 +23,9 @@ import msgspec
 import structlog
 
 from mooncake.core.errors import MooncakeError
-from mooncake.core.messages import MetaEntries, Term
+from mooncake.core.messages import Term
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_messages import MetaEntries
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ empty has another epoch, so a watcher can never mistake its young revisions for 
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from mooncake.core.messages import MetaChanges, MetaEntries, MetaPutResult
+from mooncake.core.metadata_messages import MetaChanges, MetaEntries, MetaPutResult
 
 POLL_S = 1.0
 """A watch yields at least this often: it bounds how late a lost server is noticed."""

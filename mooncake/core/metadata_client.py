@@ -7,7 +7,10 @@ is empty and has a new epoch; `Registration` and `follow` bring everything back.
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mooncake.core.messages import (
+from mooncake.core.messages import Ok
+from mooncake.core.metadata import POLL_S
+from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.metadata_messages import (
     MetaChanges,
     MetaDelete,
     MetaEntries,
@@ -21,10 +24,7 @@ from mooncake.core.messages import (
     MetaRequest,
     MetaRevoke,
     MetaWatch,
-    Ok,
 )
-from mooncake.core.metadata import POLL_S
-from mooncake.core.metadata_memory import MemoryMetadata
 from mooncake.core.rpc import RpcClient, RpcServer
 
 CALL_S = 1.0

@@ -26,7 +26,6 @@ from mooncake.core.errors import (
     ProtocolError,
     RequestError,
 )
-from mooncake.core.messages import MetaChange, MetaChanges, MetaEntries, MetaEntry, MetaPutResult
 from mooncake.core.metadata import POLL_S
 from mooncake.core.metadata_etcd_auth import Token
 from mooncake.core.metadata_etcd_http import BODY_BYTES_MAX, HttpConnection
@@ -53,6 +52,7 @@ from mooncake.core.metadata_etcd_wire import (
     refusal_of,
 )
 from mooncake.core.metadata_memory import KEY_CHARS_MAX, TTL_S_MAX, TTL_S_MIN, VALUE_BYTES_MAX
+from mooncake.core.metadata_messages import MetaChange, MetaChanges, MetaEntries, MetaEntry, MetaPutResult
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ import msgspec
 import structlog
 
 from mooncake.core.errors import MooncakeError
-from mooncake.core.messages import MetaChange, MetaEntry
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_messages import MetaChange, MetaEntry
 
 log = structlog.get_logger(__name__)
 

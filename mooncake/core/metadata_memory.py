@@ -11,14 +11,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from mooncake.core.errors import CapacityError, RequestError
-from mooncake.core.messages import (
-    MetaChange,
-    MetaChanges,
-    MetaEntries,
-    MetaEntry,
-    MetaPutResult,
-)
 from mooncake.core.metadata import POLL_S
+from mooncake.core.metadata_messages import MetaChange, MetaChanges, MetaEntries, MetaEntry, MetaPutResult
 
 KEY_CHARS_MAX = 512
 VALUE_BYTES_MAX = 64 << 10

@@ -30,14 +30,13 @@ from mooncake.core.messages import (
     Acquire,
     Acquired,
     InstanceRecord,
-    MetaGet,
-    MetaReply,
     Release,
     Stats,
     StoreRecord,
     StoreReply,
     StoreStats,
 )
+from mooncake.core.metadata_messages import MetaGet, MetaReply
 from mooncake.core.process import alive
 from mooncake.core.rpc import BlockingRpcClient
 from mooncake.worker.pulse import Pulse
@@ -49,8 +48,6 @@ READY_S = 240.0
 STOP_S = 45.0
 """The Conductor drains for at most 30 s, engines get 15 s."""
 RESTART_S = 60.0
-INSTANCES = 2
-"""Of every setup: prefill and decode, or two that do both; one core each."""
 TAG = "MOONCAKE_TEST_CLUSTER"
 LOG_TAIL_LINES = 25
 LOG_LINE_CHARS = 300
@@ -68,6 +65,8 @@ class Setup:
     load_mode: str = "async"
     flags: tuple[str, ...] = ()
     vllm: tuple[str, ...] = ()
+    instances: int = 2
+    """Prefill and decode, or two that do both, have one core each."""
 
 
 def free_port() -> int:
@@ -246,7 +245,7 @@ class Cluster:
 
         def complete() -> bool:
             states = self.states()
-            return len(states) == INSTANCES and set(states.values()) == {"alive"}
+            return len(states) == self.setup.instances and set(states.values()) == {"alive"}
 
         wait_until(f"all instances alive, but {self.states()}", complete, deadline_s)
         wait_until("the store is registered", lambda: self._metadata(STORES_PREFIX), deadline_s)

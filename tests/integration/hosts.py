@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from mooncake.core.messages import MetaGet, MetaReply
+from mooncake.core.metadata_messages import MetaGet, MetaReply
 from mooncake.core.process import alive
 from mooncake.core.rpc import BlockingRpcClient
 from mooncake.core.secret import SECRET_ENV

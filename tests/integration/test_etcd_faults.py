@@ -18,10 +18,11 @@ from mooncake.core import metadata_etcd, metadata_etcd_http, metadata_registrati
 from mooncake.core.election import Election
 from mooncake.core.errors import ConfigError, PeerError, PeerGone, PeerTimeout
 from mooncake.core.keys import block_checksum
-from mooncake.core.messages import MetaChange, MetaChanges, StoreRecord
+from mooncake.core.messages import StoreRecord
 from mooncake.core.metadata_etcd import ANSWER_S, CALL_S, EtcdMetadata
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions, parse_etcd
 from mooncake.core.metadata_follow import Follower, follow
+from mooncake.core.metadata_messages import MetaChange, MetaChanges
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from tests.integration.etcd_servers import LEASE_S_MIN, NEEDS_ETCD, POLL_S, EtcdServers, Tls, client, running
 from tests.integration.etcd_tls import make_tls

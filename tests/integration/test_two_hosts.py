@@ -11,7 +11,8 @@ import pytest
 
 from mooncake.core import secret
 from mooncake.core.errors import PeerTimeout
-from mooncake.core.messages import STORES_PREFIX, MetaGet, MetaReply
+from mooncake.core.messages import STORES_PREFIX
+from mooncake.core.metadata_messages import MetaGet, MetaReply
 from mooncake.core.rpc import BlockingRpcClient
 from tests.integration.client import GREEDY
 from tests.integration.cluster import BLOCK

@@ -21,10 +21,10 @@ from mooncake.core.election import (
     Term,
 )
 from mooncake.core.errors import PeerGone, RequestError
-from mooncake.core.messages import MetaEntries
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_memory import MemoryMetadata, MetadataMachine
+from mooncake.core.metadata_messages import MetaEntries
 
 KEY = "/leader"
 TTL_S = 3.0

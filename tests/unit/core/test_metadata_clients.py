@@ -8,10 +8,10 @@ import pytest
 
 from mooncake.core import metadata_follow, metadata_registration
 from mooncake.core.errors import PeerGone
-from mooncake.core.messages import MetaChange, MetaEntry
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_follow import Changed, Event, Removed, Up, View, follow
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.metadata_messages import MetaChange, MetaEntry
 from mooncake.core.metadata_registration import Registration, RegistrationState
 
 

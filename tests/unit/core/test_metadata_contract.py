@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import pytest
 
 from mooncake.core.errors import RequestError
-from mooncake.core.messages import MetaChange, MetaChanges
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.metadata_messages import MetaChange, MetaChanges
 
 HISTORY = 8
 POLL_S = 0.1

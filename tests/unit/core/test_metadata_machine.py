@@ -7,8 +7,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from mooncake.core import metadata_memory
 from mooncake.core.errors import CapacityError, RequestError
-from mooncake.core.messages import MetaChange
 from mooncake.core.metadata_memory import MetadataMachine
+from mooncake.core.metadata_messages import MetaChange
 
 KEYS = st.sampled_from(["/a/1", "/a/2", "/b/1", "/c"])
 VALUES = st.binary(max_size=3)

@@ -10,18 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooncake.core import messages, wire
+from mooncake.core import messages, metadata_messages, wire
 from mooncake.core.errors import ProtocolError
 
-STRUCTS = sorted(
-    (cls for _, cls in inspect.getmembers(messages, inspect.isclass) if issubclass(cls, msgspec.Struct)),
-    key=lambda cls: cls.__name__,
-)
+CLASSES = [
+    *inspect.getmembers(messages, inspect.isclass),
+    *inspect.getmembers(metadata_messages, inspect.isclass),
+]
+STRUCTS = [cls for _, cls in sorted(dict(CLASSES).items()) if issubclass(cls, msgspec.Struct)]
 UNIONS = {
     "StoreRequest": messages.StoreRequest,
     "StoreReply": messages.StoreReply,
-    "MetaRequest": messages.MetaRequest,
-    "MetaReply": messages.MetaReply,
+    "MetaRequest": metadata_messages.MetaRequest,
+    "MetaReply": metadata_messages.MetaReply,
 }
 KINDS = [*STRUCTS, *UNIONS.values(), list, list[str], dict, object, tuple[int, int, str, list]]
 
@@ -124,7 +125,7 @@ def test_a_tag_that_is_not_of_the_union_is_a_protocol_error(tag):
 
 def test_a_message_of_another_server_is_a_protocol_error():
     with pytest.raises(ProtocolError):
-        wire.decode(wire.encode(messages.MetaGet("/")), messages.StoreRequest)
+        wire.decode(wire.encode(metadata_messages.MetaGet("/")), messages.StoreRequest)
 
 
 @pytest.mark.parametrize("kind", [list, object, dict, messages.StoreRequest])
