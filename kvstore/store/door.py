@@ -9,6 +9,7 @@ private directory; both ends are of the same user, as in transfer.fdpass. Caller
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -29,6 +30,8 @@ log = structlog.get_logger(__name__)
 CONNECTIONS_MAX = 256
 """Callers of one host at once: threads that are inside a call of their pool."""
 BACKLOG = 64
+PAUSE_S = 0.1
+"""Before the next caller is let in when this process has no descriptor left."""
 RECV_BYTES = 64 << 10
 """One read of the socket: 2000 keys. From 128 KiB on malloc maps fresh pages for each: 20 us more."""
 OUTPUT_BYTES_MAX = 4 * wire.MESSAGE_BYTES_MAX
@@ -69,7 +72,11 @@ class Door:
     def start(self) -> None:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._loop:
+            self._loop.add_reader(self._socket, self._accept)
 
     async def close(self) -> None:
         """Hang up on everybody, remove the socket file unless a successor has replaced it (idempotent)."""
@@ -86,7 +93,11 @@ class Door:
     def _accept(self) -> None:
         try:
             caller, _ = self._socket.accept()
-        except OSError:  # it has left already, or we are out of descriptors: it will see no answer
+        except OSError as error:  # it has left already, or we are out of descriptors: it will see no answer
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._loop:
+                log.warning("door.no_descriptors", path=str(self.path), connections=len(self._connections))
+                self._loop.remove_reader(self._socket)  # it would be told of the same caller again, at once
+                self._loop.call_later(PAUSE_S, self._listen)
             return
         if peer_uid(caller) != os.getuid() or len(self._connections) >= CONNECTIONS_MAX:
             log.warning("door.refused", path=str(self.path), connections=len(self._connections))

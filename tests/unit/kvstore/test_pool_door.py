@@ -1,6 +1,7 @@
 """The short way in: the same answers as over ZMQ, in order, and a lost store is an error at once."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -321,3 +322,34 @@ def test_callers_beyond_the_bound_are_turned_away_not_left_waiting(tmp_path, mon
 
     asyncio.run(go())
     assert os.listdir(tmp_path) == []
+
+
+def test_a_store_without_descriptors_lets_callers_in_when_it_has_some_again(tmp_path):
+    class Full:
+        """The door's socket while every descriptor is in use, which one look finds out."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.fileno, self.close, self._real = real.fileno, real.close, real
+            self.looks = 0
+
+        def accept(self):
+            self.looks += 1
+            if self.looks == 1:
+                raise OSError(errno.EMFILE, "no descriptor")
+            return self._real.accept()
+
+    async def go() -> None:
+        server = Door(str(tmp_path / "door"), lambda request: Ok(), None)
+        full = server._socket = Full(server._socket)
+        server.start()
+        client = DoorClient(str(server.path))
+        call = asyncio.create_task(asyncio.to_thread(client.call, Stats(), PATIENCE_S))
+        while not full.looks:  # noqa: ASYNC110 - the door's own task is none that could be awaited
+            await asyncio.sleep(0)
+        assert not asyncio.get_running_loop().remove_reader(full), "meanwhile it looks for nobody"
+        assert await call == Ok()
+        assert full.looks == 2
+        client.close()
+        await server.close()
+
+    asyncio.run(go())
