@@ -37,16 +37,16 @@ Go = Callable[[], object]
 Tokens: TypeAlias = "array[int]"
 
 
-def tokens_of(seed: int, count: int = PROMPT_TOKENS) -> Tokens:
-    """Return token ids."""
-    drawn = np.random.default_rng(seed).integers(300, VOCABULARY, count, np.uint32)
+def tokens_of(seed: int) -> Tokens:
+    """Return the token ids of a prompt."""
+    drawn = np.random.default_rng(seed).integers(300, VOCABULARY, PROMPT_TOKENS, np.uint32)
     return array("I", drawn.tobytes())
 
 
 def prompt(number: int, depth_percent: int, fresh: int) -> Tokens:
     """Return the prompt of asked chain `number`: known up to a depth, then new by `fresh`."""
     known = PROMPT_TOKENS * depth_percent // 100
-    return tokens_of(number)[:known] + tokens_of(1_000_000 + fresh, PROMPT_TOKENS - known)
+    return tokens_of(number)[:known] + tokens_of(1_000_000 + fresh)[known:]
 
 
 def path_of(group: int, chain: int) -> list[int]:

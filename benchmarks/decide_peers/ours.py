@@ -145,7 +145,7 @@ class Ours(Decider):
 
     def depth(self, tokens: list[int]) -> int:
         """See Decider."""
-        return self.decide(self.keys(tokens)).hit_blocks
+        return max(self.filled.index.longest_prefix(self.keys(tokens)).values(), default=0)
 
     def ready(self, op: str, prompts: list[Tokens]) -> tuple[Go, Go]:
         """See Decider."""
