@@ -9,7 +9,7 @@ import numpy as np
 from xxhash import xxh3_128, xxh3_128_digest
 
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from mooncake.core.errors import RequestError
+from mooncake.core.errors import ProtocolError, RequestError
 from mooncake.core.keys import checksum_seed
 from mooncake.core.messages import Findings
 
@@ -93,11 +93,11 @@ class Look(msgspec.Struct):
         """Decode columns.
 
         Raises:
-            RequestError: they are not one row per key.
+            ProtocolError: they are not one row per key.
         """
         rows = len(keys)
         if not len(found.offsets) == len(found.sizes) == 8 * rows or len(found.checksums) != 16 * rows:
-            raise RequestError(f"{len(found.sizes)} bytes of sizes for {rows} keys")
+            raise ProtocolError(f"{len(found.sizes)} bytes of sizes for {rows} keys")
         if rows == 1:
             offsets = [int.from_bytes(found.offsets, "little", signed=True)]
             sizes = [int.from_bytes(found.sizes, "little", signed=True)]

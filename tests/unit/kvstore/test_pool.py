@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.client.model import Outcome
+from kvstore.client.model import Look, Outcome
 from kvstore.client.object_names import object_key
 from kvstore.client.pool import Pool
-from mooncake.core.errors import RequestError
-from mooncake.core.messages import StoreRecord
+from mooncake.core.errors import ProtocolError, RequestError
+from mooncake.core.messages import Findings, StoreRecord
 from tests.unit.kvstore.conftest import StoreProcess
 from transfer.config import EngineConfig
 
@@ -478,3 +478,9 @@ def test_a_pool_of_nobody_answers_too(open_pool):
     for results in (pool.put(["a"], [b"1"]), pool.get_into(["a"], [bytearray(1)]), pool.look(["a"])):
         assert outcomes(results) == [Outcome.FAILED]
         assert "no store" in results[0].reason
+
+
+@pytest.mark.parametrize("sizes", [b"", bytes(8), bytes(24)])
+def test_an_answer_that_is_not_one_row_per_key_is_the_stores_fault(sizes):
+    with pytest.raises(ProtocolError):
+        Look.of([b"k" * 32, b"l" * 32], Findings(0, bytes(16), sizes, bytes(32)))
