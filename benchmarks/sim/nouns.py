@@ -8,7 +8,7 @@ from benchmarks.sim.feed import Feed
 from benchmarks.sim.host import Host
 from benchmarks.sim.intervals import Gap, Tbt
 from benchmarks.sim.trace import TraceRequest
-from conductor.admission import AdmissionMode
+from conductor.admission import MARGIN, AdmissionMode
 from conductor.plan import Leg, Plan
 from conductor.planner import PlannerConfig
 from conductor.request import RequestMachine
@@ -28,7 +28,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     both: instances that do both; excludes the two others. host_blocks: of the store beside each instance
     that prefills; None = as the profile says. decode_host_blocks: beside each that only decodes.
-    admission, decode_s: see conductor.admission; objectives that are None are not enforced.
+    admission, decode_s, admission_margin: see conductor.admission; objectives that are None are not enforced.
     planner: who changes roles; None = nobody does.
     hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
     tenants: names, taken in turn by the conversations.
@@ -53,6 +53,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     mixed: bool = False
     admission: AdmissionMode = AdmissionMode.OBJECTIVES
     decode_s: float | None = None
+    admission_margin: float = MARGIN
     reject_ttft_s: float | None = None
     reject_tbt_s: float | None = None
     waiting_max: int = WAITING_MAX

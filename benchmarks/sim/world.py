@@ -81,6 +81,7 @@ class World:
                 inline=config.inline,
                 session_bonus_s=config.session_bonus_s,
                 decode_s=config.decode_s,
+                admission_margin=config.admission_margin,
                 waiting_max=config.waiting_max,
                 seed=config.seed,
             ),
