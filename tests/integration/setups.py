@@ -9,3 +9,4 @@ BF16_LAYERWISE = Setup("bf16 layerwise", dtype="bfloat16", load_mode="layerwise"
 AGGREGATED = Setup("bf16 aggregated", dtype="bfloat16", flags=("--aggregated=2",))
 """Two, so that each has one core: threads change the sums of bf16, and with them tokens."""
 FIRST_TOKEN = Setup("bf16 first token", dtype="bfloat16", flags=("--first-token",))
+THREE = Setup("fp32 three engines", flags=("--prefill=2",), instances=3)
