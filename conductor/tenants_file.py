@@ -20,13 +20,14 @@ SIZE_BYTES_MAX = 1 << 20
 
 
 class TenantsFile:
-    """Remembers the text it saw last."""
+    """Remembers the text that holds, and the one it saw last: somebody may be writing it just now."""
 
     def __init__(self, path: str, environ: Mapping[str, str] | None = None) -> None:
         """`environ`: where the keys are that the file names; None = this process's."""
         self._path = Path(path)
         self._environ = os.environ if environ is None else environ
-        self._text: str | None = None
+        self._text: str | None = None  # that holds, or was refused
+        self._seen: str | None = None
 
     def read(self) -> Tenants:
         """Return what it says.
@@ -38,7 +39,7 @@ class TenantsFile:
         return parse_tenants(self._text, self._environ, str(self._path))
 
     def changed(self) -> Tenants | None:
-        """Return what it says now; None: the same as before, or as wrong as before.
+        """Return what it says now, if it said so twice in a row; None: as before, or as wrong as before.
 
         Raises:
             ConfigError: it has changed to something wrong, or is gone; told once.
@@ -48,9 +49,10 @@ class TenantsFile:
         except ConfigError:
             if self._text is None:
                 return None
-            self._text = None
+            self._text = self._seen = None
             raise
-        if text == self._text:
+        before, self._seen = self._seen, text
+        if text == self._text or text != before:
             return None
         self._text = text
         return parse_tenants(text, self._environ, str(self._path))

@@ -1,7 +1,7 @@
 """What a request asks of its service, from its headers."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conductor.terms import CLASSES, DEFAULT_TERMS, Terms, terms_of
@@ -51,6 +51,7 @@ def test_a_header_that_makes_no_sense_is_refused_by_name(name, value):
         terms_of([(name, value)])
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from([b"x-slo-class", b"x-slo-ttft-ms", b"x-mooncake-tenant"]), st.binary())
