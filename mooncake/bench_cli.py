@@ -3,7 +3,6 @@
 Imports nothing heavy before it runs, as mooncake.cli.
 """
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,6 +137,8 @@ def _one(
     stderr: "Console",
 ) -> "list[Outcome]":
     """Run one endpoint; Ctrl-C ends the run, and what came until then is reported."""
+    import asyncio
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks.replay.run import replay_until_stopped
