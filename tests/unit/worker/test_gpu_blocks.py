@@ -1,6 +1,7 @@
 """An engine's own cache is known by our names, from vLLM's events in either encoding, and never wrongly."""
 
 from hashlib import sha256
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -272,6 +273,10 @@ class Model:
     def store(self, prompt: list[int], first: int) -> None:
         self.copies += [tuple(prompt[: SIZE * (i + 1)]) for i in range(first, len(prompt) // SIZE)]
 
+    def hits(self, prompt: list[int]) -> int:
+        there = (tuple(prompt[:end]) in self.copies for end in range(SIZE, len(prompt) + 1, SIZE))
+        return sum(takewhile(bool, there))
+
     def held(self) -> set[bytes]:
         return {prompt_keys(ROOT, list(one), SIZE)[0][-1] for one in self.copies}
 
@@ -286,10 +291,8 @@ def test_any_order_of_stores_removals_and_clears_is_followed_and_told_net(data: 
         action = data.draw(st.sampled_from(["store", "store", "remove", "clear", "look"]))
         if action == "store":
             prompt = data.draw(prompts)
-            # a request has the blocks before those it stores: the deepest prefix that is there
-            deepest = next(
-                (n for n in range(len(prompt) // SIZE, 0, -1) if tuple(prompt[: n * SIZE]) in model.copies), 0
-            )
+            # a request has the blocks before those it stores: as many as are there without a gap
+            deepest = model.hits(prompt)
             first = min(data.draw(st.integers(0, deepest)), len(prompt) // SIZE - 1)
             model.store(prompt, first)
             engine.tell(stored(prompt, first, encoding))
