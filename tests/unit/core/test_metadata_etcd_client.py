@@ -207,7 +207,7 @@ async def guarded(guard: Guarded) -> AsyncIterator[tuple[EtcdMetadata, FakeServe
 
     server.script = script
     options = EtcdOptions(endpoints=(await server.start(),), user="me")
-    store = EtcdMetadata(options, answer_s=5.0)
+    store = EtcdMetadata(options, answer_s=5.0, call_s=20.0)  # ten calls on a busy machine
     try:
         yield store, server
     finally:
