@@ -19,8 +19,8 @@ check: install         ## style, types, layers
 test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
 	.venv/bin/python -m pytest
 
-unit: install          ## unit and simulation tests, a quick look: four processes (they wait a lot), a third of the examples, no chaos
-	.venv/bin/python -m pytest tests/unit tests/sim -m "not chaos" \
+unit: install          ## unit and simulation tests, a quick look: four processes (they wait a lot), a third of the examples, nothing that must run alone
+	.venv/bin/python -m pytest tests/unit tests/sim -m "not serial" \
 	    -n 4 --dist worksteal --hypothesis-profile=quick
 
 integration: install   ## only the tests with real engines

@@ -1,4 +1,6 @@
-"""For all tests: a second try for those of real processes, and how much hypothesis tries."""
+"""For all tests: which run alone, a second try for those of real processes, and how much hypothesis tries."""
+
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -8,17 +10,24 @@ settings.register_profile("quick", max_examples=30)
 
 TAIL_CHARS = 4_000
 REAL = ("integration", "rdma", "chaos")
+HERE = Path(__file__).parent
+PARALLEL = ("unit", "sim")
+"""Folders whose tests share nothing with each other; they import no vLLM either (12 s in every process)."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of real processes a second try: on a busy machine one of them may miss a deadline.
+    """Mark what runs alone, and give tests of real processes a second try.
 
-    The closing line counts second tries ("1 rerun"), and why the first one failed is printed above it: each
-    is looked into. Everything else has one try.
+    On a busy machine one of these may miss a deadline. The closing line counts second tries ("1 rerun"), and
+    why the first one failed is printed above it: each is looked into. Everything else has one try.
     """
     for item in items:
-        if any(item.get_closest_marker(name) for name in REAL):
+        real = any(item.get_closest_marker(name) for name in REAL)
+        if real:
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if real or item.path.relative_to(HERE).parts[0] not in PARALLEL:
+            item.add_marker(pytest.mark.serial)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

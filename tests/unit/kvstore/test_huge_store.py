@@ -13,6 +13,7 @@ from tests.unit.huge import more_huge_pages
 from transfer.hugepages import free_huge_bytes
 from transfer.segment import HUGE_PAGE_BYTES
 
+pytestmark = pytest.mark.serial
 PAGES = 4
 BLOCK_BYTES = HUGE_PAGE_BYTES // 2 + 4096
 """So that some lie across the border of two huge pages."""

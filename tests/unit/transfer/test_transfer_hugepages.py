@@ -18,6 +18,7 @@ from transfer.hugepages import create_segment, free_huge_bytes
 from transfer.model import Opcode
 from transfer.segment import HUGE_PAGE_BYTES, PAGE_BYTES, Pages, Segment
 
+pytestmark = pytest.mark.serial
 SIZE = 2 * HUGE_PAGE_BYTES
 
 
