@@ -157,7 +157,9 @@ async def test_an_engine_error_is_retried_elsewhere(make_world) -> None:
     assert await world.finish(world.add(make_request(PROMPT))) == expected(PROMPT, 8)
 
 
-async def test_without_any_instance_a_stream_fails_clearly_within_its_bound(make_world) -> None:
+async def test_without_any_instance_a_stream_fails_clearly_within_its_bound(make_world, monkeypatch) -> None:
+    for name in ("REPLAN_DELAY_MIN_S", "REPLAN_DELAY_MAX_S"):
+        monkeypatch.setattr(f"conductor.request.{name}", 0.01)  # its bound is a number of tries
     world = make_world()
     for engine in await two_instances(world):
         engine.step_s = 0.01
