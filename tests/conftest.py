@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("quick", max_examples=30)
-"""`make unit`; a full run has everything."""
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("full"), max_examples=30)
+"""`make unit`; a full run has everything. On neither a slow machine is a failure."""
+settings.load_profile("full")
 
 TAIL_CHARS = 4_000
 REAL = ("integration", "rdma", "chaos")
