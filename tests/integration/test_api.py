@@ -136,7 +136,12 @@ class TestChat:
 
     def test_a_named_tool_is_called(self, client: openai.OpenAI, name: str):
         answer = client.chat.completions.create(
-            model=name, messages=HELLO, max_tokens=400, temperature=1, seed=1, tools=TOOLS,
+            model=name,
+            messages=HELLO,
+            max_tokens=400,
+            temperature=1,
+            seed=1,
+            tools=TOOLS,
             tool_choice={"type": "function", "function": {"name": "get_weather"}},
         )  # fmt: skip -- greedily, a random model may write white space until it is cut off
         (call,) = answer.choices[0].message.tool_calls
