@@ -340,8 +340,9 @@ def test_a_restarted_peer_is_another_one(make_engine):
     again = make_engine(port=there.port)
     fresh = again.allocate(4096)
     data = fill(fresh, 10)
-    with pytest.raises(MooncakeError):
-        here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 1)
+    if not fresh.address <= theirs.address < fresh.address + 4096:  # the system may give the same place again
+        with pytest.raises(MooncakeError):
+            here.transfer(Opcode.READ, there.name, mine.address, theirs.address, 1)
     here.transfer(Opcode.READ, again.name, mine.address, fresh.address, 4096)
     assert bytes(mine.view) == data
 

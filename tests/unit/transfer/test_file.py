@@ -496,7 +496,7 @@ async def test_an_event_loop_can_wait_for_a_batch(file, io):
 
 async def test_an_event_loop_sees_the_deadline_and_may_wait_again(stuck):
     io, file, gate = stuck
-    batch = io.submit(READ, file, [(0, memory(1)), (1, memory(1))], deadline_s=0.02)
+    batch = io.submit(READ, file, [(0, memory(1)), (1, memory(1))], deadline_s=0.5)
     await asyncio.to_thread(gate.await_entered)
     with pytest.raises(PeerTimeout, match="not settled"):
         await batch.finished()

@@ -29,7 +29,7 @@ from mooncake.worker.pulse import Pulse as PulseFile
 from mooncake.worker.relay import VLLM_ABORT, VLLM_ADD, VLLM_UTILITY, Relay, make_stop_pipe, request_stop
 from mooncake.worker.spec import EngineSpec
 
-WAIT_S = 3.0
+WAIT_S = 20.0
 QUIET_S = 0.05
 READY = {"num_gpu_blocks": 7}
 
