@@ -41,6 +41,7 @@ from conductor.plan import (
     RequestFacts,
     Send,
     Stale,
+    revised,
 )
 from conductor.planner import Planner
 from conductor.prompt_keys import KeyMemo
@@ -558,6 +559,7 @@ class Dispatcher:
         self._observe.decided(self._observe.explained(now_s, client, answer))
         if isinstance(answer, Plan):
             self._metrics.decisions.labels(str(answer.decision)).inc()
+            client.plan = answer if client.plan is None else revised(client.plan, answer)
         self._run(machine.plan_result(command.need, answer))
 
     def _fail(self, client: Client, command: Fail) -> None:

@@ -90,6 +90,14 @@ class Plan(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     decode_ticket: int = 0
 
 
+def revised(plan: Plan, answer: Plan) -> Plan:
+    """Return what holds of a request after a replan: of the leg that was placed again, the answer's."""
+    plan = msgspec.structs.replace(plan, fetch_node=answer.fetch_node, fetch_blocks=answer.fetch_blocks)
+    if answer.decode is None:
+        return msgspec.structs.replace(plan, prefill=answer.prefill, prefill_ticket=answer.prefill_ticket)
+    return msgspec.structs.replace(plan, decode=answer.decode, decode_ticket=answer.decode_ticket)
+
+
 class Reason(StrEnum):
     """Why a request was turned away: a metric label."""
 

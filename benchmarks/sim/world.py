@@ -41,6 +41,7 @@ from conductor.plan import (
     Replan,
     RequestFacts,
     Send,
+    revised,
 )
 from conductor.planner import Planner
 from conductor.request import RequestMachine
@@ -357,6 +358,9 @@ class World:
             got = self.scheduler.replan(
                 self.time.now_s, machine.facts, machine.emitted_n, command.exclude, command.need
             )
+            if isinstance(got, Plan):
+                entry.plan = got if entry.plan is None else revised(entry.plan, got)
+                entry.pushed = entry.pushed and got.decode is None  # its blocks went elsewhere
             self._execute(entry, machine.plan_result(command.need, got))
 
         self.time.at(self.time.now_s + command.delay_s, answer)

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import time
 
+import msgspec
 import pytest
 from conftest import make_request
 from fake_engine import FakeEngine, token
@@ -300,3 +301,21 @@ async def test_many_at_once(make_world) -> None:
         assert await world.finish(rid) == expected(prompt, 12)
     assert world.view.charged == 0
     assert isinstance(world.engines[0], FakeEngine)
+
+
+async def test_a_retried_prompt_is_fetched_from_where_the_new_plan_says(make_world, monkeypatch) -> None:
+    world = make_world()
+    first, second, decode = [
+        await world.engine(*one) for one in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"))
+    ]
+    scheduler, asked = world.dispatcher._scheduler, []
+    replan = scheduler.replan
+    monkeypatch.setattr(
+        scheduler, "replan", lambda *args: msgspec.structs.replace(replan(*args), fetch_node="n7")
+    )
+    monkeypatch.setattr(scheduler, "source", lambda facts, target, known: asked.append(known) or known)
+    first.fail_next = 1
+    assert await world.finish(world.add(make_request(PROMPT))) == expected(PROMPT, 8)
+    assert (first.legs(), second.legs(), decode.legs()) == (["prefill"], ["prefill"], ["decode"])
+    kv = second.received[0].sampling_params.extra_args["kv_transfer_params"]["mooncake"]
+    assert kv["source"] == "n7"
