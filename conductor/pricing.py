@@ -7,6 +7,7 @@ hold is loaded, and fetched before where another node has it. The deeper of the 
 import msgspec
 
 from conductor.cluster import ClusterView, Load
+from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import RequestFacts
@@ -79,6 +80,7 @@ class Hits(msgspec.Struct, frozen=True):
 
     blocks: dict[str, int]
     deepest: tuple[int, str]
+    coming: dict[str, int] = {}  # by instance: what it will have computed when its queue is done
     computed_s: dict[tuple[int, int, int, int, int], float] = {}  # most instances ask the same
 
     def on_gpu(self, instance_id: str) -> int:
@@ -89,9 +91,12 @@ class Hits(msgspec.Struct, frozen=True):
 class Pricing:
     """Predicts; chooses nothing."""
 
-    def __init__(self, index: PrefixIndex, cost: CostModel, cluster: ClusterView, *, fetches: bool) -> None:
-        """`fetches`: blocks of other nodes count."""
+    def __init__(
+        self, index: PrefixIndex, cost: CostModel, cluster: ClusterView, coming: Coming, *, fetches: bool
+    ) -> None:
+        """`coming`: what is planned and not computed yet. `fetches`: blocks of other nodes count."""
         self._index = index
+        self._coming = coming
         self.cost = cost
         self._cluster = cluster
         self._fetches = fetches
@@ -101,7 +106,8 @@ class Pricing:
         """Look a request's blocks up."""
         blocks = self._index.longest_prefix(facts.keys)
         is_open = self._cluster.is_open
-        return Hits(blocks, max(((n, node) for node, n in blocks.items() if is_open(node)), default=(0, "")))
+        deepest = max(((n, node) for node, n in blocks.items() if is_open(node)), default=(0, ""))
+        return Hits(blocks, deepest, self._coming.match(facts.keys, known(blocks)))
 
     def prefill(
         self, now_s: float, facts: RequestFacts, worker: Worker, hits: Hits, emitted_n: int = 0
@@ -119,7 +125,7 @@ class Pricing:
         total = facts.prompt_len + emitted_n
         queue_s = worker.load.queue_s(now_s)
         stored, cached = hits.blocks.get(record.node, 0), hits.on_gpu(worker.id)
-        local = max(stored, cached)
+        local = max(stored, cached, hits.coming.get(worker.id, 0))
         work_s = self._compute_s(record, total, local, cached, hits)
         best = Prefill(worker, queue_s + work_s, work_s, local, 0, None, cached)
         depth, node = hits.deepest
@@ -136,7 +142,7 @@ class Pricing:
 
     def least_work_s(self, facts: RequestFacts, block_size: int) -> float:
         """Price a prompt where most of its blocks are; loading them is left out."""
-        blocks = max(self._index.longest_prefix(facts.keys).values(), default=0)
+        blocks = known(self._index.longest_prefix(facts.keys))
         new_tokens, hit_tokens = split(max(1, facts.prompt_len), blocks, block_size)
         return self.cost.prefill_s(new_tokens, hit_tokens)
 
@@ -174,6 +180,11 @@ class Pricing:
         load_s = self.cost.transfer_s((hit_blocks - cached_blocks) * record.block_bytes, remote=False)
         hits.computed_s[asked] = computed_s = load_s + self.cost.prefill_s(new_tokens, hit_tokens)
         return computed_s
+
+
+def known(blocks: dict[str, int]) -> int:
+    """Return how many leading blocks somebody holds."""
+    return max(blocks.values(), default=0)
 
 
 def split(total_tokens: int, hit_blocks: int, block_size: int) -> tuple[int, int]:

@@ -18,11 +18,12 @@ import msgspec
 
 from conductor.admission import MARGIN, Admission, AdmissionMode
 from conductor.cluster import ClusterView, Load
+from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.inline import inlined
 from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
-from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker
+from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker, known
 from conductor.sessions import Sessions
 from conductor.terms import CLASSES
 from mooncake.core.context import differences
@@ -96,7 +97,9 @@ class Scheduler:
     ) -> None:
         """The three views are shared with the shell, which feeds them."""
         self._config = config
-        self._pricing = Pricing(index, cost, cluster, fetches=config.policy is Policy.KVCACHE)
+        self._coming = Coming()
+        fetches = config.policy is Policy.KVCACHE
+        self._pricing = Pricing(index, cost, cluster, self._coming, fetches=fetches)
         self._cluster = cluster
         self._sessions = Sessions()
         self._turns = {"prefill": 0, "decode": 0}  # one each: a shared one would alternate between roles
@@ -167,7 +170,7 @@ class Scheduler:
         hits = self._pricing.hits(facts)
         chosen = self._choose_decode(facts, emitted_n, decodes, hits)
         work = self._pricing.prefill(now_s, facts, chosen.worker, hits, emitted_n)
-        return self._plan(now_s, facts, decision, None, work, chosen)
+        return self._plan(now_s, facts, decision, None, work, chosen, hits)
 
     def work_s(self, facts: RequestFacts, block_size: int) -> float:
         """Predict the work of a prompt on the node that has most of its blocks, queues left out."""
@@ -200,6 +203,7 @@ class Scheduler:
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored."""
         self._cluster.release(now_s, ticket)
+        self._coming.remove(ticket)
         self._admission.released(now_s, ticket)
 
     def second_check(self, plan: Plan) -> Rejection | None:
@@ -252,10 +256,11 @@ class Scheduler:
             free = self._room(facts, free, leg="decode")
         if isinstance(free, Rejection):
             return free
-        work = self._choose_prefill(now_s, facts, free, self._pricing.hits(facts))
+        hits = self._pricing.hits(facts)
+        work = self._choose_prefill(now_s, facts, free, hits)
         chosen = self._pricing.decode(facts, work.worker)
         rejected = self._refused(now_s, facts, work, chosen, free, [work.worker])
-        return rejected or self._plan(now_s, facts, decision, None, work, chosen)
+        return rejected or self._plan(now_s, facts, decision, None, work, chosen, hits)
 
     def _two_legs(
         self, now_s: float, facts: RequestFacts, prefills: list[Worker], decodes: list[Worker]
@@ -288,11 +293,12 @@ class Scheduler:
         rejected = self._refused(now_s, facts, work, chosen, free_prefills, same_root)
         if rejected:
             return rejected
-        return self._plan(now_s, facts, decision, prefill, work, chosen)
+        return self._plan(now_s, facts, decision, prefill, work, chosen, hits)
 
     def _prefill_plan(self, now_s: float, facts: RequestFacts, prefills: list[Worker]) -> Plan:
-        work = self._choose_prefill(now_s, facts, prefills, self._pricing.hits(facts))
-        return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, None)
+        hits = self._pricing.hits(facts)
+        work = self._choose_prefill(now_s, facts, prefills, hits)
+        return self._plan(now_s, facts, _DECISIONS[self._config.policy], work.worker.id, work, None, hits)
 
     def _plan(
         self,
@@ -302,12 +308,14 @@ class Scheduler:
         prefill: str | None,
         work: Prefill,
         chosen: Decode | None,
+        hits: Hits,
     ) -> Plan:
         decode_ticket = 0
         if chosen is not None:
             decode_ticket = self._cluster.charge_decode(chosen.worker.id, chosen.kv_tokens)
             self._sessions.served(facts.session, work.worker.id, chosen.worker.id)
         prefill_ticket = self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len)
+        self._coming.add(prefill_ticket, work.worker.id, facts.keys, known(hits.blocks))
         if chosen is not None:
             ready_s = now_s + work.ttft_s
             self._admission.planned(

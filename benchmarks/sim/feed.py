@@ -1,8 +1,8 @@
 """What one store says to the Conductor's index: numbered messages, a link that delays and loses. Pure.
 
 The production EventStream decides what is applied, when a snapshot is taken and what is distrusted. Of the
-heartbeats only those are simulated that say something: the first, which begins the stream, and the one
-after a lost message, which shows the gap if nothing else is said until then.
+heartbeats only those are simulated that say something: the first, which begins the stream, the one after a
+lost message, which shows the gap if nothing else is said until then, and the one after that, which asks anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,6 +60,9 @@ class Feed:
             self._say(message)
             return
         self.lost += 1
+        self._beat_later()
+
+    def _beat_later(self) -> None:
         heartbeat = StoreEvents(self._node, self._epoch, self._seq, b"", b"")
         self._time.at(self._time.now_s + HEARTBEAT_S, lambda: self._say(heartbeat))
 
@@ -93,6 +96,7 @@ class Feed:
                 case Distrust():
                     self.gaps += 1
                     self._index.reset(self._node)
+                    self._beat_later()
 
     def _snapshot(self, _: EventStream) -> list[Action]:
         """The question has come to the store; its answer has the same way to go."""

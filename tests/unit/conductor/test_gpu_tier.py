@@ -1,5 +1,6 @@
 """What an engine's own cache holds costs it nothing, and is no use to any other."""
 
+from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.plan import Plan, Rejection
@@ -19,7 +20,7 @@ def blob(count: int) -> bytes:
 def priced(index: PrefixIndex, worker: str, *records: InstanceRecord) -> Prefill:
     """What the prompt would take on one of `records`, all of them idle."""
     view = cluster(*records)
-    pricing = Pricing(index, CostModel(), view, fetches=True)
+    pricing = Pricing(index, CostModel(), view, Coming(), fetches=True)
     own = next(one for one in records if one.instance_id == worker)
     return pricing.prefill(0.0, LONG, Worker(own, view.load(worker)), pricing.hits(LONG))
 
@@ -55,7 +56,7 @@ def test_what_others_have_in_their_own_caches_is_never_fetched():
     records = record("p0", "prefill", node="n0"), record("p1", "prefill", node="n1")
     option = priced(index, "p0", *records)
     assert (option.hit_blocks, option.fetch_blocks, option.fetch_node) == (2, 0, None)
-    pricing = Pricing(index, CostModel(), cluster(*records), fetches=True)
+    pricing = Pricing(index, CostModel(), cluster(*records), Coming(), fetches=True)
     assert pricing.hits(LONG).deepest == (2, "n0")
     index.reset("n0")
     assert pricing.hits(LONG).deepest == (0, "")
@@ -78,7 +79,7 @@ def test_a_store_fetches_what_it_lacks_itself_though_its_engine_has_some():
     index.apply(gpu_node("p0"), blob(30), b"")
     own = record("p0", "prefill", node="n0")
     view = cluster(own, record("p1", "prefill", node="n1"))
-    pricing = Pricing(index, cost, view, fetches=True)
+    pricing = Pricing(index, cost, view, Coming(), fetches=True)
     option = pricing.prefill(0.0, LONG, Worker(own, view.load("p0")), pricing.hits(LONG))
     assert (option.fetch_blocks, option.fetch_node, option.gpu_blocks) == (54, "n1", 30)
     fetch_s = cost.transfer_s(54 * own.block_bytes, remote=True)

@@ -102,11 +102,16 @@ def test_the_longest_step_is_the_objective_of_the_request_or_of_the_conductor():
 def test_prompts_that_are_inlined_and_have_not_begun_count_as_one_step():
     view = busy(pd_cluster(decodes=1))
     chooser = scheduler(view, tbt_slo_s=0.07)
-    plans = [planned(chooser.on_request(0.0, facts(f"r{i}", prompt_len=200))) for i in range(3)]
+
+    def ask(now_s: float, name: str):
+        own = keys(200 // BLOCK, name)
+        return planned(chooser.on_request(now_s, facts(name, prompt_len=200, keys=own)))
+
+    plans = [ask(0.0, f"r{i}") for i in range(3)]
     inline, wide = Decision.INLINED, Decision.KVCACHE_CENTRIC
     assert [plan.decision for plan in plans] == [inline, inline, wide]
     chooser.release(0.1, plans[0].prefill_ticket)
-    assert planned(chooser.on_request(0.1, facts("r3", prompt_len=200))).decision is inline
+    assert ask(0.1, "r3").decision is inline
 
 
 def test_a_full_decode_instance_gets_none():

@@ -22,6 +22,7 @@ PURE = (
     "inline",
     "sessions",
     "heat",
+    "coming",
 )
 ALLOWED = {"collections", "collections.abc", "enum", "hashlib", "heapq", "itertools", "math", "msgspec"}
 OURS = {f"conductor.{name}" for name in PURE} | {

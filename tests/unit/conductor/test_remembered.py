@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conductor.cluster import ClusterView, Health, Load
+from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.pricing import Pricing, Worker
@@ -94,7 +95,7 @@ def test_an_option_costs_the_same_whoever_was_priced_before_it(held, prompt_len,
     for holder, depth in held.items():
         index.apply(holder, b"".join(names[:depth]), b"")
     view = cluster(*(record(f"p{n}", "prefill", node=f"n{n}", block_size=BLOCK << n // 3) for n in range(5)))
-    pricing = Pricing(index, CostModel(), view, fetches=fetches)
+    pricing = Pricing(index, CostModel(), view, Coming(), fetches=fetches)
     asked = facts(prompt_len=prompt_len, keys=names[: prompt_len // BLOCK])
     workers = [Worker(one, load) for one, load in view.alive()]
     together = pricing.hits(asked)

@@ -366,3 +366,37 @@ def test_plans_do_not_depend_on_the_hash_seed():
     ]
     assert outputs[0] == outputs[1]
     assert outputs[0].count("Plan(") == 8 * len(Policy)
+
+
+# ------------------------------------------------------------ what is being computed
+
+
+def ask(chooser: Scheduler, name: str, blocks: int = 1000) -> Plan:
+    own = [*keys(blocks), *keys(2, name)]  # all share the first blocks
+    return planned(chooser.on_request(0.0, facts(name, prompt_len=len(own) * BLOCK + 1, keys=own)))
+
+
+def test_who_shares_a_prompt_that_is_being_computed_is_priced_by_the_rest():
+    chooser = scheduler(pd_cluster())
+    first, second, third = (ask(chooser, name) for name in "abc")
+    assert first.prefill != second.prefill  # an idle instance computes it as soon as the other one
+    assert third.predicted_prefill_s < 0.1 * first.predicted_prefill_s
+    assert third.predicted_ttft_s < 1.1 * first.predicted_ttft_s
+    assert third.hit_blocks == 1000
+
+
+def test_it_goes_elsewhere_when_waiting_there_takes_longer():
+    view = pd_cluster()
+    chooser = scheduler(view)
+    first = ask(chooser, "a")
+    view.charge_prefill(0.0, str(first.prefill), 60.0, 1)
+    second = ask(chooser, "b")
+    assert (second.prefill != first.prefill, second.hit_blocks) == (True, 0)
+
+
+def test_what_was_given_up_is_not_waited_for():
+    chooser = scheduler(pd_cluster())
+    first = ask(chooser, "a")
+    chooser.release(0.0, first.prefill_ticket)
+    chooser.release(0.0, first.decode_ticket)
+    assert ask(chooser, "b").hit_blocks == 0
