@@ -380,8 +380,8 @@ def test_who_shares_a_prompt_that_is_being_computed_is_priced_by_the_rest():
     chooser = scheduler(pd_cluster())
     first, second, third = (ask(chooser, name) for name in "abc")
     assert first.prefill != second.prefill  # an idle instance computes it as soon as the other one
-    assert third.predicted_prefill_s < 0.1 * first.predicted_prefill_s
-    assert third.predicted_ttft_s < 1.1 * first.predicted_ttft_s
+    assert third.predicted_prefill_s < 0.2 * first.predicted_prefill_s
+    assert third.predicted_ttft_s < 1.2 * first.predicted_ttft_s
     assert third.hit_blocks == 1000
 
 
