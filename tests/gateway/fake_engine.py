@@ -90,6 +90,12 @@ class FakeEngine:
             block_bytes=1024,
         )
 
+    def freeze(self) -> None:
+        """Return when it stands still; `frozen.clear()` lets it go on."""
+        self.stands.clear()
+        self.frozen.set()
+        assert self.stands.wait(10)
+
     def kill(self) -> None:
         self._stop.set()
         self._thread.join(timeout=5)

@@ -127,7 +127,7 @@ async def test_a_stopped_engine_is_noticed_and_its_late_tokens_are_dropped(make_
     victim = next(e for e in world.engines if "decode" in e.legs())
     other = next(e for e in world.engines if e.role == "decode" and e is not victim)
     began_s = time.monotonic()
-    victim.frozen.set()
+    victim.freeze()
     await world.until(lambda: bool(other.received))
     assert time.monotonic() - began_s < 10.0
     victim.frozen.clear()
@@ -207,7 +207,7 @@ async def test_abort_during_leg_1_means_no_leg_2(make_world) -> None:
     world = make_world()
     prefill = await world.engine("p0", "prefill")
     decode = await world.engine("d0", "decode")
-    prefill.frozen.set()
+    prefill.freeze()
     rid = world.add(make_request(PROMPT))
     world.dispatcher.abort([rid])
     prefill.frozen.clear()

@@ -99,7 +99,7 @@ async def test_a_broken_connection_is_noticed_at_once_and_told_once(context, eng
 async def test_hello_is_repeated_until_somebody_listens(context, engine, monkeypatch) -> None:
     monkeypatch.setattr(links, "HELLO_RETRY_S", 0.0)
     owner = Owner()
-    engine.frozen.set()
+    engine.freeze()
     link = open_link(context, engine, owner)
     for _ in range(3):
         link.tick(link._began_s + 1.0)
@@ -111,7 +111,7 @@ async def test_hello_is_repeated_until_somebody_listens(context, engine, monkeyp
 
 async def test_a_relay_that_never_answers_is_given_up(context, engine) -> None:
     owner = Owner()
-    engine.frozen.set()
+    engine.freeze()
     link = open_link(context, engine, owner)
     link.tick(link._began_s + links.CONNECT_S_MAX + 1)
     assert "no welcome" in owner.lost[0]

@@ -158,8 +158,7 @@ async def test_who_only_counts_on_a_draining_instance_is_placed_anew(make_world)
     world = make_world()
     p0 = await world.engine("p0", "prefill")
     d0 = await world.engine("d0", "decode")
-    p0.frozen.set()  # the prompt takes its time
-    await world.until(p0.stands.is_set)
+    p0.freeze()  # the prompt takes its time
     waiting = world.add(make_request(PROMPT))
     d1 = await world.engine("d1", "decode")
     async with keeping(world) as keeper:
