@@ -83,6 +83,11 @@ class Load:
         head_s = next(iter(self._prefill_s.values()))
         return self._sum_s - min(head_s, max(0.0, now_s - self._head_start_s))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._prefill_s or self.decode_requests)
+
     def overdue_s(self, now_s: float) -> float:
         """Return for how long the prefill at the head has run beyond its prediction."""
         if not self._prefill_s:

@@ -12,7 +12,7 @@ import msgspec
 
 from conductor.cluster import ClusterView
 from conductor.plan import Plan, Reason, Rejection
-from conductor.scheduler import RETRY_AFTER_MAX_S, RETRY_AFTER_S
+from conductor.scheduler import retry_after
 from conductor.terms import Terms
 from conductor.waiting import Left, Waiting, WaitingRoom, Why
 
@@ -73,7 +73,7 @@ class Gate:
         limit_s = self._config.wait_s if terms.ttft_slo_s is None else terms.ttft_slo_s
         ahead_s = self._ahead_s(now_s, terms.slo_class.rank)
         if terms.ttft_slo_s is not None and ahead_s + work_s > limit_s:
-            retry_after_s = min(max(ahead_s + work_s - limit_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+            retry_after_s = retry_after(ahead_s + work_s - limit_s)
             detail = f"predicted {ahead_s + work_s:.1f} s in the queue, objective {limit_s:.1f} s"
             return _rejection(request_id, Reason.TTFT_SLO, detail, retry_after_s), []
         wait_s = max(limit_s - work_s, limit_s * SHARE_MIN)
@@ -139,7 +139,7 @@ class Gate:
 
     def _left(self, now_s: float, left: Left) -> Rejection:
         reason = Reason.QUEUE_FULL if left.why is not Why.EXPIRED else Reason.QUEUE_TIME
-        retry_after_s = min(max(self._ahead_s(now_s), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        retry_after_s = retry_after(self._ahead_s(now_s))
         detail = "" if left.why in {Why.EXPIRED, Why.FULL} else str(left.why)
         return _rejection(left.waiting.request_id, reason, detail, retry_after_s)
 

@@ -34,12 +34,12 @@ from conductor.members import Members
 from conductor.metrics import process_metrics
 from conductor.planner import Planner, PlannerConfig
 from conductor.role_keeper import RoleKeeper, RoleMetrics
-from conductor.roles import DRAINING
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.tenants_file import TenantsFile, follow
 from mooncake.core.config import GatewayOptions, check_host
 from mooncake.core.errors import RequestError
+from mooncake.core.messages import DRAINING
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd

@@ -21,6 +21,7 @@ from math import exp
 
 import msgspec
 
+from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 
@@ -195,6 +196,12 @@ class Heat:
         head = self._warm.pop(key)
         self._keys -= len(head.keys)
         head.keys, head.copies = (), 0
+
+
+def candidates(cluster: ClusterView) -> list[str]:
+    """Return the hosts where prompts are computed and whose stores copy from others."""
+    hosts = [record.node for record, _ in cluster.alive() if record.role in {"prefill", "both"}]
+    return [node for node in dict.fromkeys(hosts) if cluster.is_open(node)]
 
 
 def placed(wishes: Sequence[Wish], nodes: Sequence[str], index: PrefixIndex) -> list[tuple[Wish, list[str]]]:

@@ -16,7 +16,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from conductor.cluster import ClusterView
-from conductor.heat import COPIES_MIN, ROUND_S, SHARE_MAX, TTL_S, Heat, Wish, placed
+from conductor.heat import COPIES_MIN, ROUND_S, SHARE_MAX, TTL_S, Heat, Wish, candidates, placed
 from conductor.index import PrefixIndex
 from conductor.plan import Plan, RequestFacts
 from kvstore.directory.messages import LEADER_KEY, DirectoryReply, KeepHot
@@ -113,7 +113,7 @@ class HotCopies:
 
     async def round(self, now_s: float) -> None:
         """Say what is due. Troubles are counted, and logged once until they change or end."""
-        nodes = self._nodes()
+        nodes = candidates(self._view)
         wishes = self._heat.step(now_s, len(nodes), self._room(nodes)) if len(nodes) >= COPIES_MIN else []
         self._metrics.prefixes.set(len(wishes))
         self._metrics.copies.set(sum(wish.copies for wish in wishes))
@@ -186,11 +186,6 @@ class HotCopies:
         self._trouble = trouble
 
     # ------------------------------------------------------------ who could have copies
-
-    def _nodes(self) -> list[str]:
-        """Return the hosts where prompts are computed and whose stores copy from others."""
-        hosts = [record.node for record, _ in self._view.alive() if record.role in {"prefill", "both"}]
-        return [node for node in dict.fromkeys(hosts) if self._view.is_open(node)]
 
     def _room(self, nodes: Sequence[str]) -> int:
         """Return how many blocks each of them may have."""

@@ -20,11 +20,12 @@ from conductor.index_feed import IndexFeed
 from conductor.index_metrics import IndexCollector
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
-from conductor.roles import DRAINING, Order
+from conductor.roles import Order
 from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
 from kvstore.directory import follower
-from mooncake.core.config import LOOPBACK
+from mooncake.core.config import LOOPBACK, ROLES
 from mooncake.core.messages import (
+    DRAINING,
     INSTANCES_PREFIX,
     STORES_PREFIX,
     InstanceRecord,
@@ -324,7 +325,7 @@ class Members:
         for record, health, _ in self.view.instances():
             key = (record.role, str(health))
             counts[key] = counts.get(key, 0) + 1
-        for role in ("prefill", "decode", "both", DRAINING):
+        for role in (*ROLES, DRAINING):
             for health in Health:
                 gauge = self._metrics.instances.labels(role, str(health))
                 gauge.set(counts.get((role, str(health)), 0))

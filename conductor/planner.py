@@ -20,8 +20,10 @@ from math import inf
 
 import msgspec
 
+from conductor.cluster import Load
 from conductor.cost import OUTPUT_TOKENS_PRIOR, CostModel
 from conductor.plan import Decision, Plan
+from mooncake.core.messages import InstanceRecord
 
 BUSY_MAX = 0.85
 """Of an engine's time: beyond it, queues of prompts of so different lengths grow without much warning."""
@@ -65,6 +67,18 @@ class Member(msgspec.Struct, frozen=True):
     decode_requests: int
     kv_tokens_max: int
     sequences_max: int
+
+
+def member_of(now_s: float, record: InstanceRecord, load: Load) -> Member:
+    """Return an instance as the planner sees it."""
+    return Member(
+        instance_id=record.instance_id,
+        role=record.role,
+        queue_s=load.queue_s(now_s),
+        decode_requests=load.decode_requests,
+        kv_tokens_max=record.kv_blocks * record.block_size,
+        sequences_max=record.max_num_seqs,
+    )
 
 
 class Switch(msgspec.Struct, frozen=True):

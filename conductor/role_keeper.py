@@ -12,7 +12,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from conductor.cluster import ClusterView
-from conductor.planner import Forecast, Member, Planner
+from conductor.planner import Forecast, Member, Planner, member_of
 from conductor.roles import Changes, Order, check_change
 
 log = structlog.get_logger(__name__)
@@ -126,21 +126,9 @@ class RoleKeeper:
             log.warning("roles.order_lost", instance=order.instance_id, role=order.role)
 
     def _is_busy(self, instance_id: str) -> bool | None:
-        if self._view.record(instance_id) is None:
-            return None
-        load = self._view.load(instance_id)
-        return bool(load.prefill_requests or load.decode_requests)
+        known = self._view.record(instance_id) is not None
+        return self._view.load(instance_id).is_busy if known else None
 
     def _members(self) -> list[Member]:
         now_s = time.monotonic()
-        return [
-            Member(
-                instance_id=record.instance_id,
-                role=record.role,
-                queue_s=load.queue_s(now_s),
-                decode_requests=load.decode_requests,
-                kv_tokens_max=record.kv_blocks * record.block_size,
-                sequences_max=record.max_num_seqs,
-            )
-            for record, load in self._view.alive()
-        ]
+        return [member_of(now_s, record, load) for record, load in self._view.alive()]

@@ -14,9 +14,8 @@ import msgspec
 
 from conductor.planner import Member
 from mooncake.core.errors import RequestError
+from mooncake.core.messages import DRAINING
 
-DRAINING = "draining"
-"""Role of an instance on its way to another one: neither pool has it."""
 DRAIN_S = 30.0
 """An answer that is longer goes on beside the other role's work; waiting for it would idle an instance."""
 HOLD_SPARE_S = 15.0

@@ -37,6 +37,11 @@ RETRY_AFTER_MAX_S = 30.0
 _WORD = (1 << 64) - 1
 
 
+def retry_after(seconds: float) -> float:
+    """Return what a client is told of a wait that is predicted."""
+    return min(max(seconds, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+
+
 class Mode(StrEnum):
     """Two legs, or each instance does both."""
 
@@ -370,7 +375,7 @@ class Scheduler:
         if load <= 1:
             return None
         # a queue drains by one second each second
-        retry_after_s = min(max(queue_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        retry_after_s = retry_after(queue_s * (1 - 1 / load))
         detail = f"{work.work_s:.1f} s of work, and {queue_s:.1f} s of others' on the mean instance"
         return _reject(facts, Reason.PREFILL_LOAD, detail, retry_after_s)
 
@@ -379,7 +384,7 @@ class Scheduler:
         tbt_slo_s = self._tbt_slo_s(facts)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             # by then the queue has drained to where the same request would fit
-            retry_after_s = min(max(ttft_s - ttft_slo_s, RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+            retry_after_s = retry_after(ttft_s - ttft_slo_s)
             detail = f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s"
             return _reject(facts, Reason.TTFT_SLO, detail, retry_after_s)
         if tbt_slo_s is not None and tbt_s > tbt_slo_s:
@@ -451,7 +456,7 @@ def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | Non
     if load <= 1:
         return None
     # answers end evenly over t_d, so that is when the part above 1 has gone
-    retry_after_s = min(max(decode_s * (1 - 1 / load), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+    retry_after_s = retry_after(decode_s * (1 - 1 / load))
     detail = f"load of the decode instances {load:.3f}"
     return Rejection(
         request_id=request_id, reason=Reason.DECODE_LOAD, retry_after_s=retry_after_s, detail=detail

@@ -14,6 +14,7 @@ import msgspec
 from benchmarks.sim.nouns import Sample
 from benchmarks.sim.run import Fate, Result
 from mooncake.core.errors import ConfigError
+from mooncake.core.messages import DRAINING
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of Okabe and Ito: told apart by those, too, who see fewer colours; no yellow, which white swallows."""
@@ -300,7 +301,7 @@ def _roles(name: str) -> Callable[[Any, Runs], None]:
         for role, colour in zip(sorted(roles, reverse=True), COLOURS, strict=False):
             counts = [sample.up.get(role, 0) for sample in run.samples]
             highest = max(highest, *counts)
-            style = ":" if role == "draining" else "-"
+            style = ":" if role == DRAINING else "-"
             axes.step(at_s, counts, where="post", label=role, color=colour, linestyle=style)
         above = highest * 1.12
         for up, marker, label in ((True, "^", "to prefill"), (False, "v", "to decode")):

@@ -11,7 +11,7 @@ from benchmarks.sim.timeline import Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
-from conductor.heat import COPIES_MIN, ROUND_S, SHARE_MAX, TTL_S, Heat, placed
+from conductor.heat import COPIES_MIN, ROUND_S, SHARE_MAX, TTL_S, Heat, candidates, placed
 from conductor.index import PrefixIndex
 from conductor.plan import Plan
 from kvstore.leader.placement import Placer, Room
@@ -80,12 +80,7 @@ class HotCopies:
 
     def _round(self) -> None:
         now_s = self._time.now_s
-        serving = [
-            record.node
-            for record, _ in self._cluster.alive()
-            if record.role in {"prefill", "both"} and self._cluster.is_open(record.node)
-        ]
-        nodes = list(dict.fromkeys(serving))
+        nodes = candidates(self._cluster)
         if len(nodes) >= COPIES_MIN:
             room = min(self._hosts[node].capacity_blocks for node in nodes) // SHARE_MAX
             wishes = self.heat.step(now_s, len(nodes), room)

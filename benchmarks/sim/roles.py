@@ -7,7 +7,7 @@ import msgspec
 from benchmarks.sim.nouns import Instance
 from benchmarks.sim.timeline import Timeline
 from conductor.cluster import ClusterView
-from conductor.planner import Member, Planner, Switch
+from conductor.planner import Member, Planner, Switch, member_of
 from conductor.roles import Changes, Order
 
 DRAIN_POLL_S = 0.5
@@ -51,15 +51,7 @@ class Roles:
 
     def _member(self, instance: Instance) -> Member:
         record = instance.record
-        load = self._cluster.load(record.instance_id)
-        return Member(
-            instance_id=record.instance_id,
-            role=record.role,
-            queue_s=load.queue_s(self._time.now_s),
-            decode_requests=load.decode_requests,
-            kv_tokens_max=record.kv_blocks * record.block_size,
-            sequences_max=record.max_num_seqs,
-        )
+        return member_of(self._time.now_s, record, self._cluster.load(record.instance_id))
 
     def _switch(self, switch: Switch) -> None:
         """Give it nothing new; when it has finished, or after long enough, it comes back in its new role."""
@@ -71,7 +63,7 @@ class Roles:
         self._poll()
 
     def _poll(self) -> None:
-        for order in self._changes.step(self._time.now_s, self._is_busy):
+        for order in self._changes.step(self._time.now_s, lambda one: self._cluster.load(one).is_busy):
             self._set_role(order)
             self.switches.append((self._time.now_s, order.instance_id, order.role))
         if len(self._changes) and not self._polling:
@@ -81,10 +73,6 @@ class Roles:
     def _poll_again(self) -> None:
         self._polling = False
         self._poll()
-
-    def _is_busy(self, instance_id: str) -> bool:
-        load = self._cluster.load(instance_id)
-        return bool(load.decode_requests or load.prefill_requests)
 
     def _set_role(self, order: Order) -> None:
         instance = self._instances[order.instance_id]

@@ -427,10 +427,14 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     protocol: int = RELAY_PROTOCOL
 
 
+DRAINING = "draining"
+"""Role of an instance on its way to another one: neither pool has it."""
+
+
 class RoleOrder(msgspec.Struct, frozen=True, array_like=True):
     """Register with this role from now on; with hold_s (seconds), for so long unless another order comes.
 
-    The new record is the answer. role: prefill | decode | both, or draining: part of no pool.
+    The new record is the answer. role: prefill | decode | both, or DRAINING.
     """
 
     role: str
@@ -495,7 +499,7 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     """What an engine instance says of itself under INSTANCES_PREFIX + instance_id (JSON)."""
 
     instance_id: str
-    role: str  # prefill | decode | both
+    role: str  # prefill | decode | both | draining
     epoch: str  # new at every start of the engine
     endpoint: str  # relay's ZMQ address
     node: str

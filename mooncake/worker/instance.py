@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ class Instance:
         """Nothing is started yet."""
         self._options = options
         self._stop_read, self._stop_write = make_stop_pipe()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._registered: tuple[asyncio.AbstractEventLoop, Registration] | None = None
         self._control: threading.Thread | None = None
         self._leave = threading.Event()
         self._ready = threading.Event()
@@ -195,7 +194,6 @@ class Instance:
         self._tells_blocks = False
         self._gpu = GpuCollector(options.instance_id, options.role)
         self._role = HeldRole(options.role)
-        self._role_changed: Callable[[], object] = bool  # nothing to tell before there is a record
 
     def run(self) -> int:
         """Start, serve until SIGTERM or the engine's end, clean up."""
@@ -299,8 +297,7 @@ class Instance:
                     encode = functools.partial(self._encoded, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()
-                    loop = asyncio.get_running_loop()
-                    self._role_changed = functools.partial(loop.call_soon_threadsafe, registration.refresh)
+                    self._registered = asyncio.get_running_loop(), registration
                 if engine.poll() is not None:
                     break
                 if spec.store is not None:
@@ -321,8 +318,10 @@ class Instance:
     def _take_role(self, order: RoleOrder) -> None:
         """Called by the relay; the next beat, at once, registers with the new role."""
         self._role.order(time.monotonic(), order)
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nothing is registered any more
-            self._role_changed()
+        if self._registered is not None:
+            loop, registration = self._registered
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nothing is registered any more
+                loop.call_soon_threadsafe(registration.refresh)
 
     def _open_gpu_events(self, spec: EngineSpec, record: InstanceRecord) -> InstanceRecord:
         """Begin to tell what the engine's own cache holds, if it says so; return where."""

@@ -19,8 +19,10 @@ import structlog
 import zmq
 
 from mooncake.core import rpc, wire
+from mooncake.core.config import ROLES
 from mooncake.core.errors import CapacityError, MooncakeError, ProtocolError
 from mooncake.core.messages import (
+    DRAINING,
     RELAY_PROTOCOL,
     RELAY_SLOTS,
     Failure,
@@ -45,7 +47,7 @@ GATEWAY_SILENT_S = 5.0
 POLL_MS = 200
 QUEUE_MESSAGES_MAX = 100_000
 """Per gateway: about 20 s of frames at 5,000 tokens/s; a gateway that far behind is cut off."""
-ROLES = ("prefill", "decode", "both", "draining")
+ORDERED = (*ROLES, DRAINING)
 HOLD_S_MAX = 600.0
 DRAIN_FRAMES = 64
 """Frames taken from one socket before the others get a look."""
@@ -199,8 +201,8 @@ class Relay:
         if len(frames) != 1:
             raise ProtocolError("an order of a role carries one frame")
         order = wire.decode(frames[0], RoleOrder)
-        if order.role not in ROLES or not 0 <= order.hold_s <= HOLD_S_MAX:
-            raise ProtocolError(f"role {order.role!r} for {order.hold_s} s: must be {', '.join(ROLES)}")
+        if order.role not in ORDERED or not 0 <= order.hold_s <= HOLD_S_MAX:
+            raise ProtocolError(f"role {order.role!r} for {order.hold_s} s: must be {', '.join(ORDERED)}")
         log.info("relay.role", role=order.role, hold_s=order.hold_s, gateway=slot.gateway_id)
         if self.on_role is not None:
             self.on_role(order)

@@ -7,8 +7,8 @@ from mooncake.core.messages import RoleOrder
 
 class _Turn(msgspec.Struct, frozen=True):
     role: str
-    back: str  # what it is again after until_s
-    until_s: float  # inf = for good
+    back: str  # what it is again after until_s, and if no further order comes
+    until_s: float  # inf = for good: `back` is the same role
 
 
 class HeldRole:
@@ -20,9 +20,8 @@ class HeldRole:
 
     def order(self, now_s: float, order: RoleOrder) -> None:
         """Take a role; with hold_s, for so long unless another order comes."""
-        settled = self.settled(now_s)
         if order.hold_s:
-            self._turn = _Turn(order.role, settled, now_s + order.hold_s)
+            self._turn = _Turn(order.role, self._turn.back, now_s + order.hold_s)
         else:
             self._turn = _Turn(order.role, order.role, float("inf"))
 
@@ -30,8 +29,3 @@ class HeldRole:
         """Return the role to register with."""
         turn = self._turn
         return turn.role if now_s < turn.until_s else turn.back
-
-    def settled(self, now_s: float) -> str:
-        """Return the role that stays if no further order comes."""
-        turn = self._turn
-        return turn.role if now_s < turn.until_s and turn.until_s == float("inf") else turn.back

@@ -9,9 +9,9 @@ from test_dispatch import PROMPT, expected
 
 from conductor.planner import Planner, PlannerConfig, Switch
 from conductor.role_keeper import RoleKeeper, RoleMetrics
-from conductor.roles import DRAINING, Changes
+from conductor.roles import Changes
 from mooncake.core.errors import RequestError
-from mooncake.core.messages import RoleOrder
+from mooncake.core.messages import DRAINING, RoleOrder
 
 LONG = 400
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conductor.planner import Member
-from conductor.roles import DRAINING, Changes, Order, check_change
+from conductor.roles import Changes, Order, check_change
 from mooncake.core.errors import RequestError
+from mooncake.core.messages import DRAINING
 
 
 def member(name: str, role: str) -> Member:
