@@ -1,0 +1,261 @@
+"""What gateways and the decision core tell each other (DESIGN 4). One ZMQ connection per gateway and leader.
+
+Frames: [number, 8 bytes][message]. A question's answer carries its number; 0 = no answer is expected. On one
+connection messages keep their order, and that is counted on: what was charged is handed in (Join) before
+anything of it is given back.
+A core answers while it leads; what it decides carries its Term, and gateways refuse what comes from an
+earlier one. Clocks differ between hosts: times are told as ages.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+
+from conductor.plan import Need, Plan, Rejection
+from mooncake.core.messages import Term
+
+CORE_KEY = "/mooncake/conductor/leader"
+"""Of the metadata store: who leads, with the address where gateways reach it (election.LeaderRecord)."""
+CORE_PROTOCOL = 1
+"""Both sides must agree; there is no negotiation."""
+NUMBER_BYTES = 8
+NAME_BYTES = 8
+"""Of a block: keys.short_names, which is all that the index looks at."""
+CONTEXTS_MAX = 4
+"""Kinds of engines that a prompt's blocks are named for: a cluster has one, or two while it is upgraded."""
+NAMES_BYTES_MAX = 1 << 20
+"""Of one prompt and context: 131,072 blocks, 4 M tokens in blocks of 32."""
+TEXT_MAX = 1024
+"""Characters of ids and names. A longer id of a client's is the gateway's to decide on."""
+CHARGES_MAX = 65_536
+"""Handed in at once: eight engines' queues of a gateway, twice."""
+TOLD_MAX = 8_192
+"""Of each kind in one message: those of a loop turn. What is more goes in the next message."""
+EXCLUDED_MAX = 64
+"""Instances that failed one request: its machine gives up long before."""
+
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Tagged by its name."""
+
+
+class _Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Of a message."""
+
+
+# ---------------------------------------------------------------- parts
+
+
+class Charge(_Part):
+    """Load of one ticket. tokens: of the prompt, or of KV when it is decode load; seconds: of prefill."""
+
+    ticket: int
+    instance_id: Text
+    is_prefill: bool
+    seconds: Seconds
+    tokens: Count
+
+
+class Running(_Part):
+    """A request that was accepted and has not ended: what quotas count."""
+
+    request_id: Text
+    tenant: Text
+    slo_class: Text
+    prompt_tokens: Count
+    max_tokens: int
+
+
+class Context(_Part):
+    """A prompt's blocks as engines of one context name them: NAME_BYTES each, little-endian."""
+
+    root: Text
+    block_size: Annotated[int, msgspec.Meta(ge=1)]
+    names: Annotated[bytes, msgspec.Meta(max_length=NAMES_BYTES_MAX)]
+    has_tail: bool = False
+
+
+class Facts(msgspec.Struct, frozen=True, array_like=True):
+    """RequestFacts and Terms of a request. age_s: since it came. sibling: of n > 1 answers, not the first."""
+
+    request_id: Text
+    client_id: Text
+    prompt_len: Count
+    max_tokens: int
+    age_s: Seconds
+    single_leg: bool
+    first_token: bool
+    sibling: bool
+    slo_class: Text
+    tenant: Text
+    session: Text
+    ttft_slo_s: float | None
+    tbt_slo_s: float | None
+    job_s: float | None
+    contexts: Annotated[list[Context], msgspec.Meta(max_length=CONTEXTS_MAX)]
+
+
+class Ended(_Part):
+    """A request is over. ran: an engine had it; finished: its answer is whole, its length means something."""
+
+    request_id: Text
+    tenant: Text
+    slo_class: Text
+    max_tokens: int
+    tokens: Count
+    ran: bool
+    finished: bool
+
+
+class Prefilled(_Part):
+    """A measured prefill."""
+
+    new_tokens: Count
+    cached_tokens: Count
+    seconds: Seconds
+
+
+class Stepped(_Part):
+    """A measured step of decoding."""
+
+    requests: Count
+    context_tokens: Count
+    seconds: Seconds
+
+
+# ---------------------------------------------------------------- gateway -> core
+
+
+class Join(_Message):
+    """A gateway comes, or comes again: this is all that it has in flight; what was known before is void."""
+
+    gateway_id: Text
+    charges: Annotated[list[Charge], msgspec.Meta(max_length=CHARGES_MAX)]
+    running: Annotated[list[Running], msgspec.Meta(max_length=CHARGES_MAX)]
+    protocol: int = CORE_PROTOCOL
+
+
+class Ask(_Message):
+    """Plan a new request. Answer: Answer, or Waiting and an Answer later."""
+
+    facts: Facts
+
+
+class Replan(_Message):
+    """Place a leg again (Scheduler.replan). Answer: Answer."""
+
+    facts: Facts
+    emitted_n: Count
+    exclude: Annotated[list[Text], msgspec.Meta(max_length=EXCLUDED_MAX)]
+    need: Need
+
+
+class SecondCheck(_Message):
+    """A prompt is done: may it be decoded (Scheduler.second_check)? Answer: Checked."""
+
+    facts: Facts
+    decode: Text
+    decode_ticket: int
+
+
+class Left(_Message):
+    """The client of a waiting request is gone. No answer."""
+
+    request_id: Text
+
+
+class Told(_Message):
+    """What a gateway saw since the last one: tickets given back, requests over, measurements. No answer."""
+
+    released: Annotated[list[int], msgspec.Meta(max_length=TOLD_MAX)] = []
+    ended: Annotated[list[Ended], msgspec.Meta(max_length=TOLD_MAX)] = []
+    prefilled: Annotated[list[Prefilled], msgspec.Meta(max_length=TOLD_MAX)] = []
+    stepped: Annotated[list[Stepped], msgspec.Meta(max_length=TOLD_MAX)] = []
+
+
+class Ping(_Message):
+    """Sign of life, a few times a second. Answer: Pong."""
+
+
+class ListInstances(_Message):
+    """Answer: Listed."""
+
+
+class ListDecisions(_Message):
+    """Of one request, "" = the last ones. Answer: Listed."""
+
+    request_id: Text = ""
+
+
+class ChangeRole(_Message):
+    """Answer: Listed, of nothing; or Refused."""
+
+    instance_id: Text
+    role: Text
+
+
+FromGateway = (
+    Join | Ask | Replan | SecondCheck | Left | Told | Ping | ListInstances | ListDecisions | ChangeRole
+)
+
+# ---------------------------------------------------------------- core -> gateway
+
+
+class Joined(_Message):
+    """The core leads, in this term, and has taken over what the gateway has in flight."""
+
+    term: Term
+
+
+class NotLeader(_Message):
+    """Not now, or not known here: find the leader and join."""
+
+
+class Waiting(_Message):
+    """The request waits in the core's gate; an Answer follows within the request's own limits."""
+
+    term: Term
+
+
+class Answer(_Message):
+    """plan or rejection; of a plan, the context it was made in and what it charged."""
+
+    term: Term
+    plan: Plan | None
+    rejection: Rejection | None
+    root: str = ""
+    block_size: int = 1
+    charges: list[Charge] = []
+
+
+class Checked(_Message):
+    """None: go on."""
+
+    term: Term
+    rejection: Rejection | None
+
+
+class Pong(_Message):
+    """The core leads still."""
+
+    term: Term
+
+
+class Listed(_Message):
+    """JSON-ready: what was asked to be listed."""
+
+    entries: list[dict[str, Any]] = []
+
+
+class Refused(_Message):
+    """The message cannot be served: code and text of an error of mooncake.core.errors."""
+
+    code: str
+    message: str
+
+
+FromCore = Joined | NotLeader | Waiting | Answer | Checked | Pong | Listed | Refused
