@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from conductor.plan import Need, Plan, Rejection
+from conductor.plan import Need, Plan, Rejection, RequestFacts
+from conductor.terms import Terms
 from mooncake.core.messages import Term
 
 CORE_KEY = "/mooncake/conductor/leader"
@@ -50,7 +51,7 @@ class _Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # ---------------------------------------------------------------- parts
 
 
-class Charge(_Part):
+class Charge(_Part, frozen=True):
     """Load of one ticket. tokens: of the prompt, or of KV when it is decode load; seconds: of prefill."""
 
     ticket: int
@@ -60,7 +61,7 @@ class Charge(_Part):
     tokens: Count
 
 
-class Running(_Part):
+class Running(_Part, frozen=True):
     """A request that was accepted and has not ended: what quotas count."""
 
     request_id: Text
@@ -70,7 +71,7 @@ class Running(_Part):
     max_tokens: int
 
 
-class Context(_Part):
+class Context(_Part, frozen=True):
     """A prompt's blocks as engines of one context name them: NAME_BYTES each, little-endian."""
 
     root: Text
@@ -79,27 +80,21 @@ class Context(_Part):
     has_tail: bool = False
 
 
-class Facts(msgspec.Struct, frozen=True, array_like=True):
-    """RequestFacts and Terms of a request. age_s: since it came. sibling: of n > 1 answers, not the first."""
+class Question(_Part, frozen=True, gc=True):
+    """A request: what RequestFacts (without keys) and Terms say of it. sibling: of n > 1, not the first.
 
-    request_id: Text
+    age_s: since it came, which is what its facts' arrival_s means elsewhere.
+    """
+
+    facts: RequestFacts
+    terms: Terms
     client_id: Text
-    prompt_len: Count
-    max_tokens: int
     age_s: Seconds
-    single_leg: bool
-    first_token: bool
     sibling: bool
-    slo_class: Text
-    tenant: Text
-    session: Text
-    ttft_slo_s: float | None
-    tbt_slo_s: float | None
-    job_s: float | None
     contexts: Annotated[list[Context], msgspec.Meta(max_length=CONTEXTS_MAX)]
 
 
-class Ended(_Part):
+class Ended(_Part, frozen=True):
     """A request is over. ran: an engine had it; finished: its answer is whole, its length means something."""
 
     request_id: Text
@@ -111,7 +106,7 @@ class Ended(_Part):
     finished: bool
 
 
-class Prefilled(_Part):
+class Prefilled(_Part, frozen=True):
     """A measured prefill."""
 
     new_tokens: Count
@@ -119,7 +114,7 @@ class Prefilled(_Part):
     seconds: Seconds
 
 
-class Stepped(_Part):
+class Stepped(_Part, frozen=True):
     """A measured step of decoding."""
 
     requests: Count
@@ -130,7 +125,7 @@ class Stepped(_Part):
 # ---------------------------------------------------------------- gateway -> core
 
 
-class Join(_Message):
+class Join(_Message, frozen=True):
     """A gateway comes, or comes again: this is all that it has in flight; what was known before is void."""
 
     gateway_id: Text
@@ -139,36 +134,36 @@ class Join(_Message):
     protocol: int = CORE_PROTOCOL
 
 
-class Ask(_Message):
+class Ask(_Message, frozen=True):
     """Plan a new request. Answer: Answer, or Waiting and an Answer later."""
 
-    facts: Facts
+    question: Question
 
 
-class Replan(_Message):
+class Replan(_Message, frozen=True):
     """Place a leg again (Scheduler.replan). Answer: Answer."""
 
-    facts: Facts
+    question: Question
     emitted_n: Count
     exclude: Annotated[list[Text], msgspec.Meta(max_length=EXCLUDED_MAX)]
     need: Need
 
 
-class SecondCheck(_Message):
+class SecondCheck(_Message, frozen=True):
     """A prompt is done: may it be decoded (Scheduler.second_check)? Answer: Checked."""
 
-    facts: Facts
+    question: Question
     decode: Text
     decode_ticket: int
 
 
-class Left(_Message):
+class Left(_Message, frozen=True):
     """The client of a waiting request is gone. No answer."""
 
     request_id: Text
 
 
-class Told(_Message):
+class Told(_Message, frozen=True):
     """What a gateway saw since the last one: tickets given back, requests over, measurements. No answer."""
 
     released: Annotated[list[int], msgspec.Meta(max_length=TOLD_MAX)] = []
@@ -177,21 +172,21 @@ class Told(_Message):
     stepped: Annotated[list[Stepped], msgspec.Meta(max_length=TOLD_MAX)] = []
 
 
-class Ping(_Message):
+class Ping(_Message, frozen=True):
     """Sign of life, a few times a second. Answer: Pong."""
 
 
-class ListInstances(_Message):
+class ListInstances(_Message, frozen=True):
     """Answer: Listed."""
 
 
-class ListDecisions(_Message):
+class ListDecisions(_Message, frozen=True):
     """Of one request, "" = the last ones. Answer: Listed."""
 
     request_id: Text = ""
 
 
-class ChangeRole(_Message):
+class ChangeRole(_Message, frozen=True):
     """Answer: Listed, of nothing; or Refused."""
 
     instance_id: Text
@@ -205,23 +200,23 @@ FromGateway = (
 # ---------------------------------------------------------------- core -> gateway
 
 
-class Joined(_Message):
+class Joined(_Message, frozen=True):
     """The core leads, in this term, and has taken over what the gateway has in flight."""
 
     term: Term
 
 
-class NotLeader(_Message):
+class NotLeader(_Message, frozen=True):
     """Not now, or not known here: find the leader and join."""
 
 
-class Waiting(_Message):
+class Waiting(_Message, frozen=True):
     """The request waits in the core's gate; an Answer follows within the request's own limits."""
 
     term: Term
 
 
-class Answer(_Message):
+class Answer(_Message, frozen=True):
     """plan or rejection; of a plan, the context it was made in and what it charged."""
 
     term: Term
@@ -232,26 +227,26 @@ class Answer(_Message):
     charges: list[Charge] = []
 
 
-class Checked(_Message):
+class Checked(_Message, frozen=True):
     """None: go on."""
 
     term: Term
     rejection: Rejection | None
 
 
-class Pong(_Message):
+class Pong(_Message, frozen=True):
     """The core leads still."""
 
     term: Term
 
 
-class Listed(_Message):
+class Listed(_Message, frozen=True):
     """JSON-ready: what was asked to be listed."""
 
     entries: list[dict[str, Any]] = []
 
 
-class Refused(_Message):
+class Refused(_Message, frozen=True):
     """The message cannot be served: code and text of an error of mooncake.core.errors."""
 
     code: str
