@@ -153,7 +153,7 @@ async def replay(
             task.add_done_callback(running.discard)
             task.add_done_callback(lambda _, outcome=outcome: tell(outcome))  # type: ignore[misc]
         stopping = asyncio.create_task(stop.wait())
-        either: set[asyncio.Future[Any]] = {asyncio.gather(*running), stopping}
+        either: set[asyncio.Future[Any]] = {asyncio.gather(*running, return_exceptions=True), stopping}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         for task in tuple(running):

@@ -116,7 +116,7 @@ async def test_a_stop_breaks_off_what_runs_and_returns_what_was_due(endpoint):
             stop.set()
 
     outcomes = await run(endpoint, [*trace(2), TraceRequest(3600.0, 10, 5, (9,))], tell, stop=stop)
-    assert [one.error for one in outcomes] == ["", BROKEN_OFF]
+    assert sorted(one.error for one in outcomes) == ["", BROKEN_OFF]  # which of them hangs is open
     assert len(answered) == 2
 
 
