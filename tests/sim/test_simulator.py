@@ -1,9 +1,5 @@
 """The simulated world: engines keep time exactly, and production classes decide in it."""
 
-import os
-import subprocess
-import sys
-
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -21,6 +17,7 @@ from conductor.admission import AdmissionMode
 from conductor.plan import Decision
 from conductor.planner import PlannerConfig
 from conductor.scheduler import Policy
+from tests.sim.hash_seeds import under_two_hash_seeds
 
 A800 = read_profile(DEFAULT)
 
@@ -231,17 +228,7 @@ print(report.digest(run.entries))
 
 
 def test_the_same_seed_gives_the_same_run_whatever_the_hash_seed() -> None:
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", RUN],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        ).stdout
-        for seed in ("1", "2")
-    ]
+    digests = under_two_hash_seeds(RUN)
     assert len(digests[0].strip()) == 16
     assert digests[0] == digests[1]
 

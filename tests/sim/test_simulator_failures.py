@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import msgspec
 import pytest
@@ -23,6 +20,7 @@ from benchmarks.sim.world import World
 from conductor.planner import PlannerConfig
 from kvstore.limits import ANSWER_S
 from mooncake.core.errors import ConfigError
+from tests.sim.hash_seeds import under_two_hash_seeds
 from tests.sim.test_simulator import Listener
 
 A800 = read_profile(DEFAULT)
@@ -319,17 +317,7 @@ print(got.digest, got.failures, got.affected, got.gaps, sum(got.rejected.values(
 
 def test_with_everything_on_the_same_seed_gives_the_same_run_whatever_the_hash_seed() -> None:
     """Failures, planner, gate, classes, sessions, inlining, late and lost events together."""
-    told = [
-        subprocess.run(
-            [sys.executable, "-c", RUN],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        ).stdout.split()
-        for seed in ("1", "2")
-    ]
+    told = [one.split() for one in under_two_hash_seeds(RUN)]
     assert told[0] == told[1]
     assert len(told[0][0]) == 16
     assert all(int(count) > 0 for count in told[0][1:])
