@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mooncake import trace_cli as common
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from benchmarks.replay.client import Outcome, Target
     from benchmarks.replay.prompts import Shape
-    from benchmarks.replay.report import Summary
     from benchmarks.sim.trace import TraceRequest
 
 
@@ -27,19 +28,17 @@ def bench(
     url: Annotated[
         list[str] | None, typer.Option(help="Of the server, or NAME=URL; several are replayed one by one.")
     ] = None,
-    trace: Annotated[str, typer.Option(help="Mooncake trace (JSON lines); nothing = a generated one.")] = "",
-    requests: Annotated[int, typer.Option(help="Of a generated trace.")] = 100,
-    rate: Annotated[float, typer.Option(help="Requests per second of a generated trace.")] = 1.0,
-    speed: Annotated[float, typer.Option(help="Replay so many times faster.")] = 1.0,
+    trace: common.Trace = "",
+    requests: common.Requests = 100,
+    rate: common.Rate = 1.0,
+    speed: common.Speed = 1.0,
     scale: Annotated[
         float, typer.Option(help="Tokens sent for one of the trace; 0.0625 makes its blocks 32 tokens.")
     ] = 1.0,
-    start_s: Annotated[float, typer.Option(help="Begin there in the trace.")] = 0.0,
-    length_s: Annotated[float, typer.Option(help="Take so much of the trace; 0 = to its end.")] = 0.0,
-    sample: Annotated[float, typer.Option(help="Share of requests to keep.")] = 1.0,
-    spread_s: Annotated[
-        float, typer.Option(help="Delay each by a random part of it; undoes rounded stamps.")
-    ] = 0.0,
+    start_s: common.StartS = 0.0,
+    length_s: common.LengthS = 0.0,
+    sample: common.Sample = 1.0,
+    spread_s: common.SpreadS = 0.0,
     model: Annotated[str, typer.Option(help="Nothing = the first that the server names.")] = "",
     vocabulary: Annotated[int, typer.Option(help="Token ids below this are sent.")] = 1000,
     text: Annotated[bool, typer.Option(help="Send words instead of token ids.")] = False,
@@ -48,15 +47,15 @@ def bench(
         bool, typer.Option(help="Ask for answers as long as the trace's; not every server can.")
     ] = True,
     sessions: Annotated[bool, typer.Option(help="Say in x-session-id which conversation it is.")] = False,
-    ttft_slo_s: Annotated[float, typer.Option(help="Objective by which requests are judged.")] = 30.0,
-    tbt_slo_s: Annotated[float, typer.Option(help="The same, mean of the longest tenth.")] = 0.1,
+    ttft_slo_s: common.TtftSloS = common.TTFT_SLO_S,
+    tbt_slo_s: common.TbtSloS = common.TBT_SLO_S,
     timeout_s: Annotated[float, typer.Option(help="Longest time of one request.")] = 300.0,
     in_flight_max: Annotated[int, typer.Option(help="Beyond it requests are not sent, and counted.")] = 1024,
     api_key: Annotated[
         str, typer.Option(envvar="MOONCAKE_API_KEY", show_envvar=True, help="Better in the environment.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
+    seed: common.Seed = 0,
+    json: common.Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
 ) -> None:
     """Replay a trace against any OpenAI endpoint, open loop, and say what came of it."""
@@ -65,7 +64,9 @@ def bench(
     with _errors_told():
         _need_httpx()
         from benchmarks.replay.prompts import Shape
-        from benchmarks.replay.run import check_objectives, requests_of, targets_of
+        from benchmarks.replay.run import targets_of
+        from benchmarks.sim.report import check_objectives
+        from benchmarks.sim.trace import requests_of
 
         check_objectives(ttft_slo_s, tbt_slo_s)
         shape = Shape(scale=scale, vocabulary=vocabulary, text=text or chat, seed=seed)
@@ -107,9 +108,12 @@ def _run(
     picture: Path | None,
 ) -> None:
     from benchmarks.replay.prompts import digest
-    from benchmarks.replay.report import plot, summarize, warnings
+    from benchmarks.replay.report import plot, rows, summarize, warnings
     from benchmarks.replay.run import as_json, headers_of, ready
+    from benchmarks.sim.charts import pyplot
 
+    if picture is not None:
+        pyplot("--plot")
     targets = {name: ready(target, requests, shape) for name, target in targets.items()}
     of = digest(requests, shape)
     headers = headers_of(requests) if sessions else []
@@ -117,13 +121,11 @@ def _run(
     for name, target in targets.items():
         runs[name] = _one(name, requests, shape, target, headers, stderr)
     summaries = {name: summarize(outcomes, *slo_s, of) for name, outcomes in runs.items()}
-    _show(title, summaries, console)
+    common.show(title, summaries, rows(summaries), console)
     for line in warnings(summaries):
         stderr.print(line, style="yellow", markup=False)
     if json is not None:
-        from mooncake.simulate_cli import _write
-
-        _write(json, as_json(title, shape, targets, summaries))
+        common.write(json, as_json(title, shape, targets, summaries))
     if picture is not None:
         plot(str(picture), runs, title, slo_s)
 
@@ -164,17 +166,3 @@ def _one(
             bar.update(task, completed=ended, state=state)
 
         return asyncio.run(replay_until_stopped(requests, shape, target, tell, headers))
-
-
-def _show(title: str, summaries: "dict[str, Summary]", console: "Console") -> None:
-    from rich.table import Table
-
-    from benchmarks.replay.report import rows
-
-    table = Table(title=title, box=None)
-    table.add_column("")
-    for name in summaries:
-        table.add_column(name, justify="right")
-    for name, cells in rows(summaries):
-        table.add_row(name, *cells)
-    console.print(table)

@@ -3,20 +3,18 @@
 Imports nothing heavy before it runs, as mooncake.cli.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mooncake import trace_cli as common
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from benchmarks.sim.run import Options, Result
-
-TTFT_SLO_S, TBT_SLO_S = 30.0, 0.1
-"""The papers' objectives."""
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +23,9 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    trace: Annotated[str, typer.Option(help="Mooncake trace (JSON lines); nothing = a generated one.")] = "",
-    requests: Annotated[int, typer.Option(help="Of a generated trace.")] = 2000,
-    rate: Annotated[float, typer.Option(help="Requests per second of a generated trace.")] = 4.0,
+    trace: common.Trace = "",
+    requests: common.Requests = 2000,
+    rate: common.Rate = 4.0,
     policy: Annotated[
         str,
         typer.Option(help="kvcache, cache_aware, least_load, round_robin, random; a,b compares; or all."),
@@ -41,13 +39,11 @@ def simulate(
     profile: Annotated[
         str, typer.Option(help="Costs: a800-llama2-70b, h800-llama2-70b, or FILE.toml[:NAME].")
     ] = "a800-llama2-70b",
-    speed: Annotated[float, typer.Option(help="Replay so many times faster.")] = 1.0,
-    start_s: Annotated[float, typer.Option(help="Begin there in the trace.")] = 0.0,
-    length_s: Annotated[float, typer.Option(help="Take so much of the trace; 0 = to its end.")] = 0.0,
-    sample: Annotated[float, typer.Option(help="Share of requests to keep.")] = 1.0,
-    spread_s: Annotated[
-        float, typer.Option(help="Delay each by a random part of it; undoes rounded stamps.")
-    ] = 0.0,
+    speed: common.Speed = 1.0,
+    start_s: common.StartS = 0.0,
+    length_s: common.LengthS = 0.0,
+    sample: common.Sample = 1.0,
+    spread_s: common.SpreadS = 0.0,
     pool_tokens: Annotated[
         int, typer.Option(help="Tokens in the store beside each prefill instance; -1 = the profile's.")
     ] = -1,
@@ -55,8 +51,8 @@ def simulate(
         int, typer.Option(help="The same beside each decode instance; what is handed over stays there.")
     ] = 0,
     eviction: Annotated[str, typer.Option(help="lru, lfu, length or tail.")] = "lru",
-    ttft_slo_s: Annotated[float, typer.Option(help="Objective by which requests are judged.")] = TTFT_SLO_S,
-    tbt_slo_s: Annotated[float, typer.Option(help="The same, mean of the longest tenth.")] = TBT_SLO_S,
+    ttft_slo_s: common.TtftSloS = common.TTFT_SLO_S,
+    tbt_slo_s: common.TbtSloS = common.TBT_SLO_S,
     admission: Annotated[
         str, typer.Option(help="none, or whom to refuse: objectives, late, early or predicted.")
     ] = "none",
@@ -76,11 +72,11 @@ def simulate(
         float, typer.Option(help="From a store's change to the Conductor's index.")
     ] = 0.005,
     event_loss: Annotated[float, typer.Option(help="Share of these messages that is lost.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: common.Seed = 0,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page with table and pictures (index.html, *.png).")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
+    json: common.Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw all charts into one file (.svg).")] = None,
 ) -> None:
     """Replay a trace through the production Conductor and stores, with simulated engines."""
@@ -135,7 +131,7 @@ def _run(
     took_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
     _show(options, results, took_s, cpu_s, console)
     if json is not None:
-        _write(json, as_json(options, results))
+        common.write(json, as_json(options, results))
     if picture is not None:
         from benchmarks.sim.plot import plot
 
@@ -144,19 +140,6 @@ def _run(
         data = as_json(options, results)
         page.write(report, results, _title(options), command_of(options), data)
         console.print(f"report: {report / page.INDEX}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    from mooncake.core.config import fail
-
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise fail("json", str(path), error.strerror or str(error)) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _title(options: "Options") -> str:
@@ -169,17 +152,10 @@ def _title(options: "Options") -> str:
 def _show(
     options: "Options", results: "dict[str, Result]", took_s: float, cpu_s: float, console: "Console"
 ) -> None:
-    from rich.table import Table
-
     from benchmarks.sim.report import rows
 
-    table = Table(title=_title(options), box=None)
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    for name, cells in rows({name: result.summary for name, result in results.items()}):
-        table.add_row(name, *cells)
-    console.print(table)
+    lines = rows({name: result.summary for name, result in results.items()})
+    common.show(_title(options), results, lines, console)
     runs = [result.summary for result in results.values()]
     count, simulated_s = sum(run.requests for run in runs), sum(run.simulated_s for run in runs)
     console.print(

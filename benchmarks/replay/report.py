@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from benchmarks.replay.client import BROKEN_OFF, LATE, NOT_SENT, Outcome
-from benchmarks.sim.report import Spread, spread
-from mooncake.core.errors import ConfigError
+from benchmarks.sim.charts import pyplot, save
+from benchmarks.sim.report import Line, Spread, spread, spread_lines
 
 LATE_S = 0.1
 """Sent later than this at p99: the figures say something of this machine, not of the endpoint."""
@@ -125,24 +125,18 @@ def in_flight(outcomes: Sequence[Outcome]) -> list[tuple[float, int]]:
     return found
 
 
-def rows(summaries: dict[str, Summary]) -> list[tuple[str, list[str]]]:
+def rows(summaries: dict[str, Summary]) -> list[Line]:
     """Return the lines of a table with one column per run."""
     runs = list(summaries.values())
-
-    def of(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[tuple[str, list[str]]]:
-        return [
-            (f"{name} {field}", [f"{getattr(one, field) * unit:.{digits}f}" for one in spreads])
-            for field in Spread.__struct_fields__
-        ]
 
     slo = f"TTFT <= {runs[0].ttft_slo_s:g} s, TBT <= {runs[0].tbt_slo_s:g} s"
     statuses = dict.fromkeys(status for run in runs for status in run.rejected)
     errors = dict.fromkeys(error for run in runs for error in run.failed)
     refused = any(run.rejected for run in runs)
     return [
-        *of("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
-        *of("TBT, ms,", [run.tbt_s for run in runs], 1000, 1),
-        *of("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
+        *spread_lines("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
+        *spread_lines("TBT, ms,", [run.tbt_s for run in runs], 1000, 1),
+        *spread_lines("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
         (f"within {slo}", [f"{run.attainment:.2%}" for run in runs]),
         ("goodput, requests/s", [f"{run.goodput:.3f}" for run in runs]),
         ("prompt tokens cached", [f"{run.hit_rate:.2%}" for run in runs]),
@@ -153,7 +147,7 @@ def rows(summaries: dict[str, Summary]) -> list[tuple[str, list[str]]]:
             (f"rejected, {status}", [f"{run.rejected.get(status, 0):,}" for run in runs])
             for status in statuses
         ),
-        *(of("rejected after, ms,", [run.rejection_s for run in runs], 1000, 1) if refused else ()),
+        *(spread_lines("rejected after, ms,", [run.rejection_s for run in runs], 1000, 1) if refused else ()),
         *((f"failed: {error}", [f"{run.failed.get(error, 0):,}" for run in runs]) for error in errors),
         ("in flight, most", [f"{run.in_flight_max:,}" for run in runs]),
         ("sent late, ms p99", [f"{run.late_s.p99 * 1000:.1f}" for run in runs]),
@@ -184,13 +178,7 @@ def plot(path: str, runs: dict[str, Sequence[Outcome]], title: str, slo_s: tuple
     Raises:
         ConfigError: matplotlib is not installed, or cannot write such a file.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'mooncake-serving[bench]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot("--plot")
     figure, panels = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     _cdf(panels[0][0], runs, lambda one: one.ttft_s, "TTFT (s)", slo_s[0])
     _cdf(panels[0][1], runs, tail_s, "TBT, longest tenth (s)", slo_s[1])
@@ -202,12 +190,7 @@ def plot(path: str, runs: dict[str, Sequence[Outcome]], title: str, slo_s: tuple
     panels[1][0].legend()
     _ends(panels[1][1], runs, slo_s)
     figure.suptitle(title)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plot {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    save(figure, path)
 
 
 def _cdf(

@@ -3,47 +3,17 @@
 import asyncio
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
 from benchmarks.replay.client import Outcome, Target, replay, served
 from benchmarks.replay.prompts import Shape, tokens_max
 from benchmarks.replay.report import Summary
-from benchmarks.sim.trace import TraceRequest, read_trace, rescale, sessions_of, synthesize
+from benchmarks.sim.trace import TraceRequest, sessions_of
 from mooncake.core.errors import ConfigError
 
 IN_FLIGHT_MAX = 65_536
 """Of an option: each is a connection, and a file descriptor here."""
-
-
-def requests_of(
-    trace: str,
-    *,
-    count: int,
-    rate: float,
-    seed: int,
-    speed: float,
-    start_s: float,
-    length_s: float,
-    sample: float,
-    spread_s: float,
-) -> list[TraceRequest]:
-    """Return the requests to send: of a trace file, or `count` generated ones.
-
-    Raises:
-        ConfigError: the trace, or what is wanted of it.
-    """
-    found = read_trace(Path(trace)) if trace else synthesize(count, rate, seed)
-    return rescale(
-        found, speed=speed, start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, seed=seed
-    )
-
-
-def check_objectives(ttft_slo_s: float, tbt_slo_s: float) -> None:
-    """Raises ConfigError: they are not positive."""
-    if not (ttft_slo_s > 0 and tbt_slo_s > 0):
-        raise ConfigError(f"objectives {ttft_slo_s} s, {tbt_slo_s} s: must be positive")
 
 
 def targets_of(

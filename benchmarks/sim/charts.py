@@ -4,9 +4,11 @@ Each chart draws on axes that it is given, so that a page shows them one by one,
 """
 
 import itertools
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -86,6 +88,26 @@ def pyplot(option: str) -> Any:
         }
     )
     return plt
+
+
+def save(figure: Any, path: str) -> None:
+    """Write a picture (.svg, .png or .pdf), whole or not at all, and close it.
+
+    Raises:
+        ConfigError: matplotlib cannot write such a file.
+    """
+    from matplotlib import pyplot as plt
+
+    target = Path(path)
+    part = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        figure.savefig(part)
+        part.replace(target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plot {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def charts_of(runs: Runs) -> list[Chart]:

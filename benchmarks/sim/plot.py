@@ -1,11 +1,8 @@
 """`mooncake simulate --plot FILE`: all charts of one or several runs in one picture."""
 
 import itertools
-import os
-from pathlib import Path
 
-from benchmarks.sim.charts import Runs, charts_of, pyplot
-from mooncake.core.errors import ConfigError
+from benchmarks.sim.charts import Runs, charts_of, pyplot, save
 
 
 def plot(path: str, results: Runs, title: str) -> None:
@@ -30,13 +27,4 @@ def plot(path: str, results: Runs, title: str) -> None:
             else:
                 panel(one, results)
     figure.suptitle(title, fontsize=13)
-    target = Path(path)
-    part = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        figure.savefig(part)
-        part.replace(target)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plot {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-        plt.close(figure)
+    save(figure, path)

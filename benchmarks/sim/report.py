@@ -9,6 +9,7 @@ import msgspec
 
 from benchmarks.sim.nouns import Entry
 from benchmarks.sim.world import World
+from mooncake.core.errors import ConfigError
 
 SETTLE_S = 120.0
 """An idle cluster fills for so long: both loads rise from nothing together, which hides how they are linked
@@ -81,6 +82,12 @@ def spread(values: Sequence[float]) -> Spread:
     last = len(ordered) - 1
     p50, p90, p99 = (ordered[round(share * last)] for share in (0.5, 0.9, 0.99))
     return Spread(statistics.fmean(ordered), p50, p90, p99)
+
+
+def check_objectives(ttft_slo_s: float, tbt_slo_s: float) -> None:
+    """Raises ConfigError: they are not positive."""
+    if not (ttft_slo_s > 0 and tbt_slo_s > 0):
+        raise ConfigError(f"objectives {ttft_slo_s} s, {tbt_slo_s} s: must be positive")
 
 
 def within(entry: Entry, ttft_slo_s: float, tbt_slo_s: float) -> bool:
@@ -183,7 +190,8 @@ def _line(name: str, cells: Sequence[str]) -> Line:
     return name, list(cells)
 
 
-def _of(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[Line]:
+def spread_lines(name: str, spreads: Sequence[Spread], unit: float, digits: int) -> list[Line]:
+    """Return the lines of a spread, one for each of its figures."""
     return [
         _line(f"{name} {field}", [f"{getattr(one, field) * unit:.{digits}f}" for one in spreads])
         for field in Spread.__struct_fields__
@@ -197,9 +205,9 @@ def rows(summaries: dict[str, Summary]) -> list[Line]:
     slo = f"TTFT <= {runs[0].ttft_slo_s:g} s, TBT <= {runs[0].tbt_slo_s:g} s"
     reasons = dict.fromkeys(reason for run in runs for reason in run.rejected)
     return [
-        *_of("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
-        *_of("TBT, ms,", [run.tbt_mean_s for run in runs], 1000, 1),
-        *_of("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
+        *spread_lines("TTFT, s,", [run.ttft_s for run in runs], 1, 3),
+        *spread_lines("TBT, ms,", [run.tbt_mean_s for run in runs], 1000, 1),
+        *spread_lines("TBT, longest tenth, ms,", [run.tbt_tail_s for run in runs], 1000, 1),
         _line(f"within {slo}", [f"{run.attainment:.2%}" for run in runs]),
         _line("goodput, requests/s", [f"{run.goodput:.3f}" for run in runs]),
         _line("tokens found in the pool", [f"{run.hit_rate:.2%}" for run in runs]),

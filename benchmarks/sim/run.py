@@ -3,15 +3,14 @@
 import shlex
 from collections.abc import Callable, Sequence
 from math import inf
-from pathlib import Path
 
 import msgspec
 
 from benchmarks.sim.failures import Failure, draw, parse
 from benchmarks.sim.nouns import EVENT_DELAY_S, Entry, Sample, WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
-from benchmarks.sim.report import TBT_SLO_S, TTFT_SLO_S, Summary, summarize
-from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, read_trace, rescale, synthesize
+from benchmarks.sim.report import TBT_SLO_S, TTFT_SLO_S, Summary, check_objectives, summarize
+from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, requests_of
 from benchmarks.sim.world import World
 from conductor.admission import AdmissionMode
 from conductor.planner import PlannerConfig
@@ -89,27 +88,6 @@ class Result(msgspec.Struct, frozen=True):
         return [one.tbt_tail_s for one in self.fates if one.tbt_tail_s >= 0 and not one.ending]
 
 
-def requests_of(options: Options) -> list[TraceRequest]:
-    """Return the requests to replay.
-
-    Raises:
-        ConfigError: the trace, or what is wanted of it.
-    """
-    if options.trace:
-        requests = read_trace(Path(options.trace))
-    else:
-        requests = synthesize(options.requests, options.rate, options.seed)
-    return rescale(
-        requests,
-        speed=options.speed,
-        start_s=options.start_s,
-        length_s=options.length_s,
-        sample=options.sample,
-        spread_s=options.spread_s,
-        seed=options.seed,
-    )
-
-
 def policies_of(names: str) -> list[Policy]:
     """Return the policies by their names.
 
@@ -167,8 +145,7 @@ def config_of(options: Options, policy: Policy, length_s: float) -> WorldConfig:
         raise ConfigError("chunk_tokens and decode_pool_tokens must not be negative")
     if options.plan_roles and options.both:
         raise ConfigError("plan_roles: instances that do both have no role to change")
-    if not (options.ttft_slo_s > 0 and options.tbt_slo_s > 0):
-        raise ConfigError(f"objectives {options.ttft_slo_s} s, {options.tbt_slo_s} s: must be positive")
+    check_objectives(options.ttft_slo_s, options.tbt_slo_s)
     _check_events(options)
     return WorldConfig(
         prefill=options.prefill,
@@ -231,7 +208,10 @@ def simulate(options: Options, progress: Callable[[str, int, int], None]) -> dic
     """
     profile = read_profile(options.profile)
     chosen = policies_of(options.policy)
-    requests = requests_of(options)
+    requests = requests_of(
+        options.trace, count=options.requests, rate=options.rate, seed=options.seed, speed=options.speed,
+        start_s=options.start_s, length_s=options.length_s, sample=options.sample, spread_s=options.spread_s,
+    )  # fmt: skip
     configs = {str(policy): config_of(options, policy, requests[-1].arrival_s) for policy in chosen}
     longest = max(one.input_tokens + one.output_tokens for one in requests)
     if longest >= profile.context_tokens_max:

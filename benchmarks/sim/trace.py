@@ -97,6 +97,29 @@ def _wrong(row: Row, before_ms: int) -> str:
     return ""
 
 
+def requests_of(
+    trace: str,
+    *,
+    count: int,
+    rate: float,
+    seed: int,
+    speed: float,
+    start_s: float,
+    length_s: float,
+    sample: float,
+    spread_s: float,
+) -> list[TraceRequest]:
+    """Return the requests of a trace file, or `count` generated ones, rescaled.
+
+    Raises:
+        ConfigError: the trace, or what is wanted of it.
+    """
+    found = read_trace(Path(trace)) if trace else synthesize(count, rate, seed)
+    return rescale(
+        found, speed=speed, start_s=start_s, length_s=length_s, sample=sample, spread_s=spread_s, seed=seed
+    )
+
+
 def rescale(
     requests: Sequence[TraceRequest],
     *,

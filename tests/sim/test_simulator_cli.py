@@ -171,7 +171,7 @@ def test_a_context_beyond_the_profiles_is_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = [TraceRequest(0.0, 300_000, 1, tuple(range(586)))]
-    monkeypatch.setattr("benchmarks.sim.run.synthesize", lambda *_: long)
+    monkeypatch.setattr("benchmarks.sim.trace.synthesize", lambda *_: long)
     got = runner.invoke(cli.app, SMALL)
     assert got.exit_code == 2
     assert "300001" in got.stderr

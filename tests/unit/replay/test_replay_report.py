@@ -1,6 +1,7 @@
 """What a replay reports of outcomes made by hand, and `mooncake bench` as a command."""
 
 import json
+import sys
 from array import array
 
 import pytest
@@ -137,3 +138,11 @@ def test_what_makes_no_sense_is_one_line_and_an_exit_code(options, said):
     assert got.exit_code != 0
     assert said in got.output
     assert "Traceback" not in got.output
+
+
+def test_a_picture_that_nobody_can_draw_is_refused_before_anything_is_sent(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    got = bench("--url", endpoint.url, "--requests", "2", "--plot", str(tmp_path / "p.svg"))
+    assert got.exit_code == 2
+    assert "--plot needs matplotlib" in got.output
+    assert not endpoint.bodies
