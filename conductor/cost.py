@@ -24,6 +24,9 @@ SPREAD_MAX = 1000.0
 """Bound of each variance: without it, identical observations blow it up under forgetting."""
 ERROR_RATIO_MAX = 4.0
 """One observation is taken for at most this many times its prediction: a stall is not a trend."""
+TREND = 3
+"""So many beyond it in a row are one: a slow machine. Then the model is scaled up and learns afresh; bounded
+measurements alone need hundreds for a factor of 20, as relative errors give the early ones most weight."""
 SECONDS_MAX = 3600.0
 """Measurements outside (0, 1 h] are mistakes (clock steps, lost stamps) and are ignored."""
 EWMA_WEIGHT = 0.1
@@ -88,6 +91,7 @@ class _Fit:
         self._coefficients = [1.0] * size
         self.coefficients = prior
         self._spread = _diagonal(PRIOR_SPREAD, size)
+        self._beyond: list[float] = []  # measured by predicted, of the last ones if nobody believed them
         self.error = _Error()
 
     def predict(self, features: Triple) -> float:
@@ -98,6 +102,8 @@ class _Fit:
     def observe(self, features: Triple, seconds: float) -> None:
         predicted = self.predict(features)
         self.error.add(predicted, seconds)
+        if self._is_trend(seconds / predicted):
+            predicted = self.predict(features)
         bounded = min(seconds, predicted * ERROR_RATIO_MAX)
         # dividing a row by its own seconds makes the error relative
         row = [f * s / bounded for f, s in zip(features, self._scale, strict=True)]
@@ -116,6 +122,26 @@ class _Fit:
         # shrink only what was not seen lately: rows and columns alike, so that it stays positive
         shrink = [min(1.0, sqrt(SPREAD_MAX / fresh[i][i])) for i in size]
         self._spread = [[fresh[i][j] * shrink[i] * shrink[j] for j in size] for i in size]
+
+    def _is_trend(self, ratio: float) -> bool:
+        """Note how far a measurement is above its prediction; the TREND-th beyond belief moves the scale."""
+        if ratio <= ERROR_RATIO_MAX:
+            self._beyond.clear()
+            return False
+        self._beyond.append(ratio)
+        if len(self._beyond) < TREND:
+            return False
+        factor = min(self._beyond)  # others may be stalls
+        self._beyond.clear()
+        self._scale = _times(factor, self._scale)
+        self.coefficients = _times(factor, self.coefficients)
+        self._spread = _diagonal(PRIOR_SPREAD, len(self._scale))
+        return True
+
+
+def _times(factor: float, triple: Triple) -> Triple:
+    first, second, third = triple
+    return factor * first, factor * second, factor * third
 
 
 def _diagonal(value: float, size: int) -> list[list[float]]:

@@ -56,6 +56,17 @@ def test_one_stall_moves_the_prediction_less_than_its_size():
     assert cost.prefill_s(900, 0) < ERROR_RATIO_MAX * before_s
 
 
+def test_a_machine_many_times_slower_than_expected_is_known_after_a_few_measurements():
+    cost = CostModel()
+    slow = 40 * cost.prefill_s(1000, 0)
+    for _ in range(5):
+        cost.observe_prefill(1000, 0, slow)
+    assert cost.prefill_s(1000, 0) == pytest.approx(slow, rel=0.2)
+    for _ in range(5):
+        cost.observe_tbt(8, 1000, 1.0)
+    assert cost.tbt_s(8, 1000) == pytest.approx(1.0, rel=0.2)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e9])
 def test_impossible_measurements_are_counted_and_ignored(seconds):
     cost = CostModel()
