@@ -153,7 +153,10 @@ class Dispatcher:
         now_s = time.monotonic()
         fate = FATE.get()
         terms = DEFAULT_TERMS if fate is None else fate.terms
-        request.priority = request.priority or terms.slo_class.priority
+        terms = terms.ranked(request.priority)
+        request.priority = terms.engine_priority
+        if terms.asked:
+            self._observe.lowered(terms.asked, terms.tenant, self._quotas.tenants)
         family_id = family_of(request)
         family = self._family(family_id or request.request_id)
         client = Client(request, self._machine(request, terms, family, now_s), family, now_s, fate)
@@ -217,6 +220,7 @@ class Dispatcher:
         if client.why is not None:
             self._observe.decided(client.why)
             client.why = None
+        self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
         self._observe.planned(client.request, client.machine.facts, plan)
         self._run(client.machine.start(plan))
 

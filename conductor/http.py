@@ -1,9 +1,12 @@
-"""What we add to vLLM's HTTP app: terms from headers, real statuses for rejected streams, Retry-After.
+"""What we add to vLLM's HTTP app: terms of headers and body, real statuses of rejected streams, Retry-After.
 
 vLLM starts a streaming response before its first token, so a request turned away later would get
 200 and an error inside the stream. `RejectionMiddleware` holds the response's start until its first
 body chunk (which vLLM sends with the first token anyway) and answers 429 or 503 with Retry-After
 when the dispatcher rejected the request meanwhile.
+
+An answer to a request that asks for a class or a service tier has the class it got as x-slo-class, and the
+tier as `service_tier` where vLLM's response has that field (not in streams).
 """
 
 import json
@@ -13,8 +16,8 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
-from conductor.tenants import Quotas
-from conductor.terms import DEFAULT_TERMS, Terms, with_cache_key
+from conductor.tenants import Quotas, Tenants
+from conductor.terms import CLASS_HEADER, DEFAULT_TERMS, Terms
 from conductor.vllm_seam import Unavailable
 from mooncake.core.errors import RequestError
 
@@ -72,8 +75,8 @@ class RejectionMiddleware:
         if self._api_key and scope["path"] in TENANT_PATHS and tenants.of_key(scope["headers"]) is not None:
             shown = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
             scope = {**scope, "headers": [*shown, (b"authorization", f"Bearer {self._api_key}".encode())]}
-        if not fate.terms.session and scope["method"] == "POST":
-            receive = _Body(fate, receive)
+        if scope["method"] == "POST":
+            receive = _Body(fate, tenants, receive)
         token = FATE.set(fate)
         try:
             await self._app(scope, receive, _Held(fate, send))
@@ -82,13 +85,14 @@ class RejectionMiddleware:
 
 
 class _Body:
-    """The receive channel of one request: looks for its prompt_cache_key when all of its body is there.
+    """The receive channel of one request: looks at its body when all of it is there (see conductor.terms).
 
-    The front end reads a body before it adds a request, and drops this field of chats and completions.
+    The front end reads a body before it adds a request, and drops these fields of chats and completions.
     """
 
-    def __init__(self, fate: HttpFate, receive: Receive) -> None:
+    def __init__(self, fate: HttpFate, tenants: Tenants, receive: Receive) -> None:
         self._fate = fate
+        self._tenants = tenants
         self._receive = receive
         self._parts: list[bytes] = []
 
@@ -97,7 +101,7 @@ class _Body:
         if message["type"] == "http.request":
             self._parts.append(message.get("body", b""))
             if not message.get("more_body"):
-                self._fate.terms = with_cache_key(self._fate.terms, b"".join(self._parts))
+                self._fate.terms = self._tenants.with_body(self._fate.terms, b"".join(self._parts))
                 self._parts.clear()
         return message
 
@@ -126,11 +130,32 @@ class _Held:
                 return
             if error is not None:
                 start["headers"] = [*start.get("headers", ()), *_retry_after(error)]
+            elif self._fate.terms.says_class or self._fate.terms.tier:
+                message = _told(self._fate.terms, start, message)
             await self._send(start)
         await self._send(message)
 
     async def _reject(self, error: Unavailable) -> None:
         await _answer(self._send, error.http_status, error.message, _retry_after(error))
+
+
+def _told(terms: Terms, start: Message, message: Message) -> Message:
+    """Let an answer say which class and tier it got: return its (first) body chunk, with `start` changed."""
+    headers = [*start.get("headers", ()), (CLASS_HEADER, terms.slo_class.name.encode())]
+    body = message.get("body", b"")
+    if terms.tier and not message.get("more_body") and start["status"] == HTTPStatus.OK:
+        # such quotes end no string in JSON, so these bytes are a field; the last one is the response's own
+        for value in (b"null", json.dumps(terms.tier).encode()):
+            before, field, after = body.rpartition(b'"service_tier":' + value)
+            if field:
+                tier = json.dumps(terms.slo_class.tier).encode()
+                body = before + b'"service_tier":' + tier + after
+                break
+        headers = [(name, value) for name, value in headers if name != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        message = {**message, "body": body}
+    start["headers"] = headers
+    return message
 
 
 async def _answer(

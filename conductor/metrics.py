@@ -9,6 +9,7 @@ from functools import cache
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_WAIT_S = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0)
 _GAP_S = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
 _ERROR_S = (-5.0, -1.0, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -40,6 +41,12 @@ class GatewayMetrics:
             ["tenant"],
             registry=registry,
         )
+        self.lowered = Counter(
+            "mooncake_class_lowered",
+            "Client requests whose tenant may not have the class they ask for (told in the answer).",
+            ["tenant", "asked"],
+            registry=registry,
+        )
         self.decisions = Counter(
             "mooncake_decisions", "Plans by how they came about.", ["kind"], registry=registry
         )
@@ -64,6 +71,20 @@ class GatewayMetrics:
         )
         self.ttft_s = Histogram(
             "mooncake_ttft_seconds", "Time to first token.", buckets=_LATENCY_S, registry=registry
+        )
+        self.class_ttft_s = Histogram(
+            "mooncake_class_ttft_seconds",
+            "Time to first token, by class of service.",
+            ["slo_class"],
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.class_wait_s = Histogram(
+            "mooncake_class_wait_seconds",
+            "Time before a plan was made: in the gateway's queue, by class of service.",
+            ["slo_class"],
+            buckets=_WAIT_S,
+            registry=registry,
         )
         self.tbt_s = Histogram(
             "mooncake_tbt_seconds", "Gap between outputs of a request.", buckets=_GAP_S, registry=registry

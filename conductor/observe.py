@@ -15,6 +15,7 @@ from conductor.modes import Fallback, Fallbacks, IndexMode, index_mode
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
 from conductor.planner import Planner
 from conductor.pricing import Trail
+from conductor.tenants import Tenants
 from conductor.vllm_seam import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from conductor.why import Decided, Decisions, explain
 from mooncake.core.messages import Pulse
@@ -127,6 +128,10 @@ class Observer:
                 self._unnamed[cause] = None
                 log.warning("conductor.keys_unknown", request=facts.request_id, reason=cause)
 
+    def lowered(self, asked: str, tenant: str, tenants: Tenants) -> None:
+        """A request gets a lower class than it asks for."""
+        self._metrics.lowered.labels(tenants.label(tenant), asked).inc()
+
     def _note_roles(self, plan: Plan) -> None:
         for decision, (kind, detail) in _ROLES.items():
             if plan.decision is decision:
@@ -232,6 +237,7 @@ class Observer:
             client.first_s = now_s
             ttft_s = now_s - client.started_s
             metrics.ttft_s.observe(ttft_s)
+            metrics.class_ttft_s.labels(client.slo_class).observe(ttft_s)
             if client.plan is not None:
                 metrics.ttft_error_s.observe(ttft_s - client.plan.predicted_ttft_s)
         if client.leg1_end_s and len(client.emitted) <= 1:

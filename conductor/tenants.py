@@ -3,6 +3,7 @@
     weight      of the work that is done while requests wait (conductor.waiting)
     quotas      of requests and of tokens per second, each a token bucket, and of requests at once
     class       of requests that do not say one
+    highest     class a request may have: what asks for a better one is lowered
     keys        whoever shows one is this tenant, whatever else is said
 
 A tenant is a name: that of the key shown, else that of the header, else "". Names that are not listed have
@@ -18,7 +19,16 @@ from typing import Any
 import msgspec
 
 from conductor.plan import Reason, Rejection
-from conductor.terms import CLASS_HEADER, CLASSES, NAME_CHARS_MAX, TENANT_HEADER, Terms, terms_of
+from conductor.terms import (
+    CLASSES,
+    NAME_CHARS_MAX,
+    NOTHING_SAID,
+    TENANT_HEADER,
+    Terms,
+    said_in,
+    terms_of,
+    with_body,
+)
 from mooncake.core.errors import ConfigError, RequestError
 
 OTHER = "other"
@@ -44,6 +54,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     weight: float = 1.0
     slo_class: str | None = msgspec.field(name="class", default=None)
+    highest: str = "premium"
     requests_per_s: float | None = None
     requests_burst: float | None = None
     tokens_per_s: float | None = None
@@ -107,10 +118,22 @@ class Tenants:
         if owner is not None and terms.tenant not in {"", owner}:
             raise RequestError(f"{TENANT_HEADER.decode()}: not the tenant of the key shown: leave it out")
         name = terms.tenant if owner is None else owner
-        slo_class = self.of(name).slo_class
-        if slo_class is None or any(header == CLASS_HEADER for header, _ in headers):
-            return terms if name == terms.tenant else msgspec.structs.replace(terms, tenant=name)
-        return msgspec.structs.replace(terms, tenant=name, slo_class=CLASSES[slo_class])
+        tenant = self.of(name)
+        if name != terms.tenant:
+            terms = msgspec.structs.replace(terms, tenant=name)
+        if not terms.says_class:
+            own = max(CLASSES[tenant.slo_class or "default"], CLASSES[tenant.highest], key=lambda c: c.rank)
+            terms = terms if own is terms.slo_class else msgspec.structs.replace(terms, slo_class=own)
+        return self.bound(terms)
+
+    def with_body(self, terms: Terms, body: bytes) -> Terms:
+        """Return `terms`, which the headers asked for, with what the body says and its tenant may have."""
+        said = said_in(body)
+        return terms if said is NOTHING_SAID else self.bound(with_body(terms, said))
+
+    def bound(self, terms: Terms) -> Terms:
+        """Return `terms` as far as its tenant may have them."""
+        return terms.bounded(CLASSES[self.of(terms.tenant).highest])
 
 
 # ---------------------------------------------------------------- the file
@@ -171,10 +194,12 @@ def _entry(where: str, entry: str, table: Any) -> Tenant:
             raise ConfigError(f"tenants {where}: [{entry}]: {kind}_burst: say {kind}_per_s as well")
     if tenant.requests_burst is not None and tenant.requests_burst < 1:
         raise ConfigError(f"tenants {where}: [{entry}]: requests_burst: at least 1, or nobody gets in")
-    if tenant.slo_class is not None and tenant.slo_class not in CLASSES:
-        raise ConfigError(
-            f"tenants {where}: [{entry}]: class = {tenant.slo_class!r}: one of {', '.join(CLASSES)}"
-        )
+    for field, name in (("class", tenant.slo_class), ("highest", tenant.highest)):
+        if name is not None and name not in CLASSES:
+            raise ConfigError(f"tenants {where}: [{entry}]: {field} = {name!r}: one of {', '.join(CLASSES)}")
+    if tenant.slo_class is not None and CLASSES[tenant.slo_class].rank < CLASSES[tenant.highest].rank:
+        advice = f"highest = {tenant.highest!r} does not allow it"
+        raise ConfigError(f"tenants {where}: [{entry}]: class = {tenant.slo_class!r}: {advice}")
     return tenant
 
 

@@ -1,4 +1,4 @@
-"""What a request asks of its service: class, tenant and objectives, from its HTTP headers. Pure.
+"""What a request asks of its service: class, tenant and objectives, from its headers and its body. Pure.
 
     x-slo-class           premium | interactive | default | batch
     x-slo-ttft-ms         objective of time to first token (the name llm-d uses)
@@ -8,7 +8,11 @@
                           without it, prompt_cache_key of the OpenAI API, in the body, says the same
     x-mooncake-tenant     whose work it is; a name, no authentication: let your ingress set it
 
-A header that makes no sense is the client's mistake (400), never ignored.
+    service_tier          of OpenAI's API, in the body: the class of a request without x-slo-class (TIERS)
+    priority              vLLM's, in the body or its header: lower goes first, among those of one class
+
+A header that makes no sense is the client's mistake (400), never ignored. A class above what its tenant may
+have is lowered, as OpenAI lowers tiers, and the answer says so.
 """
 
 from collections.abc import Iterable
@@ -24,7 +28,11 @@ TPOT_HEADER = b"x-slo-tpot-ms"
 JOB_HEADER = b"x-slo-job-ms"
 TENANT_HEADER = b"x-mooncake-tenant"
 SESSION_HEADER = b"x-session-id"
-CACHE_KEY = b'"prompt_cache_key"'
+MARKS = (b'"prompt_cache_key"', b'"service_tier"')
+"""A body without any of them says nothing here: most bodies are not read twice."""
+OWN_MAX = 49
+"""Of a request's own priority, which stays within its class: those of engines lie CLASS_STEP apart."""
+CLASS_STEP = 100
 MS_MAX = 7 * 24 * 3600 * 1000
 """A week: an objective beyond it is a mistake."""
 NAME_CHARS_MAX = 128
@@ -34,31 +42,47 @@ NAME_CHARS_MAX = 128
 class SloClass(msgspec.Struct, frozen=True):
     """One class of service. `rank`: lower goes first; `priority`: vLLM's, lower goes first.
 
-    sheddable: may be given up for a request of a lower rank when the queue is full.
+    tier: what OpenAI's API calls it. sheddable: it runs in what others leave idle, and may be given up for
+    a request of a lower rank when the queue is full.
     """
 
     name: str
     rank: int
     priority: int
+    tier: str
     sheddable: bool
 
 
 CLASSES = {
     one.name: one
     for one in (
-        SloClass("premium", 0, -2, False),
-        SloClass("interactive", 1, -1, False),
-        SloClass("default", 2, 0, False),
-        SloClass("batch", 3, 1, True),
+        SloClass("premium", 0, -2 * CLASS_STEP, "priority", False),
+        SloClass("interactive", 1, -CLASS_STEP, "priority", False),
+        SloClass("default", 2, 0, "default", False),
+        SloClass("batch", 3, CLASS_STEP, "flex", True),
     )
 }
 """As FastServe-like systems divide them; objectives are the operator's and the request's, not the class's."""
 
+TIERS = {"priority": "premium", "default": "default", "standard_only": "default", "flex": "batch"}
+"""Classes of service tiers; of `auto`, and of `scale` (what was bought in advance), it is the tenant's own.
+`standard_only` is what Anthropic's API calls its default."""
+
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """Objectives that are None are those of the Conductor's configuration."""
+    """Objectives that are None are those of the Conductor's configuration.
+
+    asked: the class it asked for, where its tenant may not have it. says_class: it has x-slo-class; tier: the
+    service_tier it asks for. priority: its own, within its class; may_rise: that may be below 0, because its
+    tenant may have a better class anyway.
+    """
 
     slo_class: SloClass = CLASSES["default"]
+    asked: str = ""
+    says_class: bool = False
+    tier: str = ""
+    priority: int = 0
+    may_rise: bool = True
     tenant: str = ""
     session: str = ""
     ttft_slo_s: float | None = None
@@ -69,6 +93,23 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     def affinity(self) -> str:
         """Key of what it belongs to: no two tenants have one in common; "" = nothing."""
         return f"{self.tenant}\n{self.session}" if self.session else ""  # names have no line breaks
+
+    @property
+    def engine_priority(self) -> int:
+        """What vLLM is told: its class, then its own; among equals engines ask who came first."""
+        return self.slo_class.priority + self.priority
+
+    def bounded(self, highest: SloClass) -> "Terms":
+        """Return these terms, with no better class than `highest`."""
+        may_rise = self.slo_class.rank > highest.rank
+        if self.slo_class.rank >= highest.rank:
+            return self if may_rise == self.may_rise else msgspec.structs.replace(self, may_rise=may_rise)
+        return msgspec.structs.replace(self, slo_class=highest, asked=self.slo_class.name, may_rise=False)
+
+    def ranked(self, priority: int) -> "Terms":
+        """Return these terms with what the request says of its priority, as far as it counts."""
+        own = max(-OWN_MAX if self.may_rise else 0, min(priority, OWN_MAX))
+        return self if own == self.priority else msgspec.structs.replace(self, priority=own)
 
 
 DEFAULT_TERMS = Terms()
@@ -88,6 +129,7 @@ def terms_of(headers: Iterable[tuple[bytes, bytes]]) -> Terms:
         raise RequestError(f"{CLASS_HEADER.decode()}: {name[:40]!r}: one of {', '.join(CLASSES)}")
     return Terms(
         slo_class=CLASSES[name],
+        says_class=CLASS_HEADER in found,
         tenant=_name(found, TENANT_HEADER),
         session=_name(found, SESSION_HEADER),
         ttft_slo_s=_seconds(found, TTFT_HEADER),
@@ -96,24 +138,38 @@ def terms_of(headers: Iterable[tuple[bytes, bytes]]) -> Terms:
     )
 
 
-class _Body(msgspec.Struct):
+class Said(msgspec.Struct):
+    """What a JSON body says of the service it wants."""
+
     prompt_cache_key: str | None = None
+    service_tier: str | None = None
 
 
-def with_cache_key(terms: Terms, body: bytes) -> Terms:
-    """Return `terms` with the prompt_cache_key of a JSON body as session, if they name none.
-
-    What is wrong with a body, vLLM tells the client: here it only has no key.
-    """
-    if terms.session or CACHE_KEY not in body:
-        return terms
+def said_in(body: bytes) -> Said:
+    """Return what a body says; what is wrong with one, vLLM tells the client: here it says nothing."""
+    if not any(mark in body for mark in MARKS):
+        return NOTHING_SAID
     try:
-        key = msgspec.json.decode(body, type=_Body).prompt_cache_key
+        return msgspec.json.decode(body, type=Said)
     except msgspec.MsgspecError:
-        return terms
+        return NOTHING_SAID
+
+
+NOTHING_SAID = Said()
+
+
+def with_body(terms: Terms, said: Said) -> Terms:
+    """Return `terms` with a body's session and class, where the headers name none; not bounded again."""
+    key = "" if terms.session else said.prompt_cache_key or ""
     if key and (len(key) > NAME_CHARS_MAX or not key.isprintable()):
         key = sha256(key.encode()).hexdigest()  # clients may put anything there
-    return msgspec.structs.replace(terms, session=key) if key else terms
+    if key:
+        terms = msgspec.structs.replace(terms, session=key)
+    if not said.service_tier:
+        return terms
+    terms = msgspec.structs.replace(terms, tier=said.service_tier)
+    wanted = None if terms.says_class else TIERS.get(said.service_tier)
+    return terms if wanted is None else msgspec.structs.replace(terms, slo_class=CLASSES[wanted], asked="")
 
 
 _HEADERS = frozenset((CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER, SESSION_HEADER))

@@ -48,7 +48,7 @@ async def test_a_premium_request_overtakes_those_that_wait_and_goes_first_in_eng
         await world.finish(rid)
     order = [request.prompt_token_ids[0] for request in prefill.received]
     assert order == [0, 2, 1]
-    assert [request.priority for request in prefill.received] == [1, -2, 1]
+    assert [request.priority for request in prefill.received] == [100, -200, 100]
 
 
 async def test_a_client_that_leaves_while_it_waits_is_never_sent(make_world) -> None:

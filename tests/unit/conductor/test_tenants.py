@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from conductor.plan import Reason
 from conductor.tenants import LISTED_MAX, NAMES_MAX, OTHER, Bucket, Quotas, Tenant, Tenants, parse_tenants
 from conductor.tenants_file import TenantsFile, follow
-from conductor.terms import CLASSES, Terms, with_cache_key
+from conductor.terms import CLASSES, Terms, said_in, with_body
 from mooncake.core.errors import ConfigError, RequestError
 
 KEY = "a-key-of-the-search-team"
@@ -83,6 +83,8 @@ def test_an_empty_file_limits_nobody():
         ("[tenants.a]\nrequests_per_s = 1\nrequests_burst = 0.5\n", "requests_burst: at least 1"),
         ("[default]\ntokens_burst = 5\n", r"\[default\].*tokens_per_s as well"),
         ("[tenants.a]\nclass = 'gold'\n", r"class = 'gold': one of premium"),
+        ("[tenants.a]\nhighest = 'gold'\n", r"highest = 'gold': one of premium"),
+        ("[tenants.a]\nclass = 'premium'\nhighest = 'batch'\n", r"highest = 'batch' does not allow it"),
         ("[tenants.other]\n", r"\[tenants.other\]: a name"),
         ("[tenants.'']\n", "a name of 1 to"),
         ("[tenant.a]\n", r"'tenant': only \[default\] and \[tenants.NAME\]"),
@@ -215,8 +217,8 @@ def test_what_is_no_key_names_nobody(shown):
     ],
 )
 def test_prompt_cache_key_is_the_session_of_a_request_that_names_none(body, session):
-    assert with_cache_key(Terms(tenant="a"), body) == Terms(tenant="a", session=session)
-    assert with_cache_key(Terms(session="own"), body) == Terms(session="own")
+    assert with_body(Terms(tenant="a"), said_in(body)) == Terms(tenant="a", session=session)
+    assert with_body(Terms(session="own"), said_in(body)) == Terms(session="own")
 
 
 @settings(deadline=None)
@@ -226,7 +228,7 @@ def test_any_prompt_cache_key_makes_a_session_that_is_short_and_its_own(key):
         body = msgspec.json.encode({"prompt_cache_key": key})
     except UnicodeEncodeError:  # half a surrogate pair is no JSON of ours
         return
-    terms = with_cache_key(Terms(), body)
+    terms = with_body(Terms(), said_in(body))
     assert bool(terms.session) == bool(key)
     assert len(terms.session) <= 128
     assert terms.session.isprintable()
@@ -240,6 +242,117 @@ def test_affinity_of_two_tenants_is_never_the_same(left, right, key, other):
         assert (mine.affinity == theirs.affinity) == ((left, key) == (right, other))
     else:
         assert "" in {mine.affinity, theirs.affinity}
+
+
+# ---------------------------------------------------------------- classes
+
+BOUNDS = parse(
+    """
+    [default]
+    highest = "default"
+    [tenants.any]
+    [tenants.inter]
+    highest = "interactive"
+    [tenants.night]
+    class = "batch"
+    highest = "batch"
+    [tenants.cheap]
+    class = "batch"
+    """
+)
+
+
+def granted(tenant: str, said: str = "", **fields: object) -> Terms:
+    given = headers(x_mooncake_tenant=tenant, **({"x_slo_class": said} if said else {}))
+    return BOUNDS.with_body(BOUNDS.terms_of(given), msgspec.json.encode(fields))
+
+
+@pytest.mark.parametrize(
+    ("tenant", "said", "got", "asked_for"),
+    [
+        ("any", "premium", "premium", ""),
+        ("inter", "premium", "interactive", "premium"),
+        ("inter", "interactive", "interactive", ""),
+        ("inter", "batch", "batch", ""),
+        ("night", "premium", "batch", "premium"),
+        ("cheap", "", "batch", ""),
+        ("cheap", "interactive", "interactive", ""),
+        ("nobody's", "premium", "default", "premium"),
+        ("nobody's", "", "default", ""),
+    ],
+)
+def test_a_class_above_the_tenant_s_highest_is_lowered_and_known_to_be(tenant, said, got, asked_for):
+    terms = granted(tenant, said)
+    assert (terms.slo_class.name, terms.asked) == (got, asked_for)
+
+
+def test_a_tenant_s_highest_class_holds_for_what_says_nothing_too_and_that_is_no_lowering():
+    tenants = parse('[tenants.late]\nhighest = "batch"')
+    terms = tenants.terms_of(headers(x_mooncake_tenant="late"))
+    assert (terms.slo_class.name, terms.asked) == ("batch", "")
+
+
+@pytest.mark.parametrize(
+    ("tier", "tenant", "got"),
+    [
+        ("priority", "any", "premium"),
+        ("priority", "inter", "interactive"),
+        ("priority", "night", "batch"),
+        ("default", "any", "default"),
+        ("default", "cheap", "default"),
+        ("default", "night", "batch"),
+        ("standard_only", "cheap", "default"),
+        ("flex", "any", "batch"),
+        ("auto", "any", "default"),
+        ("auto", "cheap", "batch"),
+        ("scale", "cheap", "batch"),
+        ("made up", "cheap", "batch"),
+    ],
+)
+def test_a_service_tier_is_a_class_within_the_tenant_s_bounds(tier, tenant, got):
+    terms = granted(tenant, service_tier=tier)
+    assert (terms.slo_class.name, terms.tier) == (got, tier)
+
+
+def test_the_header_beats_the_tier():
+    assert granted("any", "interactive", service_tier="flex").slo_class.name == "interactive"
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"service_tier": 7}', b'{"service_tier": null}', b'["service_tier"]', b'{"service_tier']
+)
+def test_a_tier_that_makes_no_sense_is_vllm_s_to_refuse(body):
+    terms = BOUNDS.terms_of(headers(x_mooncake_tenant="cheap"))
+    assert BOUNDS.with_body(terms, body) == terms
+
+
+@pytest.mark.parametrize(
+    ("tenant", "said", "priority", "counts"),
+    [
+        ("any", "", -7, -7),  # it might have a better class: then it may go first in this one
+        ("any", "", 7, 7),
+        ("any", "", 10**9, 49),
+        ("any", "", -(10**9), -49),
+        ("any", "premium", -7, 0),
+        ("inter", "default", -7, -7),
+        ("inter", "premium", -7, 0),
+        ("nobody's", "", -7, 0),
+        ("nobody's", "", 7, 7),
+        ("night", "batch", -1, 0),
+    ],
+)
+def test_a_priority_counts_within_its_class_and_raises_nobody_above_what_the_tenant_may_have(
+    tenant, said, priority, counts
+):
+    assert granted(tenant, said).ranked(priority).priority == counts
+
+
+@settings(deadline=None)
+@given(st.integers(-(2**63), 2**63 - 1), st.sampled_from(sorted(CLASSES)), st.sampled_from(sorted(CLASSES)))
+def test_no_priority_goes_before_a_better_class(priority, one, other):
+    mine, theirs = (Terms(slo_class=CLASSES[name]).ranked(priority) for name in (one, other))
+    if mine.slo_class.rank < theirs.slo_class.rank:
+        assert mine.engine_priority < theirs.ranked(-priority).engine_priority
 
 
 # ---------------------------------------------------------------- quotas

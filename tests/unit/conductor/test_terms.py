@@ -24,6 +24,7 @@ def test_headers_say_class_tenant_and_objectives():
     ]
     assert terms_of(headers) == Terms(
         slo_class=CLASSES["batch"],
+        says_class=True,
         tenant="team-a",
         session="chat-7",
         ttft_slo_s=1.5,

@@ -1,0 +1,166 @@
+"""Classes of service from header, body and key to engines: over vLLM's HTTP app, and over fake engines."""
+
+from typing import Any
+
+import openai
+import pytest
+import test_http
+from conftest import make_request
+from test_http import CHAT
+
+from conductor.tenants import Quotas, Tenant, Tenants
+from conductor.terms import CLASSES, Terms
+
+configured, site, sdk = test_http.configured, test_http.site, test_http.sdk  # fixtures
+PROMPT = list(range(10, 23))
+COMPLETION = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+
+
+def own(site: Any, **fields: Any) -> None:
+    """Let acme, whose key `sdk` shows, be what `fields` say."""
+    keys = site.cluster.quotas.tenants._keys
+    site.cluster.quotas.change(0.0, Tenants({"acme": Tenant(**fields)}, keys=keys))
+
+
+def priorities(*engines: Any) -> list[int]:
+    return [request.priority for engine in engines for request in engine.received]
+
+
+# ---------------------------------------------------------------- HTTP
+
+
+@pytest.mark.parametrize(
+    ("tier", "slo_class", "told"),
+    [("auto", "default", "default"), ("flex", "batch", "flex"), ("priority", "premium", "priority")],
+)
+async def test_a_service_tier_reaches_both_engines_as_priority_and_comes_back_in_the_answer(
+    site,
+    tier,
+    slo_class,
+    told,
+) -> None:
+    engines = await site.engine("p0", "prefill"), await site.engine("d0", "decode")
+    answer = await site.client.post("/v1/chat/completions", json={**CHAT, "service_tier": tier})
+    assert answer.status_code == 200, answer.text
+    assert priorities(*engines) == [CLASSES[slo_class].priority] * 2
+    assert answer.json()["service_tier"] == told
+    assert answer.headers["x-slo-class"] == slo_class
+
+
+async def test_what_a_tenant_may_not_have_is_lowered_told_and_counted(site, sdk) -> None:
+    own(site, highest="interactive")
+    engine = await site.engine("b0", "both")
+    chat = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 4}
+    first = await sdk.chat.completions.with_raw_response.create(**chat, service_tier="priority")
+    assert first.headers["x-slo-class"] == "interactive"
+    assert first.parse().service_tier == "priority"
+    own(site, slo_class="batch", highest="batch")
+    second = await sdk.responses.create(model="tiny", input="x", max_output_tokens=4, service_tier="priority")
+    assert second.service_tier == "flex"
+    third = await sdk.completions.with_raw_response.create(
+        **COMPLETION, extra_headers={"x-slo-class": "premium"}
+    )
+    assert third.headers["x-slo-class"] == "batch"
+    assert third.parse().choices[0].finish_reason == "length"
+    classes = ["interactive", "batch", "batch"]
+    assert priorities(engine) == [CLASSES[name].priority for name in classes]
+    counted = {"tenant": "acme", "asked": "premium"}
+    assert site.registry.get_sample_value("mooncake_class_lowered_total", counted) == 3
+
+
+async def test_a_stream_tells_its_class_in_the_header(site) -> None:
+    await site.engine("b0", "both")
+    body = {**CHAT, "service_tier": "flex", "stream": True}
+    answer = await site.client.post("/v1/chat/completions", json=body)
+    assert answer.headers["x-slo-class"] == "batch"
+    assert answer.text.rstrip().endswith("data: [DONE]")
+
+
+async def test_text_that_looks_like_a_tier_is_not_taken_for_one(site) -> None:
+    await site.engine("b0", "both")
+    text = '"service_tier":null,"service_tier":"flex"'
+    body = {**COMPLETION, "prompt": text, "echo": True, "service_tier": "flex"}
+    answer = await site.client.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"].startswith(text), answer.text
+
+
+async def test_an_unknown_tier_is_vllm_s_to_judge_and_asks_for_nothing(site, sdk) -> None:
+    await site.engine("b0", "both")
+    ask = {"model": "tiny", "service_tier": "gold"}
+    with pytest.raises(openai.BadRequestError, match="service_tier"):
+        await sdk.responses.create(**ask, input="x", max_output_tokens=4)
+    answer = await sdk.chat.completions.create(**ask, messages=CHAT["messages"], max_tokens=4)
+    assert answer.service_tier == "default"
+
+
+async def test_who_asks_for_nothing_gets_vllm_s_answer_untouched(site) -> None:
+    engine = await site.engine("b0", "both")
+    answer = await site.client.post("/v1/chat/completions", json=CHAT)
+    assert "x-slo-class" not in answer.headers
+    assert answer.json()["service_tier"] is None
+    assert priorities(engine) == [0]
+
+
+@pytest.mark.parametrize("by_header", [False, True])
+async def test_vllm_s_own_priority_orders_within_the_class_a_tenant_has(site, sdk, by_header) -> None:
+    engine = await site.engine("b0", "both")
+    bounds = (
+        ("premium", -5, -5),
+        ("premium", 10**9, 49),
+        ("default", -5, 0),
+        ("default", 5, 5),
+        ("batch", -5, 100),
+    )
+    for highest, asked, counts in bounds:
+        own(site, highest=highest)
+        header = {"extra_headers": {"x-vllm-priority": str(asked)}}
+        said = header if by_header else {"extra_body": {"priority": asked}}
+        await sdk.completions.create(**COMPLETION, **said)
+        assert priorities(engine)[-1] == counts, (highest, asked)
+
+
+# ---------------------------------------------------------------- the dispatcher
+
+
+async def test_each_leg_has_the_gateway_s_arrival_time_so_that_equals_keep_their_order(make_world) -> None:
+    world = make_world()
+    prefill = await world.engine("p0", "prefill")
+    decode = await world.engine("d0", "decode")
+    for arrival_time in (7.0, 3.0):
+        await world.finish(world.add(make_request(PROMPT, arrival_time=arrival_time)))
+    for engine in (prefill, decode):
+        assert [request.arrival_time for request in engine.received] == [7.0, 3.0]
+        assert priorities(engine) == [0, 0]
+
+
+async def test_a_leg_that_is_placed_again_keeps_priority_and_arrival(make_world) -> None:
+    world = make_world()
+    await world.engine("p0", "prefill")
+    decode = await world.engine("d0", "decode", step_s=0.05)
+    premium = Terms(slo_class=CLASSES["premium"])
+    rid = world.add(make_request(PROMPT, arrival_time=7.0, max_tokens=30), premium)
+    await world.until(lambda: len(world.tokens(rid)) > 2)
+    second = await world.engine("d1", "decode")
+    decode.kill()
+    assert len(await world.finish(rid)) == 30
+    assert [(one.priority, one.arrival_time) for one in second.received] == [(-200, 7.0)]
+
+
+async def test_time_to_first_token_and_time_in_the_queue_are_measured_by_class(make_world) -> None:
+    world = make_world()
+    await world.engine("b0", "both")
+    for name in ("premium", "batch", "batch"):
+        await world.finish(world.add(make_request(PROMPT), Terms(slo_class=CLASSES[name])))
+    for metric in ("mooncake_class_ttft_seconds_count", "mooncake_class_wait_seconds_count"):
+        counts = {name: world.metric(metric, slo_class=name) for name in CLASSES}
+        assert counts == {"premium": 1, "batch": 2, "interactive": 0, "default": 0}
+
+
+async def test_the_flood_of_one_tenant_is_lowered_to_what_it_may_have(make_world) -> None:
+    tenants = Tenants({"flood": Tenant(highest="batch"), "calm": Tenant()})
+    world = make_world(quotas=Quotas(tenants))
+    engine = await world.engine("b0", "both")
+    terms = [tenants.bound(Terms(tenant=name, slo_class=CLASSES["premium"])) for name in ("flood", "calm")]
+    for one in terms:
+        await world.finish(world.add(make_request(PROMPT), one))
+    assert priorities(engine) == [100, -200]
