@@ -9,7 +9,6 @@ from conductor.prompt_keys import KeyMemo, PromptKeys
 from conductor.request import PrefillGroup, RequestMachine
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
-from conductor.why import Decided
 from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import request_root, tail_key
 
@@ -17,11 +16,11 @@ from mooncake.core.keys import request_root, tail_key
 class Family:
     """Requests that share one leg 1: the children of an n > 1 request, or one lone request."""
 
-    __slots__ = ("clients", "eids", "family_id", "group")
+    __slots__ = ("clients", "eids", "family_id", "shared")
 
-    def __init__(self, family_id: str) -> None:
+    def __init__(self, family_id: str, *, lone: bool) -> None:
         self.family_id = family_id
-        self.group = PrefillGroup(family_id)
+        self.shared = None if lone else PrefillGroup(family_id)
         self.clients: list[Client] = []
         self.eids: list[str] = []  # of leg 1, one per attempt
 
@@ -43,26 +42,29 @@ class Client:
         "machine",
         "move_reason",
         "plan",
+        "prompt",
         "request",
         "started_s",
         "told",
-        "why",
+        "turned_away",
     )
 
     def __init__(
         self,
         request: EngineCoreRequest,
-        machine: RequestMachine,
+        prompt: "Prompt",
         family: Family,
         now_s: float,
         fate: HttpFate | None,
     ) -> None:
         self.request = request
-        self.machine = machine
+        self.prompt = prompt
+        self.machine = RequestMachine(
+            prompt.facts, family.shared
+        )  # till its place is known
         self.family = family
         self.fate = fate
         self.plan: Plan | None = None
-        self.why: Decided | None = None  # of an answer that is not yet acted on
         self.eids: list[str] = []  # of legs that work for this request alone
         self.emitted: list[int] = []  # tokens the front end has
         self.told = False  # whether it has seen any output, and with it usage and queue times
@@ -74,11 +76,70 @@ class Client:
         self.first_s = 0.0
         self.last_s = 0.0
         self.move_reason = ""
+        self.turned_away = False
 
     @property
     def slo_class(self) -> str:
         """Name of its class of service: a metric label."""
         return (DEFAULT_TERMS if self.fate is None else self.fate.terms).slo_class.name
+
+
+class Prompt:
+    """A client's request as the policy may know it (an Asked)."""
+
+    __slots__ = ("_adapters", "_family", "_first_token", "_memo", "_request", "facts", "started_s", "terms")
+
+    def __init__(
+        self,
+        request: EngineCoreRequest,
+        terms: Terms,
+        family: Family,
+        started_s: float,
+        adapters: AdapterNames,
+        memo: KeyMemo,
+        first_token: bool,
+    ) -> None:
+        """`first_token`: whether leg 1's own token may be streamed at all; others: see facts_of."""
+        self.terms = terms
+        self.started_s = started_s
+        self._request = request
+        self._family = family
+        self._adapters = adapters
+        self._memo = memo
+        self._first_token = first_token
+        self.facts = self.look("", 1)
+
+    @property
+    def request_id(self) -> str:
+        """See Asked."""
+        return str(self._request.request_id)
+
+    @property
+    def client_id(self) -> str:
+        """See Asked."""
+        return self._request.external_req_id or ""
+
+    @property
+    def is_sibling(self) -> bool:
+        """See Asked."""
+        return bool(self._family.clients)
+
+    def look(self, root: str, block_size: int) -> RequestFacts:
+        """See Asked."""
+        self.facts = facts_of(
+            self._request, root, block_size, self._adapters, self._memo,
+            first_token=self._first_token, shared=self._family.shared is not None,
+            terms=self.terms, arrival_s=self.started_s,
+        )  # fmt: skip
+        return self.facts
+
+    def unnamed(self) -> str:
+        """See Asked."""
+        if self._request.prompt_embeds is not None:
+            return "prompt embeddings"
+        if self._request.lora_request is not None:
+            return "an adapter whose weights cannot be read here"
+        return "no tokens"
 
 
 class Running:

@@ -4,11 +4,39 @@ In the gateway's process when there is one gateway; in a process of its own (con
 several share it.
 """
 
+import asyncio
+import secrets
 from typing import Any
 
+import msgspec
+
+from conductor.admission import AdmissionMode
+from conductor.cluster import ClusterView
+from conductor.cost import CostModel
+from conductor.describe import described
+from conductor.gate import Gate, GateConfig
+from conductor.heat import Heat
+from conductor.hot_copies import HotCopies, HotMetrics
+from conductor.index import PrefixIndex
+from conductor.links import Link
+from conductor.local_decider import LocalDecider
+from conductor.members import Members, Sink
 from conductor.metrics import GatewayMetrics
+from conductor.observe import Observer, Planned
+from conductor.plan import Plan, RequestFacts
+from conductor.planner import Planner, PlannerConfig
+from conductor.role_keeper import RoleKeeper, RoleMetrics
+from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
+from conductor.tenants import Quotas
+from conductor.tenants_file import TenantsFile, follow
+from conductor.vllm_seam import EngineCoreOutputs
 from mooncake.core.config import GatewayOptions
+from mooncake.core.messages import Pulse
 from mooncake.core.metadata import MetadataStore
+
+SESSION_BONUS_S = 0.05
+"""What an engine's own cache may save of a session's next turn where the index does not know it: blocks that
+have no name, and those of the last tenths of a second."""
 
 
 class Core:
@@ -20,23 +48,73 @@ class Core:
         Raises:
             ConfigError: the file of tenants is wrong.
         """
-        raise NotImplementedError
+        self.options = options
+        self.metrics = metrics
+        self.view = ClusterView()
+        self.index, self.cost = PrefixIndex(), CostModel()
+        scheduler = Scheduler(scheduler_config(options), self.index, self.cost, self.view)
+        name = f"gateway-{secrets.token_hex(4)}"  # a restarted one is another one
+        self.members = Members(metadata, self.view, self.index, name, metrics, address=options.address)
+        self._file = TenantsFile(options.tenants) if options.tenants else None
+        self._following: asyncio.Task[None] | None = None
+        self.quotas = Quotas(None if self._file is None else self._file.read())
+        gate = Gate(
+            GateConfig(hold_s=options.hold_s), self.view, lambda name: self.quotas.tenants.weight(name)
+        )
+        observer = Observer(self.cost, metrics)
+        self.decider = LocalDecider(
+            self.view, scheduler, self.cost, gate, self.quotas, observer, self.members.stores_in_step, metrics
+        )
+        planner = None
+        if options.plan_roles:
+            planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), self.cost)
+            observer.listen(telling(planner, self.cost), planner.answered)
+        self.roles = RoleKeeper(self.view, self.members.order_role, RoleMetrics(metrics.registry), planner)
+        heat = Heat(self.cost, options.hot_copies)
+        self.hot = HotCopies(heat, self.view, self.index, metadata, HotMetrics(metrics.registry))
+        observer.listen(self.hot.planned)
 
-    def start(self) -> None:
-        """Follow the cluster, on the running loop."""
-        raise NotImplementedError
+    def start(self, sink: Sink | None = None) -> None:
+        """Follow the cluster, on the running loop.
+
+        `sink`: the dispatcher of this process, for which alone it decides; None: of others, see `act`.
+        """
+        self.members.start(_OwnSink(self.decider) if sink is None else sink)
+        if sink is not None:
+            self.act()
+        if self._file is not None:
+            self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
+
+    def act(self) -> None:
+        """Begin to tell others what to do: engines their roles, the directory which prefixes are hot."""
+        self.roles.start()
+        self.hot.start()
+
+    async def rest(self) -> None:
+        """End what `act` began (idempotent)."""
+        await self.hot.close()
+        await self.roles.close()
 
     async def close(self) -> None:
-        """End what `start` began."""
-        raise NotImplementedError
+        """End everything."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self.rest()
+        await self.members.close()
+
+    def status(self) -> dict[str, Any]:
+        """Return who decides, JSON-ready."""
+        return {"mode": "local"}
 
     async def instances(self) -> list[dict[str, Any]]:
         """Return the instances as JSON-ready dictionaries."""
-        raise NotImplementedError
+        return described(self.view, self.members)
 
     async def decisions(self, request_id: str) -> list[dict[str, Any]]:
         """Return the last decisions, newest first; only those of `request_id`, if given."""
-        raise NotImplementedError
+        found: list[dict[str, Any]] = msgspec.to_builtins(self.decider.decisions.last(request_id))
+        return found
 
     async def change_role(self, instance_id: str, role: str) -> None:
         """Begin a change of roles.
@@ -44,4 +122,53 @@ class Core:
         Raises:
             RequestError: it cannot be followed.
         """
-        raise NotImplementedError
+        self.roles.change(instance_id, role)
+
+
+def telling(planner: Planner, cost: CostModel) -> Planned:
+    """Return what tells a planner of roles of every plan."""
+
+    def planned(facts: RequestFacts, plan: Plan) -> None:
+        answer_tokens = cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
+        planner.planned(plan, facts.prompt_len, answer_tokens)
+
+    return planned
+
+
+class _OwnSink:
+    """Of a core without a dispatcher: it has no requests at engines."""
+
+    def __init__(self, decider: LocalDecider) -> None:
+        self._decider = decider
+
+    def on_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
+        """See Sink."""
+
+    def on_lost(self, instance_id: str, reason: str) -> None:  # noqa: ARG002
+        """See Sink."""
+        self._decider.on_lost(instance_id)
+
+    def on_draining(self, instance_id: str) -> None:
+        """See Sink."""
+
+    def on_pulse(self, link: Link, pulse: Pulse) -> None:
+        """See Sink."""
+        self._decider.on_pulse(link.instance_id, pulse)
+
+    def on_tick(self, now_s: float) -> None:
+        """See Sink."""
+        self._decider.on_tick(now_s)
+
+
+def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
+    """Return what the options mean to the scheduler; an objective of 0 is none."""
+    return SchedulerConfig(
+        mode=Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED,
+        policy=Policy(options.policy),
+        ttft_slo_s=options.ttft_slo_s or None,
+        tbt_slo_s=options.tbt_slo_s or None,
+        admission=AdmissionMode(options.admission),
+        decode_s=options.decode_s or None,
+        inline=options.inline,
+        session_bonus_s=SESSION_BONUS_S,
+    )

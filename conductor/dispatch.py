@@ -1,6 +1,6 @@
-"""The IO shell of Scheduler and RequestMachine: engine outputs and client calls in, legs out.
+"""The IO shell of RequestMachine: engine outputs and client calls in, legs out, as a Decider says.
 
-Everything runs on one event loop and never waits: sends are non-blocking, decisions take
+Everything runs on one event loop and never waits: sends are non-blocking, and a LocalDecider takes
 microseconds, so `add` has dispatched the request when it returns. Hashing a prompt's keys happens
 inline too (conductor.prompt_keys): at most 2 ms for 128k tokens nobody has sent before, once per request.
 
@@ -10,22 +10,21 @@ Each leg has its own engine-side id (eid); an output whose eid is not registered
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import NoReturn
 
 import structlog
 
 from conductor import legs
-from conductor.clients import Client, Family, Running, facts_of, family_of
-from conductor.cost import CostModel
-from conductor.gate import Gate, GateConfig, Outcome
+from conductor.clients import Client, Family, Prompt, Running, family_of
+from conductor.decider import Decider
 from conductor.http import FATE
 from conductor.links import Link
 from conductor.members import Members
+from conductor.meter import Meter
 from conductor.metrics import GatewayMetrics
-from conductor.observe import Observer
 from conductor.plan import (
     Abort,
     Command,
@@ -33,22 +32,20 @@ from conductor.plan import (
     Done,
     Fail,
     Leg,
+    Outcome,
     Plan,
     Reason,
     Rejection,
     Release,
     Replan,
-    RequestFacts,
     Send,
     Stale,
     revised,
 )
-from conductor.planner import Planner
 from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
-from conductor.scheduler import Scheduler
-from conductor.tenants import Quotas
-from conductor.terms import DEFAULT_TERMS, Terms
+from conductor.terms import DEFAULT_TERMS
+from conductor.turned_away import unavailable
 from conductor.vllm_seam import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -56,7 +53,6 @@ from conductor.vllm_seam import (
     FinishReason,
     Unavailable,
 )
-from conductor.why import Decisions
 from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.messages import Pulse
 
@@ -69,16 +65,6 @@ SWEEP_S = 5.0
 OUTPUTS_MAX = 100_000
 """Decoded frames waiting for vLLM's output handler; beyond it the gateway has lost the race."""
 
-_STATUS = {
-    Reason.NO_INSTANCE_FITS: HTTPStatus.BAD_REQUEST,
-    Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
-    Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
-    Reason.PREFILL_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
-    Reason.DECODE_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
-    Reason.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
-}
-"""HTTP status of a rejection; 503 where nothing is said."""
-
 FINISH = {str(reason): reason for reason in FinishReason}
 """The request machine's words for vLLM's finish reasons."""
 
@@ -89,42 +75,19 @@ FailRequest = Callable[[str, Exception], Sequence[str]]
 """Ends a client's stream with an error; returns sibling requests to abort."""
 
 
-def unavailable(rejection: Rejection) -> Unavailable:
-    """Return the error that tells an HTTP client of `rejection`."""
-    detail = f": {rejection.detail}" if rejection.detail else ""
-    status = _STATUS.get(rejection.reason, HTTPStatus.SERVICE_UNAVAILABLE)
-    return Unavailable(f"{rejection.reason}{detail}", rejection.retry_after_s, status)
-
-
 class Dispatcher:
     """Owns every request between vLLM's front end and the engines. A Sink of Members."""
 
     def __init__(
-        self,
-        members: Members,
-        scheduler: Scheduler,
-        cost: CostModel,
-        metrics: GatewayMetrics,
-        *,
-        first_token: bool = True,
-        gate: Gate | None = None,
-        quotas: Quotas | None = None,
+        self, members: Members, decider: Decider, metrics: GatewayMetrics, *, first_token: bool = True
     ) -> None:
-        """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9).
-
-        `gate`: who waits before being planned; None = nobody. `quotas`: of tenants; None = no limits.
-        """
+        """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9)."""
         self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue(OUTPUTS_MAX)
         self.fail_request: FailRequest | None = None
         self._members = members
-        self._scheduler = scheduler
-        self._cost = cost
-        self._quotas = Quotas() if quotas is None else quotas
+        self._decider = decider
         self._metrics = metrics
-        self._observe = Observer(cost, metrics)
-        scheduler.listen(self._observe.trail)
-        self._gate = Gate(GateConfig(), members.view) if gate is None else gate
-        self._pumping = False
+        self._meter = Meter(decider, metrics)
         self._first_token = first_token
         self._adapters = AdapterNames()
         self._memo = KeyMemo()
@@ -153,58 +116,32 @@ class Dispatcher:
         now_s = time.monotonic()
         fate = FATE.get()
         terms = DEFAULT_TERMS if fate is None else fate.terms
-        terms = terms.ranked(request.priority)
-        request.priority = terms.engine_priority
-        if terms.asked:
-            self._observe.lowered(terms.asked, terms.tenant, self._quotas.tenants)
+        request.priority = request.priority or terms.slo_class.priority
         family_id = family_of(request)
-        family = self._family(family_id or request.request_id)
-        client = Client(request, self._machine(request, terms, family, now_s), family, now_s, fate)
-
-        def place(at_s: float) -> Plan | Rejection:
-            return self._plan(at_s, client, terms)
-
-        if rejection := self._over_quota(now_s, client):
-            self._refused(client, rejection)
-        answer, others = self._gate.offer(
-            now_s, request.request_id, lambda: self._work_s(client, terms), terms, place
-        )
-        for other in others:
-            self._answered(other)
+        family = self._families.get(family_id or request.request_id)
+        if family is None:
+            family = Family(family_id or request.request_id, lone=family_id is None)
+            self._families[family.family_id] = family
+        prompt = Prompt(request, terms, family, now_s, self._adapters, self._memo, self._first_token)
+        client = Client(request, prompt, family, now_s, fate)
+        answer = self._decider.offer(prompt, partial(self._answered, client))
         if isinstance(answer, Rejection):
             self._refused(client, answer)
         family.clients.append(client)
         self._clients[request.request_id] = client
         self._idle.clear()
         self._metrics.in_flight.set(len(self._clients))
-        self._metrics.waiting.set(len(self._gate))
-        if isinstance(answer, Plan):
+        self._metrics.waiting.set(self._decider.waiting)
+        if answer is not None:
             self._begin(client, answer)
-
-    def _over_quota(self, now_s: float, client: Client) -> Rejection | None:
-        """Take the request's part of its tenant's quotas; `_settle` corrects it by what it really took."""
-        facts = client.machine.facts
-        answer_tokens = self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
-        sibling = bool(client.family.clients)  # n > 1 choices have one prompt
-        prompt_tokens = 0 if sibling else facts.prompt_len
-        return self._quotas.admit(
-            now_s, facts.request_id, facts.tenant, prompt_tokens, answer_tokens, sibling=sibling
-        )
-
-    def _settle(self, client: Client) -> None:
-        facts, ran = client.machine.facts, client.plan is not None
-        tokens = self._quotas.ended(time.monotonic(), facts.request_id, len(client.emitted), ran=ran)
-        self._metrics.tenant_tokens.labels(self._quotas.tenants.label(facts.tenant)).inc(tokens)
 
     def _count_rejection(self, client: Client, rejection: Rejection) -> None:
         reason = str(rejection.reason)
         self._metrics.rejections.labels(reason, client.slo_class).inc()
-        tenant = self._quotas.tenants.label(client.machine.facts.tenant)
+        tenant = self._decider.tenant_label(client.prompt.terms.tenant)
         self._metrics.tenant_rejections.labels(tenant, reason).inc()
 
     def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
-        self._explain_rejection(client, rejection)
-        self._settle(client)
         if not client.family.clients:
             self._families.pop(client.family.family_id, None)
         self._metrics.requests.labels("rejected").inc()
@@ -217,114 +154,31 @@ class Dispatcher:
     def _begin(self, client: Client, plan: Plan) -> None:
         client.plan = plan
         client.heard_s = time.monotonic()
-        if client.why is not None:
-            self._observe.decided(client.why)
-            client.why = None
-        self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
-        self._observe.planned(client.request, client.machine.facts, plan)
+        client.machine = RequestMachine(client.prompt.facts, client.family.shared)
         self._run(client.machine.start(plan))
 
-    def _pump(self) -> None:
-        """Let in who waits and for whom there is room now."""
-        self._pumping = False
-        for outcome in self._gate.pump(time.monotonic()):
-            self._answered(outcome)
-        self._metrics.waiting.set(len(self._gate))
-
-    def _pump_soon(self) -> None:
-        if len(self._gate) and not self._pumping:
-            self._pumping = True  # never inline: the commands that gave load back come first
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _answered(self, outcome: Outcome) -> None:
-        """A request that waited has its answer."""
-        client = self._clients[outcome.request_id]
-        if isinstance(outcome.answer, Plan):
-            self._begin(client, outcome.answer)
+    def _answered(self, client: Client, answer: Plan | Rejection) -> None:
+        """A request that waited, or was asked about elsewhere, has its answer."""
+        self._metrics.waiting.set(self._decider.waiting)
+        if isinstance(answer, Plan):
+            self._begin(client, answer)
         else:
-            self._turn_away(client, outcome.answer)
+            self._turn_away(client, answer)
 
     def _turn_away(self, client: Client, rejection: Rejection) -> None:
         """Tell a client that was taken, and waits for its first token, that it will not be served."""
         if self._clients.get(client.request.request_id) is not client:
             return  # it left
-        self._explain_rejection(client, rejection)
+        client.turned_away = True
         self._count_rejection(client, rejection)
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
-
-    def _explain_rejection(self, client: Client, rejection: Rejection) -> None:
-        """The scheduler's are explained already; others come from the gate, or after the prompt."""
-        why, client.why = client.why, None
-        if why is None:
-            why = self._observe.explained(time.monotonic(), client, rejection, asked=False)
-        self._observe.decided(why)
-
-    def _plan(self, now_s: float, client: Client, terms: Terms) -> Plan | Rejection:
-        """Plan against every context that is alive, the most common first."""
-        answer: Plan | Rejection | None = None
-        for root, block_size in self._contexts():
-            machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
-            client.machine = machine
-            self._observe.trail.clear()
-            answer = self._scheduler.on_request(now_s, machine.facts)
-            if isinstance(answer, Plan):
-                break
-        assert answer is not None
-        client.why = self._observe.explained(now_s, client, answer)
-        return answer
-
-    def _contexts(self) -> list[tuple[str, int]]:
-        """Return roots and block sizes, the most common first; never none."""
-        contexts = Counter((r.context_root, r.block_size) for r, _ in self._members.view.alive())
-        return [pair for pair, _ in contexts.most_common()] or [("", 1)]
-
-    def _work_s(self, client: Client, terms: Terms) -> float:
-        root, block_size = self._contexts()[0]
-        machine = self._machine(client.request, terms, client.family, client.started_s, root, block_size)
-        return self._scheduler.work_s(machine.facts, block_size)
-
-    def _machine(
-        self,
-        request: EngineCoreRequest,
-        terms: Terms,
-        family: Family,
-        arrival_s: float,
-        root: str = "",
-        block_size: int = 1,
-    ) -> RequestMachine:
-        """Return the machine of a request; `root` "": before it is known where it may run."""
-        shared = family.family_id != request.request_id
-        facts = facts_of(
-            request, root, block_size, self._adapters, self._memo,
-            first_token=self._first_token, shared=shared, terms=terms, arrival_s=arrival_s,
-        )  # fmt: skip
-        return RequestMachine(facts, family.group if shared else None)
-
-    def _family(self, family_id: str) -> Family:
-        family = self._families.get(family_id)
-        if family is None:
-            family = self._families[family_id] = Family(family_id)
-        return family
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """The client left, or vLLM's detokenizer found a stop string. Unknown ids are fine."""
         for request_id in request_ids:
             if client := self._clients.get(request_id):
                 self._run(client.machine.abort())
-
-    def tell(self, planner: Planner) -> None:
-        """Let the planner of roles hear of every plan and answer."""
-        self._observe.planner = planner
-
-    def tell_plans(self, hear: Callable[[RequestFacts, Plan], None]) -> None:
-        """Let somebody hear of every plan that is acted on; quick, and raising nothing."""
-        self._observe.on_plan = hear
-
-    @property
-    def decisions(self) -> Decisions:
-        """The last answers, explained."""
-        return self._observe.decisions
 
     @property
     def in_flight(self) -> int:
@@ -362,13 +216,13 @@ class Dispatcher:
                 continue
             if not running.measured:
                 pure = False
-                self._observe.prefilled(running, output, now_s)
+                self._meter.prefilled(running, output, now_s)
             client = running.clients[0]
             context_tokens += client.machine.facts.prompt_len + len(client.emitted)
             self._on_output(running, output, now_s, kept)
         if kept:
             batch = len(outputs.outputs)
-            self._observe.frame(link.instance_id, now_s, batch, context_tokens, pure)
+            self._meter.frame(link.instance_id, now_s, batch, context_tokens, pure)
         outputs.outputs = kept
         # statistics travel even when every request of the step is gone, else gauges freeze
         if kept or outputs.scheduler_stats is not None:
@@ -397,7 +251,8 @@ class Dispatcher:
 
     def on_lost(self, instance_id: str, reason: str) -> None:
         """See Sink."""
-        self._observe.lost(instance_id)
+        self._meter.lost(instance_id)
+        self._decider.on_lost(instance_id)
         hit = [running for running in self._running.values() if running.instance_id == instance_id]
         for running in hit:
             del self._running[running.eid]  # late outputs of this leg are nobody's
@@ -415,13 +270,12 @@ class Dispatcher:
 
     def on_pulse(self, link: Link, pulse: Pulse) -> None:
         """See Sink."""
-        self._observe.moved(link.instance_id, pulse)
+        self._decider.on_pulse(link.instance_id, pulse)
 
     def on_tick(self, now_s: float) -> None:
         """See Sink: look for requests that an engine forgot."""
-        serving = (record.node for record, _ in self._members.view.alive())
-        self._observe.tick(self._members.stores_in_step(), serving)
-        self._pump_soon()  # deadlines pass, and engines come, without anybody giving load back
+        self._decider.on_tick(now_s)
+        self._metrics.waiting.set(self._decider.waiting)
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s
@@ -440,8 +294,7 @@ class Dispatcher:
         client = self._clients.get(command.request_id)
         match command:
             case Release():
-                self._scheduler.release(time.monotonic(), command.ticket)
-                self._pump_soon()
+                self._decider.release(command.ticket)
             case Stale():
                 self._metrics.stale_outputs.inc()
             case Abort():
@@ -462,16 +315,26 @@ class Dispatcher:
                 log.debug("dispatch.command_late", command=type(command).__name__)
 
     def _send(self, client: Client, command: Send) -> None:
-        if command.leg is Leg.DECODE and client.plan is not None and not client.told:
-            rejection = self._scheduler.second_check(client.plan)
-            if rejection is not None:  # the machine settles first
-                asyncio.get_running_loop().call_soon(self._turn_away, client, rejection)
-                return
-        link = self._members.up(command.instance_id)
         shared = command.leg is Leg.PREFILL
         clients = client.family.clients if shared else [client]
         (client.family.eids if shared else client.eids).append(command.eid)
         self._running[command.eid] = Running(command.eid, command.leg, command.instance_id, clients)
+        if command.leg is Leg.DECODE and client.plan is not None and not client.told:
+            checked = partial(self._checked, client, command)
+            self._decider.second_check(client.prompt, client.plan, checked)
+        else:
+            self._send_leg(client, command)
+
+    def _checked(self, client: Client, command: Send, rejection: Rejection | None) -> None:
+        if command.eid not in self._running:
+            return  # aborted or lost while it was asked about
+        if rejection is None:
+            self._send_leg(client, command)
+        else:  # the machine settles first
+            asyncio.get_running_loop().call_soon(self._turn_away, client, rejection)
+
+    def _send_leg(self, client: Client, command: Send) -> None:
+        link = self._members.up(command.instance_id)
         if link is None:
             # lost between plan and send: tell the machine once it has settled
             loop = asyncio.get_running_loop()
@@ -479,7 +342,7 @@ class Dispatcher:
             return
         request, slot = client.request, link.slot
         source = self._source(client, command)
-        if shared:
+        if command.leg is Leg.PREFILL:
             first = client.machine.facts.first_token
             target = self._target(client, command)
             link.add(legs.prefill_leg(request, command.eid, slot, source, target, first))
@@ -495,14 +358,14 @@ class Dispatcher:
         known = client.leg1_node or planned or ""
         if not known and not command.resume_n:
             return ""  # the plan found computing quicker
-        return self._scheduler.source(client.machine.facts, self._node_of(command.instance_id), known)
+        return self._decider.source(client.machine.facts, self._node_of(command.instance_id), known)
 
     def _target(self, client: Client, command: Send) -> str:
         """Return the node that is going to decode what this leg 1 computes, if it is another one."""
         decode = client.plan.decode if client.plan is not None else None
         if decode is None:
             return ""
-        return self._scheduler.target(self._node_of(command.instance_id), self._node_of(decode))
+        return self._decider.target(self._node_of(command.instance_id), self._node_of(decode))
 
     def _node_of(self, instance_id: str) -> str:
         record = self._members.view.record(instance_id)
@@ -519,7 +382,7 @@ class Dispatcher:
             legs.graft_leg1(output, client.leg1)
         client.told = True
         client.emitted += command.tokens
-        self._observe.delivered(client, len(command.tokens), now_s)
+        self._meter.delivered(client, len(command.tokens), now_s)
 
     def _deliver_own(self, client: Client, command: Deliver) -> None:
         """Deliver something that no engine output carries (the end of a request that lost its engine)."""
@@ -550,21 +413,17 @@ class Dispatcher:
             else:
                 self._metrics.retries.inc()
         # never inline: the machine's other commands come first
-        asyncio.get_running_loop().call_later(command.delay_s, self._answer, client, command)
+        asyncio.get_running_loop().call_later(command.delay_s, self._ask_again, client, command)
 
-    def _answer(self, client: Client, command: Replan) -> None:
-        now_s = time.monotonic()
-        machine = client.machine
-        client.heard_s = now_s
-        self._observe.trail.clear()
-        answer = self._scheduler.replan(
-            now_s, machine.facts, machine.emitted_n, command.exclude, command.need
-        )
-        self._observe.decided(self._observe.explained(now_s, client, answer))
+    def _ask_again(self, client: Client, command: Replan) -> None:
+        placed = partial(self._placed, client, command)
+        self._decider.replan(client.prompt, client.machine.emitted_n, command.exclude, command.need, placed)
+
+    def _placed(self, client: Client, command: Replan, answer: Plan | Rejection) -> None:
+        client.heard_s = time.monotonic()
         if isinstance(answer, Plan):
-            self._metrics.decisions.labels(str(answer.decision)).inc()
             client.plan = answer if client.plan is None else revised(client.plan, answer)
-        self._run(machine.plan_result(command.need, answer))
+        self._run(client.machine.plan_result(command.need, answer))
 
     def _fail(self, client: Client, command: Fail) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE if command.retryable else HTTPStatus.INTERNAL_SERVER_ERROR
@@ -584,10 +443,11 @@ class Dispatcher:
 
     def _done(self, client: Client, command: Done) -> None:
         request_id = client.request.request_id
-        self._gate.leave(request_id)
-        self._settle(client)
+        finished = command.outcome is Outcome.FINISHED
+        ran = client.plan is not None
+        self._decider.ended(client.prompt, len(client.emitted), ran=ran, finished=finished)
         del self._clients[request_id]
-        self._observe.ended(client, str(command.outcome))
+        self._metrics.requests.labels("rejected" if client.turned_away else str(command.outcome)).inc()
         self._metrics.in_flight.set(len(self._clients))
         family = client.family
         family.clients.remove(client)

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hmac
 import os
-import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -20,23 +19,13 @@ import msgspec
 import structlog
 
 from conductor import vllm_seam
-from conductor.admission import AdmissionMode
-from conductor.cluster import ClusterView
+from conductor.core import Core
 from conductor.core_client import ClusterCoreClient
-from conductor.cost import CostModel
+from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
-from conductor.gate import Gate, GateConfig
-from conductor.heat import Heat
-from conductor.hot_copies import HotCopies, HotMetrics
 from conductor.http import RejectionMiddleware
-from conductor.index import PrefixIndex
-from conductor.members import Members
 from conductor.metrics import process_metrics
-from conductor.planner import Planner, PlannerConfig
-from conductor.role_keeper import RoleKeeper, RoleMetrics
-from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
-from conductor.tenants import Quotas
-from conductor.tenants_file import TenantsFile, follow
+from conductor.remote_core import RemoteCore
 from mooncake.core.config import GatewayOptions, check_host
 from mooncake.core.errors import RequestError
 from mooncake.core.messages import DRAINING
@@ -47,70 +36,38 @@ from mooncake.core.metadata_open import open_metadata
 
 log = structlog.get_logger(__name__)
 
-SESSION_BONUS_S = 0.05
-"""What an engine's own cache may save of a session's next turn where the index does not know it: blocks that
-have no name, and those of the last tenths of a second."""
 DRAIN_S = 25.0
 """Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
-
 
 class Cluster:
     """Everything between vLLM's front end and the relays, wired together."""
 
     def __init__(
-        self,
-        options: GatewayOptions,
-        metadata: MetadataStore,
+        self, options: GatewayOptions, metadata: MetadataStore, core: Core | RemoteCore | None = None
     ) -> None:
-        """Nothing runs before `start`.
+        """Nothing runs before `start`. `core`: who decides; None: this process, and nobody else.
 
         Raises:
             ConfigError: the file of tenants is wrong.
         """
         metrics = process_metrics()
-        self.view = ClusterView()
-        index, cost = PrefixIndex(), CostModel()
-        scheduler = Scheduler(scheduler_config(options), index, cost, self.view)
-        gateway_id = f"gateway-{secrets.token_hex(4)}"  # a restarted gateway is another one
-        self.members = Members(metadata, self.view, index, gateway_id, metrics, address=options.address)
-        self._file = TenantsFile(options.tenants) if options.tenants else None
-        self._following: asyncio.Task[None] | None = None
-        self.quotas = Quotas(None if self._file is None else self._file.read())
-        gate = Gate(
-            GateConfig(hold_s=options.hold_s), self.view, lambda name: self.quotas.tenants.weight(name)
-        )
+        self.core = Core(options, metadata, metrics) if core is None else core
+        self.view = self.core.view
+        self.members = self.core.members
+        self.quotas = self.core.quotas
         self.dispatcher = Dispatcher(
-            self.members, scheduler, cost, metrics,
-            first_token=options.first_token, gate=gate, quotas=self.quotas,
-        )  # fmt: skip
-        planner = None
-        if options.plan_roles:
-            planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), cost)
-            self.dispatcher.tell(planner)
-        role_metrics = RoleMetrics(metrics.registry)
-        self.roles = RoleKeeper(self.view, self.members.order_role, role_metrics, planner)
-        heat = Heat(cost, options.hot_copies)
-        self.hot = HotCopies(heat, self.view, index, metadata, HotMetrics(metrics.registry))
-        self.dispatcher.tell_plans(self.hot.planned)
+            self.members, self.core.decider, metrics, first_token=options.first_token
+        )
         self.client = ClusterCoreClient(self.dispatcher, self.members)
 
     def start(self, llm: Any) -> None:
         """Begin, under the AsyncLLM that was made over `client`."""
         self.client.bind(llm, vllm_seam.fail_requests)
-        self.members.start(self.dispatcher)
-        self.roles.start()
-        self.hot.start()
-        if self._file is not None:
-            self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
+        self.core.start(self.dispatcher)
 
     async def close(self) -> None:
         """End what `start` began."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-        await self.hot.close()
-        await self.roles.close()
-        await self.members.close()
+        await self.core.close()
 
     async def drain(self) -> None:
         """Take nothing new and wait, at most DRAIN_S, for what is in flight."""
@@ -118,55 +75,6 @@ class Cluster:
         self.dispatcher.refuse("the gateway is shutting down")
         if not await self.dispatcher.idle(DRAIN_S):
             log.warning("gateway.drain_deadline", in_flight=self.dispatcher.in_flight)
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return the instances as JSON-ready dictionaries."""
-        return [
-            {
-                "instance_id": record.instance_id,
-                "role": record.role,
-                "state": str(health),
-                "node": record.node,
-                "epoch": record.epoch,
-                "pid": record.pid,
-                "model": record.model,
-                "engine": self.members.engine_slot(record.instance_id),  # label of its vllm:* metrics
-                "metrics_url": record.metrics_url,
-                "load": {
-                    "prefill_requests": load.prefill_requests,
-                    "prefill_tokens": load.prefill_tokens,
-                    "decode_requests": load.decode_requests,
-                    "decode_kv_tokens": load.decode_kv_tokens,
-                },
-            }
-            for record, health, load in self.view.instances()
-        ]
-
-    def describe_stores(self) -> list[dict[str, Any]]:
-        """Return the store nodes as JSON-ready dictionaries."""
-        return [
-            {
-                "node": record.node,
-                "capacity_bytes": record.capacity_bytes,
-                "pid": record.pid,
-                "metrics_url": record.metrics_url,
-            }
-            for record in self.view.stores()
-        ]
-
-
-def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
-    """Return what the options mean to the scheduler; an objective of 0 is none."""
-    return SchedulerConfig(
-        mode=Mode.AGGREGATED if options.aggregated else Mode.DISAGGREGATED,
-        policy=Policy(options.policy),
-        ttft_slo_s=options.ttft_slo_s or None,
-        tbt_slo_s=options.tbt_slo_s or None,
-        admission=AdmissionMode(options.admission),
-        decode_s=options.decode_s or None,
-        inline=options.inline,
-        session_bonus_s=SESSION_BONUS_S,
-    )
 
 
 def vllm_arguments(options: GatewayOptions) -> list[str]:
@@ -237,20 +145,21 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
 
     async def instances(request: Request) -> Response:  # noqa: ARG001
         return JSONResponse({
-            "instances": cluster.describe(),
-            "stores": cluster.describe_stores(),
+            "instances": await cluster.core.instances(),
+            "stores": described_stores(cluster.view),
+            "core": cluster.core.status(),
             "in_flight": cluster.dispatcher.in_flight,
             "pid": os.getpid(),
         })  # fmt: skip
 
     async def decisions(request: Request) -> Response:
-        found = cluster.dispatcher.decisions.last(request.query_params.get("request_id", ""))
-        return JSONResponse({"decisions": msgspec.to_builtins(found)})
+        found = await cluster.core.decisions(request.query_params.get("request_id", ""))
+        return JSONResponse({"decisions": found})
 
     async def roles(request: Request) -> Response:
         try:
             wish = msgspec.json.decode(await request.body(), type=RoleWish)
-            cluster.roles.change(wish.instance_id, wish.role)
+            await cluster.core.change_role(wish.instance_id, wish.role)
         except (msgspec.MsgspecError, RequestError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         return JSONResponse({"instance_id": wish.instance_id, "role": DRAINING, "next": wish.role}, 202)

@@ -28,6 +28,7 @@ class Fallback(StrEnum):
     INDEX_STALE = "index_stale"  # IndexMode.DEGRADED: those of some are not
     NO_PREFILL_ALIVE = "no_prefill_alive"  # decode instances do both legs
     NO_DECODE_ALIVE = "no_decode_alive"  # prefill instances do both legs
+    CORE_AWAY = "core_away"  # a gateway decides by itself: no core leads, or it does not answer
     KEYS_UNKNOWN = "keys_unknown"  # nobody can name the prompt's blocks: nothing is looked up
 
 

@@ -1,4 +1,4 @@
-"""Turns what the dispatcher sees into metrics, records and measurements for the cost model."""
+"""Turns decisions into metrics, records and lessons for others, and what engines moved into bandwidths."""
 
 import logging
 import time
@@ -8,24 +8,17 @@ from functools import partial
 import msgspec
 import structlog
 
-from conductor.clients import Client, Running
 from conductor.cost import CostModel
+from conductor.decider import Asked
 from conductor.metrics import GatewayMetrics
 from conductor.modes import Fallback, Fallbacks, IndexMode, index_mode
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
-from conductor.planner import Planner
 from conductor.pricing import Trail
-from conductor.tenants import Tenants
-from conductor.vllm_seam import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from conductor.why import Decided, Decisions, explain
 from mooncake.core.messages import Pulse
 
 log = structlog.get_logger(__name__)
 
-TBT_SAMPLE = 16
-"""Every so many frames of an engine, one gap is measured: the fit needs tens, not thousands."""
-TBT_GAP_S_MAX = 5.0
-"""A longer gap means that the engine was idle or stopped, not that a step took so long."""
 _BLIND = (Decision.LEAST_LOAD, Decision.ROUND_ROBIN, Decision.RANDOM)
 """Decisions of policies that never ask the index: nothing is poorer without it."""
 _ROLES = {
@@ -34,12 +27,8 @@ _ROLES = {
 }
 
 
-class _Steps:
-    __slots__ = ("count", "last_s")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.last_s = 0.0
+Planned = Callable[[RequestFacts, Plan], None]
+Finished = Callable[[int], None]
 
 
 class _Moved:
@@ -54,35 +43,44 @@ class _Moved:
 
 
 class Observer:
-    """Called on the hot path: keep it short."""
+    """Called for every decision: keep it short."""
 
-    def __init__(self, cost: CostModel, metrics: GatewayMetrics) -> None:
+    def __init__(self, cost: CostModel, metrics: GatewayMetrics, away: bool = False) -> None:
+        """`away`: these are decisions of a gateway that should not make them (Fallback.CORE_AWAY)."""
         self.trail = Trail()
         self.decisions = Decisions()
         self._cost = cost
         self._metrics = metrics
-        self.planner: Planner | None = None  # of roles: hears what is planned and answered
-        self.on_plan: Callable[[RequestFacts, Plan], None] | None = None  # hears of every plan
-        self._steps: dict[str, _Steps] = {}
+        self._away = away
+        self._on_plan: list[Planned] = []
+        self._on_answer: list[Finished] = []
         self._moved: dict[str, _Moved] = {}
         self._fallbacks = Fallbacks()
         self._index_mode = IndexMode.FALLBACK
         self._unnamed: dict[str, None] = {}  # causes that were logged: a handful
         for mode in IndexMode:
-            metrics.index_mode.labels(str(mode)).set(mode is self._index_mode)
+            metrics.index_mode.labels(str(mode)).set(mode is self._index_mode and not away)
         for kind in Fallback:
             metrics.fallbacks.labels(str(kind))  # shown as 0: a rule can tell "never" from "not there"
+
+    def listen(self, planned: Planned, finished: Finished | None = None) -> None:
+        """Let somebody hear of every plan that is acted on, and of every whole answer's tokens.
+
+        Both are called at once, on the hot path: quick, and raising nothing.
+        """
+        self._on_plan.append(planned)
+        if finished is not None:
+            self._on_answer.append(finished)
 
     # ------------------------------------------------------------ decisions
 
     def explained(
-        self, now_s: float, client: Client, answer: Plan | Rejection, *, asked: bool = True
+        self, now_s: float, asked: Asked, answer: Plan | Rejection, emitted_n: int = 0, *, priced: bool = True
     ) -> Decided:
-        """Return the record of an answer; `asked`: the scheduler gave it, just now."""
-        facts = client.machine.facts
-        client_id = client.request.external_req_id or ""
+        """Return the record of an answer; `priced`: the scheduler gave it, just now."""
+        facts = asked.facts
         trail = Trail()
-        if asked:
+        if priced:
             trail.prefills, trail.decodes = self.trail.prefills, self.trail.decodes
         why = partial(
             explain,
@@ -91,13 +89,13 @@ class Observer:
             answer,
             trail,
             prompt_blocks=len(facts.keys),
-            client_id=client_id,
-            waited_s=now_s - client.started_s,
+            client_id=asked.client_id,
+            waited_s=now_s - asked.started_s,
             output_tokens=self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class),
-            emitted_tokens=len(client.emitted),
+            emitted_tokens=emitted_n,
             index_mode=str(self._index_mode),
         )
-        return Decided(facts.request_id, client_id, why)
+        return Decided(facts.request_id, asked.client_id, why)
 
     def decided(self, decided: Decided) -> None:
         """An answer is acted on: keep its record."""
@@ -106,31 +104,39 @@ class Observer:
             why = msgspec.to_builtins(decided.why())
             log.debug("conductor.decision", request=decided.request_id, why=why)
 
-    def planned(self, request: EngineCoreRequest, facts: RequestFacts, plan: Plan) -> None:
+    def planned(self, asked: Asked, plan: Plan) -> None:
         """A request was accepted."""
+        facts = asked.facts
         self._metrics.decisions.labels(str(plan.decision)).inc()
         self._metrics.prefix_lookup_blocks.inc(len(facts.keys))
         self._metrics.prefix_hit_blocks.inc(plan.hit_blocks)
         self._metrics.predicted_ttft_s.observe(plan.predicted_ttft_s)
         self._note_roles(plan)
-        if self.on_plan is not None:
-            self.on_plan(facts, plan)
-        if self.planner is not None:
-            answer_tokens = self._cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
-            self.planner.planned(plan, facts.prompt_len, answer_tokens)
-        if facts.keys and plan.decision not in _BLIND and self._index_mode is not IndexMode.EXACT:
+        for hear in self._on_plan:
+            hear(facts, plan)
+        if self._away:
+            self._count(Fallback.CORE_AWAY)
+        elif facts.keys and plan.decision not in _BLIND and self._index_mode is not IndexMode.EXACT:
             empty = self._index_mode is IndexMode.FALLBACK
             self._count(Fallback.INDEX_EMPTY if empty else Fallback.INDEX_STALE)
         if not facts.keys and facts.tail_key is None:
             self._count(Fallback.KEYS_UNKNOWN)
-            cause = _unnamed(request)
+            cause = asked.unnamed()
             if cause not in self._unnamed:
                 self._unnamed[cause] = None
                 log.warning("conductor.keys_unknown", request=facts.request_id, reason=cause)
 
-    def lowered(self, asked: str, tenant: str, tenants: Tenants) -> None:
-        """A request gets a lower class than it asks for."""
-        self._metrics.lowered.labels(tenants.label(tenant), asked).inc()
+    def replanned(self, now_s: float, asked: Asked, answer: Plan | Rejection, emitted_n: int) -> None:
+        """A leg was placed again, or found no place."""
+        self.decided(self.explained(now_s, asked, answer, emitted_n))
+        if isinstance(answer, Plan):
+            self._metrics.decisions.labels(str(answer.decision)).inc()
+
+    def answered(self, tokens: int, tenant: str, slo_class: str, max_tokens: int) -> None:
+        """An answer is whole."""
+        self._cost.observe_output(tokens, tenant, slo_class, max_tokens)
+        for hear in self._on_answer:
+            hear(tokens)
 
     def _note_roles(self, plan: Plan) -> None:
         for decision, (kind, detail) in _ROLES.items():
@@ -154,6 +160,8 @@ class Observer:
 
     def tick(self, stores: Mapping[str, bool], serving: Iterable[str]) -> None:
         """Look at the state of things, a few times a second; arguments as `index_mode` takes them."""
+        if self._away:
+            return
         mode, detail = index_mode(stores, serving)
         if mode is not self._index_mode:
             self._metrics.index_mode.labels(str(self._index_mode)).set(0)
@@ -192,76 +200,4 @@ class Observer:
 
     def lost(self, instance_id: str) -> None:
         """An instance is gone; should it come back, it is measured afresh."""
-        self._steps.pop(instance_id, None)
         self._moved.pop(instance_id, None)
-
-    def prefilled(self, running: Running, output: EngineCoreOutput, now_s: float) -> None:
-        """A leg's first output came; its event times are on our clock already."""
-        running.measured = True
-        stats = output.prefill_stats
-        if stats is None or stats.num_computed_tokens <= 0:
-            return
-        for event in output.events or ():
-            if event.type == EngineCoreEventType.SCHEDULED:
-                seconds = now_s - event.timestamp
-                self._cost.observe_prefill(stats.num_computed_tokens, stats.num_cached_tokens, seconds)
-                return
-
-    def frame(self, instance_id: str, now_s: float, batch: int, context_tokens: int, pure: bool) -> None:
-        """One engine step came in.
-
-        Args:
-            instance_id: the engine's.
-            now_s: when it came.
-            batch: requests in it.
-            context_tokens: tokens in the contexts of these requests.
-            pure: no request of it was prefilled in this step.
-        """
-        steps = self._steps.get(instance_id)
-        if steps is None:
-            steps = self._steps[instance_id] = _Steps()
-        steps.count = steps.count + 1 if pure else 0
-        if steps.count > 1 and steps.count % TBT_SAMPLE == 0:
-            gap_s = now_s - steps.last_s
-            if gap_s < TBT_GAP_S_MAX:
-                self._cost.observe_tbt(batch, context_tokens, gap_s)
-        steps.last_s = now_s
-
-    def delivered(self, client: Client, tokens: int, now_s: float) -> None:
-        """Tokens go to the client."""
-        metrics = self._metrics
-        metrics.tokens.inc(tokens)
-        if client.first_s:
-            metrics.tbt_s.observe(now_s - client.last_s)
-        else:
-            client.first_s = now_s
-            ttft_s = now_s - client.started_s
-            metrics.ttft_s.observe(ttft_s)
-            metrics.class_ttft_s.labels(client.slo_class).observe(ttft_s)
-            if client.plan is not None:
-                metrics.ttft_error_s.observe(ttft_s - client.plan.predicted_ttft_s)
-        if client.leg1_end_s and len(client.emitted) <= 1:
-            self._handed_over(client, now_s)
-        client.last_s = now_s
-
-    def _handed_over(self, client: Client, now_s: float) -> None:
-        self._metrics.handover_s.observe(now_s - client.leg1_end_s)
-        client.leg1_end_s = 0.0
-
-    def ended(self, client: Client, outcome: str) -> None:
-        """A request is over."""
-        self._metrics.requests.labels(outcome).inc()
-        if outcome == "finished":
-            facts = client.machine.facts
-            tokens = len(client.emitted)
-            self._cost.observe_output(tokens, facts.tenant, facts.slo_class, facts.max_tokens)
-            if self.planner is not None:
-                self.planner.answered(tokens)
-
-
-def _unnamed(request: EngineCoreRequest) -> str:
-    if request.prompt_embeds is not None:
-        return "prompt embeddings"
-    if request.lora_request is not None:
-        return "an adapter whose weights cannot be read here"
-    return "no tokens"

@@ -2,12 +2,26 @@
 
 from typing import Any
 
+from conductor.cluster import ClusterView
+from conductor.decider import Decider
+from conductor.members import Members, Sink
+from conductor.tenants import Quotas
+
 
 class RemoteCore:
     """A Decider. What people ask is answered by the core, or from what is known here."""
 
-    def start(self) -> None:
+    view: ClusterView
+    members: Members
+    quotas: Quotas
+    decider: Decider
+
+    def start(self, sink: Sink) -> None:
         """Look for the leader and join it, on the running loop."""
+        raise NotImplementedError
+
+    def status(self) -> dict[str, Any]:
+        """Return who decides, JSON-ready."""
         raise NotImplementedError
 
     async def close(self) -> None:

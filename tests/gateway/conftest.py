@@ -19,8 +19,10 @@ from conductor.dispatch import Dispatcher
 from conductor.gate import Gate, GateConfig
 from conductor.http import FATE, HttpFate
 from conductor.index import PrefixIndex
+from conductor.local_decider import LocalDecider
 from conductor.members import Members
 from conductor.metrics import GatewayMetrics
+from conductor.observe import Observer
 from conductor.scheduler import Mode, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.terms import DEFAULT_TERMS, Terms
@@ -79,15 +81,18 @@ class World:
         self.members = Members(self.metadata, self.view, index, "gw", self.metrics)
         scheduler = Scheduler(SchedulerConfig(mode=mode, **config), index, self.cost, self.view)
         self.failed: dict[str, Exception] = {}
-        self.dispatcher = Dispatcher(
-            self.members,
+        quotas = Quotas() if quotas is None else quotas
+        self.decider = LocalDecider(
+            self.view,
             scheduler,
             self.cost,
+            Gate(gate, self.view, quotas.tenants.weight),
+            quotas,
+            Observer(self.cost, self.metrics),
+            self.members.stores_in_step,
             self.metrics,
-            first_token=first_token,
-            gate=Gate(gate, self.view, None if quotas is None else quotas.tenants.weight),
-            quotas=quotas,
         )
+        self.dispatcher = Dispatcher(self.members, self.decider, self.metrics, first_token=first_token)
         self.members.start(self.dispatcher)
         self.engines: list[FakeEngine] = []
         self.outputs: dict[str, list[EngineCoreOutput]] = {}

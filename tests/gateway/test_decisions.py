@@ -34,7 +34,7 @@ async def test_a_plan_is_on_record_with_its_terms_and_both_ids(make_world) -> No
     request = make_request(PROMPT, external="chatcmpl-7")
     terms = Terms(tenant="acme", slo_class=CLASSES["premium"], ttft_slo_s=30.0)
     await world.finish(world.add(request, terms))
-    (why,) = world.dispatcher.decisions.last("chatcmpl-7")
+    (why,) = world.decider.decisions.last("chatcmpl-7")
     assert (why.request_id, why.kind) == (request.request_id, "kvcache_centric")
     assert (why.tenant, why.slo_class, why.ttft_slo_s) == ("acme", "premium", 30.0)
     assert (why.prompt_tokens, why.prompt_blocks) == (21, 5)
@@ -48,7 +48,7 @@ async def test_rejections_are_on_record_whoever_rejects(make_world) -> None:
     hurry = Terms(ttft_slo_s=0.5)
     with pytest.raises(Unavailable):  # the gate: it would wait too long
         world.add(make_request(PROMPT, external="late"), hurry)
-    (why,) = world.dispatcher.decisions.last("late")
+    (why,) = world.decider.decisions.last("late")
     assert (why.kind, why.reason, why.prefills) == ("rejected", str(Reason.TTFT_SLO), [])
     assert "in the queue" in why.detail
 
@@ -57,7 +57,7 @@ async def test_a_leg_that_moves_is_on_record_again(make_world) -> None:
     world = await two_pools(make_world)
     world.engines[0].fail_next = 1
     rid = await served(world)
-    first, again = world.dispatcher.decisions.last(rid)[::-1]
+    first, again = world.decider.decisions.last(rid)[::-1]
     assert (first.kind, first.prefill) == ("kvcache_centric", "p0")
     assert (again.kind, again.prefill) == ("no_prefill_alive", None)  # the one there is has just failed
 
@@ -80,7 +80,7 @@ async def test_without_a_store_the_index_is_seen_to_know_nothing_and_requests_ar
     assert world.metric("mooncake_index_mode", mode="fallback") == 1
     assert world.metric("mooncake_index_mode", mode="exact") == 0
     assert world.metric("mooncake_fallbacks_total", kind="index_empty") == 1
-    (why,) = world.dispatcher.decisions.last()
+    (why,) = world.decider.decisions.last()
     assert why.index_mode == "fallback"
 
 

@@ -308,7 +308,7 @@ async def test_a_retried_prompt_is_fetched_from_where_the_new_plan_says(make_wor
     first, second, decode = [
         await world.engine(*one) for one in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"))
     ]
-    scheduler, asked = world.dispatcher._scheduler, []
+    scheduler, asked = world.decider.scheduler, []
     replan = scheduler.replan
     monkeypatch.setattr(
         scheduler, "replan", lambda *args: msgspec.structs.replace(replan(*args), fetch_node="n7")

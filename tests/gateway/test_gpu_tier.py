@@ -91,7 +91,7 @@ class Site:
         """Where the prompt was prefilled, and what was compared."""
         rid = self.world.add(make_request(prompt))
         await self.world.finish(rid)
-        (why,) = self.world.dispatcher.decisions.last(rid)
+        (why,) = self.world.decider.decisions.last(rid)
         return why.prefill, {option.instance: option for option in why.prefills}
 
 

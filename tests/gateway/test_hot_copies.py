@@ -357,14 +357,14 @@ async def test_the_real_leader_makes_the_copies_whole_and_makes_them_again_for_a
 
 async def test_requests_through_the_dispatcher_are_counted_by_what_the_pool_had(make_world, make):
     world, hot = make_world(), make()
-    world.dispatcher.tell_plans(hot.hot.planned)
+    world.decider.observer.listen(hot.hot.planned)
     await world.engine("p-n0", "prefill")
     await world.engine("d0", "decode")
     rid = world.add(make_request(list(range(4 * BLOCK_SIZE))))
     await world.finish(rid)
     assert hot.heat.counted == 0  # nobody had anything of it
     heard: list[tuple[RequestFacts, Plan]] = []
-    world.dispatcher.tell_plans(lambda facts, plan: heard.append((facts, plan)))
+    world.decider.observer.listen(lambda facts, plan: heard.append((facts, plan)))
     await world.finish(world.add(make_request(list(range(4 * BLOCK_SIZE)))))
     ((facts, plan),) = heard
     assert (len(facts.keys), plan.prefill, plan.hit_blocks) == (4, "p-n0", 0)

@@ -12,7 +12,7 @@ import pytest
 import tiny_model
 from fake_engine import FakeEngine, encoded
 
-from conductor import gateway, vllm_seam
+from conductor import core, gateway, vllm_seam
 from conductor.admission import AdmissionMode
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
@@ -185,13 +185,13 @@ async def test_stores_are_listed_with_where_their_metrics_are(site) -> None:
 
 def test_policy_and_objectives_reach_the_scheduler(tmp_path) -> None:
     assert set(POLICIES) == set(Policy)
-    chosen = gateway.scheduler_config(options(tmp_path, policy="round_robin", ttft_slo_s=2.0).checked())
+    chosen = core.scheduler_config(options(tmp_path, policy="round_robin", ttft_slo_s=2.0).checked())
     assert (chosen.policy, chosen.ttft_slo_s, chosen.tbt_slo_s) == (Policy.ROUND_ROBIN, 2.0, None)
-    plain = SchedulerConfig(session_bonus_s=gateway.SESSION_BONUS_S)
-    assert gateway.scheduler_config(options(tmp_path)) == plain
-    assert gateway.scheduler_config(options(tmp_path, inline=True).checked()).inline
+    plain = SchedulerConfig(session_bonus_s=core.SESSION_BONUS_S)
+    assert core.scheduler_config(options(tmp_path)) == plain
+    assert core.scheduler_config(options(tmp_path, inline=True).checked()).inline
     assert set(ADMISSIONS) == set(AdmissionMode)
-    chosen = gateway.scheduler_config(options(tmp_path, admission="predicted", decode_s=80.0).checked())
+    chosen = core.scheduler_config(options(tmp_path, admission="predicted", decode_s=80.0).checked())
     assert (chosen.admission, chosen.decode_s) == (AdmissionMode.PREDICTED, 80.0)
 
 
@@ -265,7 +265,7 @@ async def sdk(site: Any) -> AsyncIterator[Any]:
 async def test_a_prompt_cache_key_goes_back_to_the_engines_that_served_it_last(site, sdk) -> None:
     for number in range(4):
         await site.engine(f"b{number}", "both")
-    sessions = site.cluster.dispatcher._scheduler._sessions
+    sessions = site.cluster.core.decider.scheduler._sessions
     hello = {"model": "tiny", "prompt_cache_key": "chat-7"}
     chat = {"messages": CHAT["messages"], "max_tokens": 6}
     await sdk.chat.completions.create(**hello, **chat)

@@ -7,6 +7,7 @@ import pytest
 from conftest import make_request
 from test_dispatch import PROMPT, expected
 
+from conductor.core import telling
 from conductor.planner import Planner, PlannerConfig, Switch
 from conductor.role_keeper import RoleKeeper, RoleMetrics
 from conductor.roles import Changes
@@ -118,7 +119,7 @@ async def test_the_planner_hears_of_every_request_and_answer(make_world) -> None
     await world.engine("p0", "prefill")
     await world.engine("d0", "decode")
     planner = Planner(PlannerConfig(interval_s=1.0), world.cost)
-    world.dispatcher.tell(planner)
+    world.decider.observer.listen(telling(planner, world.cost), planner.answered)
     rids = [world.add(make_request(PROMPT)) for _ in range(5)]
     for rid in rids:
         await world.finish(rid)

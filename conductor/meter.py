@@ -1,0 +1,81 @@
+"""Measures what engines and clients of one gateway see; called per engine step, so kept short."""
+
+from conductor.clients import Client, Running
+from conductor.decider import Decider
+from conductor.metrics import GatewayMetrics
+from conductor.vllm_seam import EngineCoreEventType, EngineCoreOutput
+
+TBT_SAMPLE = 16
+"""Every so many frames of an engine, one gap is measured: the fit needs tens, not thousands."""
+TBT_GAP_S_MAX = 5.0
+"""A longer gap means that the engine was idle or stopped, not that a step took so long."""
+
+
+class _Steps:
+    __slots__ = ("count", "last_s")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last_s = 0.0
+
+
+class Meter:
+    """Metrics of what is delivered; measurements for whoever decides."""
+
+    def __init__(self, decider: Decider, metrics: GatewayMetrics) -> None:
+        self._decider = decider
+        self._metrics = metrics
+        self._steps: dict[str, _Steps] = {}
+
+    def lost(self, instance_id: str) -> None:
+        """An instance is gone; should it come back, it is measured afresh."""
+        self._steps.pop(instance_id, None)
+
+    def prefilled(self, running: Running, output: EngineCoreOutput, now_s: float) -> None:
+        """A leg's first output came; its event times are on our clock already."""
+        running.measured = True
+        stats = output.prefill_stats
+        if stats is None or stats.num_computed_tokens <= 0:
+            return
+        for event in output.events or ():
+            if event.type == EngineCoreEventType.SCHEDULED:
+                seconds = now_s - event.timestamp
+                self._decider.prefilled(stats.num_computed_tokens, stats.num_cached_tokens, seconds)
+                return
+
+    def frame(self, instance_id: str, now_s: float, batch: int, context_tokens: int, pure: bool) -> None:
+        """One engine step came in.
+
+        Args:
+            instance_id: the engine's.
+            now_s: when it came.
+            batch: requests in it.
+            context_tokens: tokens in the contexts of these requests.
+            pure: no request of it was prefilled in this step.
+        """
+        steps = self._steps.get(instance_id)
+        if steps is None:
+            steps = self._steps[instance_id] = _Steps()
+        steps.count = steps.count + 1 if pure else 0
+        if steps.count > 1 and steps.count % TBT_SAMPLE == 0:
+            gap_s = now_s - steps.last_s
+            if gap_s < TBT_GAP_S_MAX:
+                self._decider.stepped(batch, context_tokens, gap_s)
+        steps.last_s = now_s
+
+    def delivered(self, client: Client, tokens: int, now_s: float) -> None:
+        """Tokens go to the client."""
+        metrics = self._metrics
+        metrics.tokens.inc(tokens)
+        if client.first_s:
+            metrics.tbt_s.observe(now_s - client.last_s)
+        else:
+            client.first_s = now_s
+            ttft_s = now_s - client.started_s
+            metrics.ttft_s.observe(ttft_s)
+            if client.plan is not None:
+                metrics.ttft_error_s.observe(ttft_s - client.plan.predicted_ttft_s)
+        if client.leg1_end_s and len(client.emitted) <= 1:
+            metrics.handover_s.observe(now_s - client.leg1_end_s)
+            client.leg1_end_s = 0.0
+        client.last_s = now_s
