@@ -36,8 +36,6 @@ from mooncake.core.metadata_open import open_metadata
 
 log = structlog.get_logger(__name__)
 
-DRAIN_S = 25.0
-"""Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
 
 class Cluster:
     """Everything between vLLM's front end and the relays, wired together."""
@@ -69,11 +67,11 @@ class Cluster:
         """End what `start` began."""
         await self.core.close()
 
-    async def drain(self) -> None:
-        """Take nothing new and wait, at most DRAIN_S, for what is in flight."""
+    async def drain(self, limit_s: float = vllm_seam.CLOSE_S) -> None:
+        """Take nothing new and wait, at most `limit_s`, for what is in flight."""
         log.info("gateway.draining", in_flight=self.dispatcher.in_flight)
         self.dispatcher.refuse("the gateway is shutting down")
-        if not await self.dispatcher.idle(DRAIN_S):
+        if not await self.dispatcher.idle(limit_s):
             log.warning("gateway.drain_deadline", in_flight=self.dispatcher.in_flight)
 
 

@@ -10,8 +10,10 @@ ours. Tokenisation: the renderer tokenises text prompts in its own thread pool
 import argparse
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import socket
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from mooncake.core.errors import ConfigError
+from mooncake.core.shared_port import join
 
 __all__ = [
     "EngineCoreClient",
@@ -54,6 +57,12 @@ VLLM_SERIES: Final = "0.32."
 ENGINE_SLOTS: Final = 8
 """vLLM fixes its per-engine metric labels at start (34 kB of /metrics per slot). More instances than
 slots share the last one (their vllm:* gauges then alternate; mooncake_* metrics stay apart)."""
+
+STARTED_POLL_S, CLOSED_POLL_S = 0.02, 0.02
+LINGER_S: Final = 1.0
+"""A client that uses its connection all the time does so within a second."""
+CLOSE_S: Final = 25.0
+"""Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
 
 INSECURE_ENV: Final = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
@@ -242,23 +251,48 @@ async def serve(
     asgi: Any,
     args: argparse.Namespace,
     stop: asyncio.Event,
-    drain: Callable[[], Awaitable[None]],
+    drain: Callable[[float], Awaitable[None]],
+    share_port: bool = False,
+    serves: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve HTTP until `stop`, then refuse new connections, `drain`, and close.
+    """Serve HTTP until `stop`, then take no new connections, finish what came, `drain`, and close.
 
     Args:
         app: what build_app returned.
         asgi: `app`, or middleware around it (vLLM has built its own middleware stack by then).
         args: from parse_args.
         stop: set by signal handlers.
-        drain: returns when open requests may be cut.
+        drain: called when no connection is left, or after CLOSE_S; waits for what has none, at most for
+            as long as it is told.
+        share_port: with other gateways of this host, see mooncake.core.shared_port.
+        serves: called once connections are answered.
+
+    Raises:
+        ConfigError: the port is not ours to bind.
 
     vLLM's serve_http would stop its engine client before the HTTP server, which cuts requests in
     flight; here the order is the other way round.
     """
+    from vllm.entrypoints.launchers.launcher import NoSignalServer
+
+    server = NoSignalServer(_server_config(asgi, args))
+    app.state.server = server
+    joined = join(args.host or "", args.port) if share_port and not args.uds else None
+    serving = asyncio.create_task(server.serve(joined), name="http")
+    stopping = asyncio.create_task(_stopped(server, stop, serves), name="stop")
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await drain(await _leave(server))
+            server.should_exit = True
+        await serving
+    finally:
+        stopping.cancel()
+
+
+def _server_config(asgi: Any, args: argparse.Namespace) -> Any:
     import uvicorn
     from vllm import envs
-    from vllm.entrypoints.launchers.launcher import NoSignalServer
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
     extra: dict[str, Any] = {}
@@ -284,17 +318,63 @@ async def serve(
     if args.h11_max_header_count is not None:
         config.h11_max_header_count = args.h11_max_header_count
     config.load()
-    server = NoSignalServer(config)
-    app.state.server = server
-    serving = asyncio.create_task(server.serve(), name="http")
-    stopping = asyncio.create_task(stop.wait(), name="stop")
-    try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            for listener in getattr(server, "servers", []):
-                listener.close()  # new connections are refused; open ones finish
-            await drain()
-            server.should_exit = True
-        await serving
-    finally:
-        stopping.cancel()
+    return config
+
+
+async def _stopped(server: Any, stop: asyncio.Event, serves: Callable[[], None]) -> None:
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(STARTED_POLL_S)
+    serves()
+    await stop.wait()
+
+
+async def _leave(server: Any) -> float:
+    """Take no new connections; when the open ones are done, return what is left of CLOSE_S.
+
+    A client may be about to use a connection that is idle: it gets LINGER_S for that, and is told with each
+    answer that the connection ends.
+    """
+    state, end_s = server.server_state, time.monotonic() + CLOSE_S
+    await _accept_rest(server)
+    server.config.encoded_headers.append((b"connection", b"close"))
+    state.default_headers = [*state.default_headers, (b"connection", b"close")]  # of the requests to come
+    for connection in list(state.connections):
+        if connection.cycle is not None and not connection.cycle.response_complete:
+            connection.shutdown()  # after its answer
+    await _closed(state.connections, LINGER_S)
+    for connection in list(state.connections):
+        connection.shutdown()
+    await _closed(state.connections, end_s - time.monotonic())
+    return max(0.0, end_s - time.monotonic())
+
+
+async def _closed(connections: Collection[Any], limit_s: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while connections:  # noqa: ASYNC110 - nor for this
+                await asyncio.sleep(CLOSED_POLL_S)
+
+
+async def _accept_rest(server: Any) -> None:
+    """Close the listeners. Connections that the kernel has made already are served: else they were reset."""
+    config, loop = server.config, asyncio.get_running_loop()
+    last: list[socket.socket] = []
+    for listener in server.servers:
+        listening = [socket.socket(fileno=os.dup(one.fileno())) for one in listener.sockets]
+        listener.close()
+        for one in listening:
+            one.setblocking(False)
+            with suppress(BlockingIOError, InterruptedError):
+                while True:
+                    last.append(one.accept()[0])
+            one.close()
+
+    def protocol() -> asyncio.Protocol:
+        made: asyncio.Protocol = config.http_protocol_class(
+            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        )
+        return made
+
+    for one in last:
+        with suppress(OSError, TimeoutError):  # the client has gone, or speaks no TLS
+            await loop.connect_accepted_socket(protocol, one, ssl=config.ssl)

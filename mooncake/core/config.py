@@ -162,14 +162,21 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
 
 
 class GatewayOptions(_Options, frozen=True, kw_only=True):
-    """The Conductor with its gateway (`mooncake conductor`)."""
+    """The Conductor (`mooncake conductor`): gateway and decision core in one process, or one of the two.
+
+    A gateway by itself takes decisions from the core that leads: what is said here of policy serves it only
+    while no core answers.
+    """
 
     model: str
     run_dir: str
     host: str = "127.0.0.1"
     port: int = 8000
     address: str = LOOPBACK  # where engines send their tokens, as StoreOptions.address
-    metadata_endpoint: str = "tcp://127.0.0.1:*"  # bound: the Conductor serves metadata there; or etcd://...
+    metadata_endpoint: str = "tcp://127.0.0.1:*"  # the core binds it, a gateway connects; or etcd://...
+    name: str = ""  # among the gateways, or the cores; "" = of host and process
+    share_port: bool = False  # with other gateways of this host; whoever starts them holds it
+    metrics_port: int = 0  # on loopback, of a core or of a gateway that shares its port; 0 = none
     served_name: str = ""  # "" = model
     aggregated: bool = False
     first_token: bool = False
@@ -196,6 +203,9 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
 
     def _check(self) -> None:
         _between("port", self.port, 1, 65535)
+        _between("metrics_port", self.metrics_port, 0, 65535)
+        if self.name:
+            _name("name", self.name)
         _choice("dtype", self.dtype, DTYPES)
         _choice("policy", self.policy, POLICIES)
         _choice("admission", self.admission, ADMISSIONS)

@@ -493,6 +493,8 @@ class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 INSTANCES_PREFIX = "/mooncake/instances/"
 STORES_PREFIX = "/mooncake/stores/"
+GATEWAYS_PREFIX = "/mooncake/gateways/"
+CORES_PREFIX = "/mooncake/cores/"
 
 
 class InstanceRecord(msgspec.Struct, frozen=True):
@@ -539,3 +541,12 @@ class StoreRecord(msgspec.Struct, frozen=True):
     segment_address: int = 0  # of the segment's first byte, as that transfer engine names it
     door: str = ""  # unix socket for calls of plain threads (same host only), see kvstore.store.door
     table: str = ""  # unix socket that hands out the memfd of its table (same host only), see kvstore.table
+
+
+class FrontRecord(msgspec.Struct, frozen=True):
+    """What a gateway says of itself under GATEWAYS_PREFIX + name, a core under CORES_PREFIX + name (JSON)."""
+
+    name: str
+    pid: int
+    url: str = ""  # where clients reach the gateway; several of one host share it; "" = a core
+    metrics_url: str = ""  # as in InstanceRecord
