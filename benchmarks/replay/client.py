@@ -221,7 +221,7 @@ async def _listen(
             continue
         event = msgspec.json.decode(line[6:])
         if "error" in event:
-            return _message(line[6:])
+            return _message(line[6:]) or "an error without a message"
         if usage := event.get("usage"):
             outcome.input_tokens = usage.get("prompt_tokens") or 0
             outcome.output_tokens = usage.get("completion_tokens") or 0
