@@ -116,7 +116,10 @@ class Dispatcher:
         now_s = time.monotonic()
         fate = FATE.get()
         terms = DEFAULT_TERMS if fate is None else fate.terms
-        request.priority = request.priority or terms.slo_class.priority
+        terms = terms.ranked(request.priority)
+        request.priority = terms.engine_priority
+        if terms.asked:
+            self._meter.lowered(terms.asked, terms.tenant)
         family_id = family_of(request)
         family = self._families.get(family_id or request.request_id)
         if family is None:
@@ -155,6 +158,7 @@ class Dispatcher:
         client.plan = plan
         client.heard_s = time.monotonic()
         client.machine = RequestMachine(client.prompt.facts, client.family.shared)
+        self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
         self._run(client.machine.start(plan))
 
     def _answered(self, client: Client, answer: Plan | Rejection) -> None:

@@ -27,6 +27,10 @@ class Meter:
         self._metrics = metrics
         self._steps: dict[str, _Steps] = {}
 
+    def lowered(self, asked: str, tenant: str) -> None:
+        """A request gets a lower class than it asks for."""
+        self._metrics.lowered.labels(self._decider.tenant_label(tenant), asked).inc()
+
     def lost(self, instance_id: str) -> None:
         """An instance is gone; should it come back, it is measured afresh."""
         self._steps.pop(instance_id, None)
@@ -73,6 +77,7 @@ class Meter:
             client.first_s = now_s
             ttft_s = now_s - client.started_s
             metrics.ttft_s.observe(ttft_s)
+            metrics.class_ttft_s.labels(client.slo_class).observe(ttft_s)
             if client.plan is not None:
                 metrics.ttft_error_s.observe(ttft_s - client.plan.predicted_ttft_s)
         if client.leg1_end_s and len(client.emitted) <= 1:
