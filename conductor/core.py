@@ -6,7 +6,7 @@ several share it.
 
 import asyncio
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -29,10 +29,12 @@ from conductor.role_keeper import RoleKeeper, RoleMetrics
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.tenants_file import TenantsFile, follow
-from conductor.vllm_seam import EngineCoreOutputs
 from mooncake.core.config import GatewayOptions
 from mooncake.core.messages import Pulse
 from mooncake.core.metadata import MetadataStore
+
+if TYPE_CHECKING:
+    from conductor.vllm_seam import EngineCoreOutputs
 
 SESSION_BONUS_S = 0.05
 """What an engine's own cache may save of a session's next turn where the index does not know it: blocks that
@@ -141,7 +143,7 @@ class _OwnSink:
     def __init__(self, decider: LocalDecider) -> None:
         self._decider = decider
 
-    def on_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
+    def on_outputs(self, link: Link, outputs: "EngineCoreOutputs") -> None:
         """See Sink."""
 
     def on_lost(self, instance_id: str, reason: str) -> None:  # noqa: ARG002

@@ -7,9 +7,8 @@ from typing import Any, NoReturn
 
 from conductor.dispatch import Dispatcher
 from conductor.links import LinkState
-from conductor.members import Members
+from conductor.members import ENGINE_SLOTS, Members
 from conductor.vllm_seam import (
-    ENGINE_SLOTS,
     EngineCoreClient,
     EngineCoreOutputs,
     EngineCoreRequest,

@@ -14,22 +14,18 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 import zmq
 
-from conductor.vllm_seam import (
-    EngineCoreOutputs,
-    EngineCoreRequest,
-    EngineCoreRequestType,
-    MsgpackDecoder,
-    MsgpackEncoder,
-)
 from mooncake.core import rpc, wire
 from mooncake.core.config import LOOPBACK
 from mooncake.core.errors import CapacityError, MooncakeError, PeerGone, PeerTimeout, ProtocolError
 from mooncake.core.messages import Failure, Hello, InstanceRecord, Pulse, RelayOp, RoleOrder, Welcome
+
+if TYPE_CHECKING:  # a decision core has links too, and no vLLM
+    from conductor.vllm_seam import EngineCoreOutputs, EngineCoreRequest, MsgpackDecoder, MsgpackEncoder
 
 log = structlog.get_logger(__name__)
 
@@ -49,9 +45,8 @@ UTILITY_CALLS_MAX = 256
 CLOSE_LINGER_MS = 200
 """Aborts queued at the last moment get this long to reach a relay that still lives."""
 
-_ADD = EngineCoreRequestType.ADD.value
-_ABORT = EngineCoreRequestType.ABORT.value
-_UTILITY = EngineCoreRequestType.UTILITY.value
+_ADD, _ABORT, _UTILITY = b"\x00", b"\x01", b"\x03"
+"""vLLM's EngineCoreRequestType, as the relay has them; tests/contract compares."""
 
 
 class LinkState(StrEnum):
@@ -73,7 +68,7 @@ class LinkEvents(Protocol):
         """A PONG came back."""
         ...
 
-    def link_outputs(self, link: "Link", outputs: EngineCoreOutputs) -> None:
+    def link_outputs(self, link: "Link", outputs: "EngineCoreOutputs") -> None:
         """The engine said something; utility answers are not among it."""
         ...
 
@@ -119,8 +114,7 @@ class Link:
         self._hello_s = 0.0
         self._draining: list[zmq.Socket[bytes]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._encoder = MsgpackEncoder()
-        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._codec: tuple[MsgpackEncoder, MsgpackDecoder] | None = None  # with the first that is sent
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
         self._socket = context.socket(zmq.DEALER)
@@ -197,14 +191,14 @@ class Link:
 
     # ------------------------------------------------------------ towards the engine
 
-    def add(self, request: EngineCoreRequest) -> None:
+    def add(self, request: "EngineCoreRequest") -> None:
         """Send one leg. A failure to send loses the link, which the owner hears about."""
-        self._send(RelayOp.ENGINE, _ADD, *self._encoder.encode(request))
+        self._send(RelayOp.ENGINE, _ADD, *self._encode(request))
 
     def abort(self, engine_ids: Sequence[str]) -> None:
         """Abort legs; unknown ids are fine."""
         if self.state is LinkState.UP:
-            self._send(RelayOp.ENGINE, _ABORT, *self._encoder.encode(list(engine_ids)))
+            self._send(RelayOp.ENGINE, _ABORT, *self._encode(list(engine_ids)))
 
     def take_role(self, role: str, hold_s: float) -> None:
         """Order the relay to register with another role (see RoleOrder); its new record is the answer."""
@@ -228,7 +222,7 @@ class Link:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            self._send(RelayOp.ENGINE, _UTILITY, *self._encoder.encode((self.slot, call_id, method, args)))
+            self._send(RelayOp.ENGINE, _UTILITY, *self._encode((self.slot, call_id, method, args)))
             async with asyncio.timeout(deadline_s):
                 return await future
         except TimeoutError:
@@ -295,9 +289,18 @@ class Link:
         assert self._loop is not None
         self._loop.call_soon(again)
 
+    def _encode(self, message: Any) -> Sequence[Any]:
+        if self._codec is None:
+            from conductor.vllm_seam import EngineCoreOutputs, MsgpackDecoder, MsgpackEncoder
+
+            self._codec = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
+        return self._codec[0].encode(message)
+
     def _take_outputs(self, frames: list[bytes]) -> None:
+        if self._codec is None:
+            return  # statistics, which an engine sends to any of its clients: nothing was asked of it here
         try:
-            outputs = self._decoder.decode(frames)
+            outputs = self._codec[1].decode(frames)
         except Exception as error:  # msgspec, torch and numpy all have a say here
             raise ProtocolError(f"undecodable engine output: {type(error).__name__}: {error}") from error
         if outputs.utility_output is not None:

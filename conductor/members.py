@@ -8,7 +8,7 @@ dispatches requests is told of outputs and of losses (`Sink`), the view first, a
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import structlog
@@ -21,7 +21,6 @@ from conductor.index_metrics import IndexCollector
 from conductor.links import Link, LinkState
 from conductor.metrics import GatewayMetrics
 from conductor.roles import Order
-from conductor.vllm_seam import ENGINE_SLOTS, EngineCoreOutputs
 from kvstore.directory import follower
 from mooncake.core.config import LOOPBACK, ROLES
 from mooncake.core.messages import (
@@ -36,7 +35,14 @@ from mooncake.core.messages import (
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_follow import Event, Removed, follow
 
+if TYPE_CHECKING:
+    from conductor.vllm_seam import EngineCoreOutputs
+
 log = structlog.get_logger(__name__)
+
+ENGINE_SLOTS = 8
+"""vLLM fixes its per-engine metric labels at start (34 kB of /metrics per slot). More instances than
+slots share the last one (their vllm:* gauges then alternate; mooncake_* metrics stay apart)."""
 
 RELINK_S = 1.0
 """A lost link whose record still stands is tried again after this: long enough not to spin, short
@@ -46,7 +52,7 @@ enough that a false alarm costs little."""
 class Sink(Protocol):
     """Whoever dispatches requests."""
 
-    def on_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
+    def on_outputs(self, link: Link, outputs: "EngineCoreOutputs") -> None:
         """An engine said something."""
         ...
 
@@ -280,7 +286,7 @@ class Members:
         assert self._sink is not None
         self._sink.on_pulse(link, pulse)
 
-    def link_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
+    def link_outputs(self, link: Link, outputs: "EngineCoreOutputs") -> None:
         """See LinkEvents."""
         assert self._sink is not None
         self._sink.on_outputs(link, outputs)

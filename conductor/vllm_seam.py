@@ -54,10 +54,6 @@ __all__ = [
 VLLM_SERIES: Final = "0.32."
 """The version the seam was written against; another one needs the contract test to be read."""
 
-ENGINE_SLOTS: Final = 8
-"""vLLM fixes its per-engine metric labels at start (34 kB of /metrics per slot). More instances than
-slots share the last one (their vllm:* gauges then alternate; mooncake_* metrics stay apart)."""
-
 STARTED_POLL_S, CLOSED_POLL_S = 0.02, 0.02
 LINGER_S: Final = 1.0
 """A client that uses its connection all the time does so within a second."""
