@@ -64,6 +64,8 @@ class Load:
         self.prefill_tokens = 0
         self.decode_requests = 0
         self.decode_kv_tokens = 0
+        self.batch_requests = 0  # of these
+        self.batch_kv_tokens = 0
 
     @property
     def prefill_requests(self) -> int:
@@ -118,6 +120,7 @@ class _Charge(msgspec.Struct, frozen=True):
     prefill_tokens: int = 0
     decode_kv_tokens: int = 0
     is_prefill: bool = False
+    is_batch: bool = False
 
 
 class _Instance:
@@ -276,12 +279,15 @@ class ClusterView:
         load.add_prefill(now_s, ticket, seconds, tokens)
         return ticket
 
-    def charge_decode(self, instance_id: str, kv_tokens: int) -> int:
+    def charge_decode(self, instance_id: str, kv_tokens: int, *, is_batch: bool = False) -> int:
         """Count a running request and the KV tokens it will hold; returns its ticket (> 0)."""
         load = self._instances[instance_id].load
         load.decode_requests += 1
         load.decode_kv_tokens += kv_tokens
-        return self._ticket(_Charge(load, decode_kv_tokens=kv_tokens))
+        if is_batch:
+            load.batch_requests += 1
+            load.batch_kv_tokens += kv_tokens
+        return self._ticket(_Charge(load, decode_kv_tokens=kv_tokens, is_batch=is_batch))
 
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored (idempotent)."""
@@ -293,6 +299,9 @@ class ClusterView:
         else:
             charge.load.decode_requests -= 1
             charge.load.decode_kv_tokens -= charge.decode_kv_tokens
+            if charge.is_batch:
+                charge.load.batch_requests -= 1
+                charge.load.batch_kv_tokens -= charge.decode_kv_tokens
 
     def _ticket(self, charge: _Charge) -> int:
         self._tickets += 1

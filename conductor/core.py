@@ -61,7 +61,10 @@ class Core:
         self._following: asyncio.Task[None] | None = None
         self.quotas = Quotas(None if self._file is None else self._file.read())
         gate = Gate(
-            GateConfig(hold_s=options.hold_s), self.view, lambda name: self.quotas.tenants.weight(name)
+            GateConfig(hold_s=options.hold_s),
+            self.view,
+            lambda name: self.quotas.tenants.weight(name),
+            self.cost,
         )
         observer = Observer(self.cost, metrics)
         self.decider = LocalDecider(

@@ -44,7 +44,7 @@ from conductor.plan import (
 )
 from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
-from conductor.terms import DEFAULT_TERMS
+from conductor.terms import CLASSES, DEFAULT_TERMS
 from conductor.turned_away import unavailable
 from conductor.vllm_seam import (
     EngineCoreOutput,
@@ -157,6 +157,8 @@ class Dispatcher:
     def _begin(self, client: Client, plan: Plan) -> None:
         client.plan = plan
         client.heard_s = time.monotonic()
+        if plan.promoted:
+            client.request.priority = CLASSES["interactive"].priority
         client.machine = RequestMachine(client.prompt.facts, client.family.shared)
         self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
         self._run(client.machine.start(plan))

@@ -4,17 +4,25 @@ The gate is open while some instance that prefills has less than hold_s seconds 
 planned as they come; otherwise they wait here, where classes, tenants and objectives still count for
 something: in an engine's queue they do not any more. Requests whose objective would have passed before the
 gate could open for them are turned away at once, with the time after which it is worth asking again.
+
+Batch work always waits here, until nobody better does and engines are idle enough (conductor.idle). A job
+says until when it is worth something: one that cannot be done until then is turned away at once; when idle
+capacity is too slow for those that wait, they take what is free at all; and who would be late even so goes
+as an interactive request.
 """
 
 from collections.abc import Callable
+from math import inf
 
 import msgspec
 
 from conductor.cluster import ClusterView
-from conductor.plan import Plan, Reason, Rejection
+from conductor.cost import CostModel
+from conductor.idle import Idle
+from conductor.plan import Needs, Plan, Reason, Rejection
 from conductor.scheduler import retry_after
 from conductor.terms import Terms
-from conductor.waiting import Left, Waiting, WaitingRoom, Why
+from conductor.waiting import JOB_MARGIN, PROMOTED, Left, Waiting, WaitingRoom, Why
 
 SHARE_MIN = 0.1
 """Of its objective may be spent waiting, even if computing seems to take all of it: it may be cached."""
@@ -23,19 +31,28 @@ PATIENCE = 0.8
 """Of the time it may wait, a request lets shorter ones pass. With 0.5 of it mean TTFT gains half as much;
 with all of it 0.2 to 0.4 % more requests miss their objective (simulator, conversation trace at 2.4x)."""
 
+URGENT_LOOK_S = 0.25
+"""So often it is asked whether jobs would be late: four thousand of them take half a millisecond."""
+_LOAD = frozenset({Reason.QUEUE_FULL, Reason.TBT_SLO, Reason.PREFILL_LOAD, Reason.DECODE_LOAD})
+"""Why the scheduler turns away what it would take later: batch work goes on waiting."""
+
 Place = Callable[[float], Plan | Rejection]
 """Plans one request now (and charges its load), or says why not."""
-Work = Callable[[], float]
-"""Predicts seconds of one prompt's work, with what is known of it somewhere; asked only if it is to wait."""
+Work = Callable[[], Needs]
+"""Predicts what a request takes, with what is known of its prompt somewhere; asked only if it is to wait."""
 
 
 class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """hold_s 0: always open. waiting_max, tenant_max: requests. wait_s: longest wait without an objective."""
+    """hold_s 0: always open. waiting_max, tenant_max: requests. wait_s: longest wait without an objective.
+
+    batch_wait_s: the same of batch work; OpenAI's client waits as long.
+    """
 
     hold_s: float = 0.0
     waiting_max: int = 4096
     tenant_max: int = 2048
     wait_s: float = 60.0
+    batch_wait_s: float = 600.0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -53,12 +70,15 @@ class Gate:
         config: GateConfig,
         cluster: ClusterView,
         weight: Callable[[str], float] | None = None,
+        cost: CostModel | None = None,
     ) -> None:
-        """`cluster` is the Conductor's view; `weight` is a tenant's, None: all have the same."""
+        """`cluster` and `cost` are the Conductor's; `weight` is a tenant's, None: all have the same."""
         self._config = config
         self._cluster = cluster
+        self._idle = Idle(cluster, CostModel() if cost is None else cost)
+        self._urgent_s = -URGENT_LOOK_S  # when it was asked last
         self._room = WaitingRoom(config.waiting_max, config.tenant_max, weight)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, tuple[Place, Needs]] = {}
 
     def __len__(self) -> int:
         return len(self._room)
@@ -67,27 +87,19 @@ class Gate:
         self, now_s: float, request_id: str, work: Work, terms: Terms, place: Place
     ) -> tuple[Plan | Rejection | None, list[Outcome]]:
         """Return the answer, None = it waits; and who had to go for it."""
-        if not len(self._room) and self._is_open(now_s):
-            return place(now_s), []
-        work_s = work()
-        limit_s = self._config.wait_s if terms.ttft_slo_s is None else terms.ttft_slo_s
-        ahead_s = self._ahead_s(now_s, terms.slo_class.rank)
-        if terms.ttft_slo_s is not None and ahead_s + work_s > limit_s:
-            retry_after_s = retry_after(ahead_s + work_s - limit_s)
-            detail = f"predicted {ahead_s + work_s:.1f} s in the queue, objective {limit_s:.1f} s"
-            return _rejection(request_id, Reason.TTFT_SLO, detail, retry_after_s), []
-        wait_s = max(limit_s - work_s, limit_s * SHARE_MIN)
-        one = Waiting(
-            request_id=request_id,
-            tenant=terms.tenant,
-            rank=terms.slo_class.rank,
-            work=work_s,
-            deadline_s=now_s + wait_s,
-            patient_s=now_s + wait_s * PATIENCE,
-            sheddable=terms.slo_class.sheddable,
-            # half of its time may be spent waiting: the rest is for prefill, decode and mistakes
-            promote_s=None if terms.job_s is None else now_s + terms.job_s / 2,
-        )
+        is_batch, best = terms.slo_class.sheddable, self._room.best_rank
+        if not is_batch:
+            self._idle.heard(now_s)
+            if (best is None or best > terms.slo_class.rank) and self._is_open(now_s):
+                return place(now_s), []
+        needs = work()
+        if is_batch and best is None and self._idle.has_room(now_s, needs):
+            answer = place(now_s)
+            if not _may_wait(answer):
+                return answer, []
+        if rejection := self._too_late(now_s, request_id, terms, needs):
+            return rejection, []
+        one = self._waiting(now_s, request_id, terms, needs)
         own: Rejection | None = None
         others: list[Outcome] = []
         for left in self._room.add(one):
@@ -98,7 +110,7 @@ class Gate:
                 del self._places[left.waiting.request_id]
                 others.append(Outcome(left.waiting.request_id, rejection))
         if own is None:
-            self._places[request_id] = place
+            self._places[request_id] = place, needs
         return own, others
 
     def pump(self, now_s: float) -> list[Outcome]:
@@ -107,10 +119,21 @@ class Gate:
         for left in self._room.expire(now_s):
             del self._places[left.waiting.request_id]
             outcomes.append(Outcome(left.waiting.request_id, self._left(now_s, left)))
-        while len(self._room) and self._is_open(now_s):
-            one = self._room.take(now_s)
-            assert one is not None
-            outcomes.append(Outcome(one.request_id, self._places.pop(one.request_id)(now_s)))
+        while (one := self._room.next(now_s)) is not None:
+            is_batch = one.sheddable and one.rank > PROMOTED
+            if not is_batch and not self._is_open(now_s):
+                break
+            if is_batch and (one := self._next_batch(now_s, one)) is None:
+                break
+            place, _ = self._places[one.request_id]
+            answer = place(now_s)
+            if is_batch and _may_wait(answer):
+                break
+            self._room.serve(one)
+            del self._places[one.request_id]
+            if one.sheddable and not is_batch and isinstance(answer, Plan):
+                answer = msgspec.structs.replace(answer, promoted=True)
+            outcomes.append(Outcome(one.request_id, answer))
         return outcomes
 
     def leave(self, request_id: str) -> None:
@@ -119,6 +142,68 @@ class Gate:
             del self._places[request_id]
 
     # ------------------------------------------------------------ inside
+
+    def _too_late(self, now_s: float, request_id: str, terms: Terms, needs: Needs) -> Rejection | None:
+        """Return why there is no use in waiting: the objective, or the job's time, would have passed."""
+        if terms.job_s is not None and terms.slo_class.sheddable:
+            ahead_s = self._ahead_s(now_s, PROMOTED)
+            took_s = ahead_s + needs.prefill_s + needs.answer_s
+            if took_s <= terms.job_s:
+                return None
+            possible = needs.prefill_s + needs.answer_s <= terms.job_s
+            detail = (
+                f"predicted {took_s:.1f} s, of which {ahead_s:.1f} s others'; the job has {terms.job_s:.1f} s"
+            )
+            retry_after_s = retry_after(took_s - terms.job_s) if possible else 0.0
+            return _rejection(request_id, Reason.JOB_TIME, detail, retry_after_s)
+        if terms.ttft_slo_s is None:
+            return None
+        ahead_s = self._ahead_s(now_s, terms.slo_class.rank)
+        if ahead_s + needs.prefill_s <= terms.ttft_slo_s:
+            return None
+        retry_after_s = retry_after(ahead_s + needs.prefill_s - terms.ttft_slo_s)
+        detail = (
+            f"predicted {ahead_s + needs.prefill_s:.1f} s in the queue, objective {terms.ttft_slo_s:.1f} s"
+        )
+        return _rejection(request_id, Reason.TTFT_SLO, detail, retry_after_s)
+
+    def _waiting(self, now_s: float, request_id: str, terms: Terms, needs: Needs) -> Waiting:
+        is_batch, work_s = terms.slo_class.sheddable, needs.prefill_s
+        limit_s = self._config.batch_wait_s if is_batch else self._config.wait_s
+        end_s, promote_s = inf, None
+        if terms.ttft_slo_s is not None:
+            limit_s = terms.ttft_slo_s
+        elif is_batch and terms.job_s is not None:
+            limit_s, end_s = terms.job_s - needs.answer_s, now_s + terms.job_s
+            # it does not begin at once then either, and predictions are no promises
+            needed_s = JOB_MARGIN * (work_s + needs.answer_s) + self._ahead_s(now_s, PROMOTED)
+            promote_s = end_s - needed_s
+        wait_s = max(limit_s - work_s, limit_s * SHARE_MIN)
+        return Waiting(
+            request_id=request_id,
+            tenant=terms.tenant,
+            rank=terms.slo_class.rank,
+            work=work_s,
+            deadline_s=now_s + wait_s,
+            patient_s=now_s + wait_s * PATIENCE,
+            sheddable=is_batch,
+            priority=terms.priority,
+            promote_s=promote_s,
+            end_s=end_s,
+            answer_s=needs.answer_s,
+        )
+
+    def _next_batch(self, now_s: float, one: Waiting) -> Waiting | None:
+        """Return who may go if batch work is next: `one`, or if jobs would be late the first of them."""
+        if self._idle.has_room(now_s, self._places[one.request_id][1]):
+            return one
+        if now_s - self._urgent_s < URGENT_LOOK_S:
+            return None
+        urgent = self._room.urgent(now_s, max(1, len(self._queues(now_s))))
+        if urgent is None:
+            self._urgent_s = now_s
+            return None
+        return urgent if self._idle.has_room(now_s, self._places[urgent.request_id][1], urgent=True) else None
 
     def _is_open(self, now_s: float) -> bool:
         """An empty cluster is open too: the scheduler says best what is missing."""
@@ -142,6 +227,10 @@ class Gate:
         retry_after_s = retry_after(self._ahead_s(now_s))
         detail = "" if left.why in {Why.EXPIRED, Why.FULL} else str(left.why)
         return _rejection(left.waiting.request_id, reason, detail, retry_after_s)
+
+
+def _may_wait(answer: Plan | Rejection) -> bool:
+    return isinstance(answer, Rejection) and answer.reason in _LOAD
 
 
 def _rejection(request_id: str, reason: Reason, detail: str, retry_after_s: float) -> Rejection:

@@ -15,7 +15,7 @@ from conductor.decider import Answered, Asked, Checked
 from conductor.gate import Gate
 from conductor.metrics import GatewayMetrics
 from conductor.observe import Observer
-from conductor.plan import Need, Plan, Rejection, RequestFacts
+from conductor.plan import Need, Needs, Plan, Rejection, RequestFacts
 from conductor.scheduler import Scheduler
 from conductor.tenants import Quotas
 from conductor.why import Decided, Decisions
@@ -60,7 +60,7 @@ class LocalDecider:
             self._note(asked, rejection)
             return rejection
         answer, others = self.gate.offer(
-            now_s, asked.request_id, lambda: self._work_s(asked), asked.terms,
+            now_s, asked.request_id, lambda: self._needs(asked), asked.terms,
             lambda at_s: self._plan(at_s, asked),
         )  # fmt: skip
         for other in others:
@@ -192,9 +192,9 @@ class LocalDecider:
         contexts = Counter((r.context_root, r.block_size) for r, _ in self.view.alive())
         return [pair for pair, _ in contexts.most_common()] or [("", 1)]
 
-    def _work_s(self, asked: Asked) -> float:
+    def _needs(self, asked: Asked) -> Needs:
         root, block_size = self.contexts()[0]
-        return self.scheduler.work_s(asked.look(root, block_size), block_size)
+        return self.scheduler.needs(asked.look(root, block_size), block_size)
 
     def _note(self, asked: Asked, answer: Plan | Rejection) -> None:
         """Keep why. The scheduler's answers are explained; others are the gate's, or a second check's."""

@@ -41,6 +41,14 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     slo_class: str = ""
 
 
+class Needs(msgspec.Struct, frozen=True, gc=False):
+    """What a request takes once it is begun: seconds of its prompt and of its answer, KV of a long answer."""
+
+    prefill_s: float
+    answer_s: float = 0.0
+    kv_tokens: int = 0
+
+
 class Need(StrEnum):
     """What a replan has to find."""
 
@@ -74,6 +82,7 @@ class Plan(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     decode: instance of leg 2, or of the only leg when `prefill` is None. None only in the answer to
         Need.PREFILL, which leaves the decode side as it is (there, `prefill` None = skip leg 1).
     hit_blocks: leading blocks expected from the pool, of which fetch_blocks come from `fetch_node`.
+    promoted: batch work that has waited until its job would be late: engines are to put it off no more.
     """
 
     request_id: str
@@ -88,6 +97,7 @@ class Plan(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     predicted_tbt_s: float = 0.0
     prefill_ticket: int = 0
     decode_ticket: int = 0
+    promoted: bool = False
 
 
 def revised(plan: Plan, answer: Plan) -> Plan:
@@ -109,6 +119,7 @@ class Reason(StrEnum):
     TTFT_SLO = "predicted time to first token exceeds its objective"
     TBT_SLO = "predicted time between tokens exceeds its objective"
     PREFILL_LOAD = "prefill instances are too loaded for a prompt that takes so long"
+    JOB_TIME = "the job cannot be done in its time"
     DECODE_LOAD = "decode instances are loaded beyond their objective or KV room"
     QUOTA = "the tenant's quota is used up"
 

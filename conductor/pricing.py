@@ -10,7 +10,7 @@ from conductor.cluster import ClusterView, Load
 from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
-from conductor.plan import RequestFacts
+from conductor.plan import Needs, RequestFacts
 from mooncake.core.messages import InstanceRecord, gpu_node
 
 
@@ -140,11 +140,16 @@ class Pricing:
             return best
         return Prefill(worker, ttft_s, ttft_s - queue_s, depth, depth - stored, node, cached)
 
-    def least_work_s(self, facts: RequestFacts, block_size: int) -> float:
-        """Price a prompt where most of its blocks are; loading them is left out."""
+    def needs(self, facts: RequestFacts, block_size: int) -> Needs:
+        """Price a prompt where most of its blocks are, loading them left out, and its answer as of now."""
         blocks = known(self._index.longest_prefix(facts.keys))
         new_tokens, hit_tokens = split(max(1, facts.prompt_len), blocks, block_size)
-        return self.cost.prefill_s(new_tokens, hit_tokens)
+        tokens, high = self.cost.output_range(facts.max_tokens, facts.tenant, facts.slo_class, 0)
+        loads = [load for record, load in self._cluster.alive() if record.role != "prefill"]
+        requests = sum(load.decode_requests for load in loads) // max(1, len(loads)) + 1
+        kv_tokens = sum(load.decode_kv_tokens for load in loads) // max(1, len(loads)) + facts.prompt_len
+        answer_s = tokens * self.cost.tbt_s(requests, kv_tokens)
+        return Needs(self.cost.prefill_s(new_tokens, hit_tokens), answer_s, facts.prompt_len + high)
 
     def decode(self, facts: RequestFacts, worker: Worker, emitted_n: int = 0) -> Decode:
         """Price an answer, of which emitted_n tokens are out."""

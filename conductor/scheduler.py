@@ -22,7 +22,7 @@ from conductor.coming import Coming
 from conductor.cost import CostModel
 from conductor.index import PrefixIndex
 from conductor.inline import inlined
-from conductor.plan import Decision, Need, Plan, Reason, Rejection, RequestFacts
+from conductor.plan import Decision, Need, Needs, Plan, Reason, Rejection, RequestFacts
 from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker, known
 from conductor.sessions import Sessions
 from conductor.terms import CLASSES
@@ -177,9 +177,9 @@ class Scheduler:
         work = self._pricing.prefill(now_s, facts, chosen.worker, hits, emitted_n)
         return self._plan(now_s, facts, decision, None, work, chosen, hits)
 
-    def work_s(self, facts: RequestFacts, block_size: int) -> float:
-        """Predict the work of a prompt on the node that has most of its blocks, queues left out."""
-        return self._pricing.least_work_s(facts, block_size)
+    def needs(self, facts: RequestFacts, block_size: int) -> Needs:
+        """Predict what a request takes on the node that has most of its blocks, queues left out."""
+        return self._pricing.needs(facts, block_size)
 
     def source(self, facts: RequestFacts, target: str, known: str) -> str:
         """Return the node from whose store that of `target` may fetch the request's blocks; "" = none.
@@ -317,7 +317,9 @@ class Scheduler:
     ) -> Plan:
         decode_ticket = 0
         if chosen is not None:
-            decode_ticket = self._cluster.charge_decode(chosen.worker.id, chosen.kv_tokens)
+            decode_ticket = self._cluster.charge_decode(
+                chosen.worker.id, chosen.kv_tokens, is_batch=_is_batch(facts)
+            )
             self._sessions.served(facts.session, work.worker.id, chosen.worker.id)
         prefill_ticket = self._cluster.charge_prefill(now_s, work.worker.id, work.work_s, facts.prompt_len)
         self._coming.add(prefill_ticket, work.worker.id, facts.keys, known(hits.blocks))
@@ -359,9 +361,8 @@ class Scheduler:
         if rejected := self._too_dear(now_s, facts, work, prefills):
             return rejected
         rooms = {w.id: max(1, w.record.kv_blocks * w.record.block_size) for w in decodes}
-        sheddable = facts.slo_class in CLASSES and CLASSES[facts.slo_class].sheddable
         load = self._admission.load_on_arrival(
-            now_s, now_s + work.ttft_s, chosen.worker.id, chosen.kv_tokens, rooms, sheddable=sheddable
+            now_s, now_s + work.ttft_s, chosen.worker.id, chosen.kv_tokens, rooms, sheddable=_is_batch(facts)
         )
         return _over_load(facts.request_id, load, self._admission.decode_s)
 
@@ -380,7 +381,9 @@ class Scheduler:
         return _reject(facts, Reason.PREFILL_LOAD, detail, retry_after_s)
 
     def _over_objectives(self, facts: RequestFacts, ttft_s: float, tbt_s: float) -> Rejection | None:
-        ttft_slo_s = self._config.ttft_slo_s if facts.ttft_slo_s is None else facts.ttft_slo_s
+        ttft_slo_s = facts.ttft_slo_s
+        if ttft_slo_s is None and not _is_batch(facts):  # which is there to wait
+            ttft_slo_s = self._config.ttft_slo_s
         tbt_slo_s = self._tbt_slo_s(facts)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             # by then the queue has drained to where the same request would fit
@@ -461,6 +464,10 @@ def _over_load(request_id: str, load: float, decode_s: float) -> Rejection | Non
     return Rejection(
         request_id=request_id, reason=Reason.DECODE_LOAD, retry_after_s=retry_after_s, detail=detail
     )
+
+
+def _is_batch(facts: RequestFacts) -> bool:
+    return facts.slo_class in CLASSES and CLASSES[facts.slo_class].sheddable
 
 
 def _tie(worker: Worker) -> tuple[int, str]:

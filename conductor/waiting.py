@@ -1,12 +1,13 @@
 """Who is next when engines have enough to do: classes, tenants with weights, deadlines. Pure.
 
     class     a lower rank goes first, always; a request with `promote_s` takes the rank PROMOTED from then
-              on (batch work that would miss its job's objective otherwise)
+              on (batch work that would miss its job's objective otherwise); see also `urgent`
     tenant    within a rank, the one with the least work taken by weight (VTC, arXiv 2401.00588): a counter
               that grows by the work of what is taken; who comes back from idleness starts at the least
               busy tenant's counter, so nobody saves up
-    request   within a tenant the one with the least work, and the first of those; but who has waited until
-              its `patient_s` goes first (benchmarks/LOG.md: half the mean TTFT of first come, first served)
+    request   within a tenant that of the lowest priority, then the one with the least work, and the first of
+              those; but who has waited until its `patient_s` goes first (benchmarks/LOG.md: half the mean
+              TTFT of first come, first served)
 
 The room is bounded, in all and per tenant. A full one gives up what is sheddable and ranks below the
 newcomer, the lowest rank and the latest first; otherwise the newcomer is refused. Work per request is linear
@@ -16,11 +17,14 @@ in tenants, and that of sorted lists in a tenant's requests.
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from enum import StrEnum
+from math import inf
 
 import msgspec
 
 PROMOTED = 1
 """Rank of what would be late: after premium, with the interactive ones."""
+JOB_MARGIN = 2.0
+"""Times predicted work that jobs are given: the other half of the instances' time is other requests'."""
 TENANTS_MAX = 4096
 """Counters of idle tenants that are remembered; the least busy are forgotten first."""
 
@@ -28,7 +32,8 @@ TENANTS_MAX = 4096
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     """One request that waits. `work` is what it costs, in tokens or seconds: the same for all.
 
-    promote_s, patient_s: times, see the module.
+    promote_s, patient_s: times, see the module. priority: the request's own. end_s, answer_s: of a job, when
+    it is worth nothing any more, and what its answer takes after its work.
     """
 
     request_id: str
@@ -38,7 +43,10 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
     sheddable: bool = False
     promote_s: float | None = None
-    patient_s: float = float("inf")
+    patient_s: float = inf
+    priority: int = 0
+    end_s: float = inf
+    answer_s: float = 0.0
 
 
 class Why(StrEnum):
@@ -63,26 +71,26 @@ class _Line:
     __slots__ = ("_by_patience", "_by_work")
 
     def __init__(self) -> None:
-        self._by_work: list[tuple[float, int, Waiting]] = []
+        self._by_work: list[tuple[int, float, int, Waiting]] = []
         self._by_patience: list[tuple[float, int, Waiting]] = []
 
     def __len__(self) -> int:
         return len(self._by_work)
 
     def add(self, number: int, one: Waiting) -> None:
-        insort(self._by_work, (one.work, number, one))  # numbers differ: nobody compares requests
+        insort(self._by_work, (one.priority, one.work, number, one))  # numbers differ: nobody compares ones
         insort(self._by_patience, (one.patient_s, number, one))
 
     def remove(self, number: int, one: Waiting) -> None:
-        del self._by_work[bisect_left(self._by_work, (one.work, number))]
+        del self._by_work[bisect_left(self._by_work, (one.priority, one.work, number))]
         del self._by_patience[bisect_left(self._by_patience, (one.patient_s, number))]
 
     def next(self, now_s: float) -> Waiting:
         patient_s, _, one = self._by_patience[0]
-        return one if patient_s <= now_s else self._by_work[0][2]
+        return one if patient_s <= now_s else self._by_work[0][3]
 
     def latest_sheddable(self) -> tuple[int, Waiting] | None:
-        there = [(number, one) for _, number, one in self._by_work if one.sheddable]
+        there = [(number, one) for _, _, number, one in self._by_work if one.sheddable]
         return max(there, default=None, key=lambda pair: pair[0])
 
 
@@ -104,6 +112,8 @@ class WaitingRoom:
         self._of_tenant: dict[str, int] = {}
         self._taken: dict[str, float] = {}  # work by weight, per tenant
         self._promotions: dict[str, Waiting] = {}
+        self._jobs: list[tuple[float, int]] = []  # when they are worth nothing, number
+        self._numbers: dict[int, str] = {}  # of jobs
         self._work: dict[int, float] = {}  # by rank
 
     def __len__(self) -> int:
@@ -116,6 +126,11 @@ class WaitingRoom:
     def work(self, rank: int | None = None) -> float:
         """Return the work of those whose rank is as good as `rank` or better; None: of all."""
         return sum(work for found, work in self._work.items() if rank is None or found <= rank)
+
+    @property
+    def best_rank(self) -> int | None:
+        """The best rank that waits; None: nobody does."""
+        return min(self._lines, default=None)
 
     # ------------------------------------------------------------ in
 
@@ -159,17 +174,39 @@ class WaitingRoom:
 
     # ------------------------------------------------------------ out
 
-    def take(self, now_s: float) -> Waiting | None:
-        """Return the next request to be served; it does not wait any more. Call `expire` before."""
+    def next(self, now_s: float) -> Waiting | None:
+        """Return the next request to be served, which goes on waiting. Call `expire` before."""
         self._promote(now_s)
-        for rank in sorted(self._lines):
-            tenants = self._lines[rank]
-            tenant = min(tenants, key=lambda name: (self._taken.get(name, 0.0), name))
-            one = tenants[tenant].next(now_s)
-            weight = 1.0 if self._weight is None else self._weight(tenant)
-            self._taken[tenant] = self._taken.get(tenant, 0.0) + one.work / weight
-            self._remove(one)
-            return one
+        if not self._lines:
+            return None
+        tenants = self._lines[min(self._lines)]
+        return tenants[min(tenants, key=lambda name: (self._taken.get(name, 0.0), name))].next(now_s)
+
+    def serve(self, one: Waiting) -> None:
+        """A request that waits is served: it does not wait any more, and its tenant has had its work."""
+        weight = 1.0 if self._weight is None else self._weight(one.tenant)
+        self._taken[one.tenant] = self._taken.get(one.tenant, 0.0) + one.work / weight
+        self._remove(one)
+
+    def take(self, now_s: float) -> Waiting | None:
+        """Return the next request, served."""
+        one = self.next(now_s)
+        if one is not None:
+            self.serve(one)
+        return one
+
+    def urgent(self, now_s: float, servers: int) -> Waiting | None:
+        """Return the job that ends first, if waiting for idle capacity is too slow for any; linear in jobs.
+
+        It is if the work of those that end as soon, done by `servers` beside as much of others', and its own
+        answer would take longer than there is.
+        """
+        ahead = 0.0
+        for end_s, number in self._jobs:
+            one = self._there[self._numbers[number]][1]
+            ahead += one.work
+            if now_s + JOB_MARGIN * (ahead / servers + one.answer_s) > end_s:
+                return self._there[self._numbers[self._jobs[0][1]]][1]
         return None
 
     def remove(self, request_id: str) -> bool:
@@ -202,11 +239,16 @@ class WaitingRoom:
         self._work[one.rank] = self._work.get(one.rank, 0.0) + one.work
         self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
         self._lines.setdefault(one.rank, {}).setdefault(one.tenant, _Line()).add(number, one)
+        if one.end_s < inf:
+            insort(self._jobs, (one.end_s, number))
+            self._numbers[number] = one.request_id
 
     def _remove(self, one: Waiting) -> None:
         number, _ = self._there.pop(one.request_id)
         self._work[one.rank] -= one.work
         self._promotions.pop(one.request_id, None)
+        if self._numbers.pop(number, None) is not None:
+            del self._jobs[bisect_left(self._jobs, (one.end_s, number))]
         left = self._of_tenant[one.tenant] - 1
         if left:
             self._of_tenant[one.tenant] = left

@@ -115,8 +115,10 @@ class World:
                 waiting_max=config.waiting_max,
                 tenant_max=config.waiting_max,
                 wait_s=WAIT_S_MAX,
+                batch_wait_s=WAIT_S_MAX,
             ),
             self.cluster,
+            cost=self.cost,
         )
         self._pumping = False
         self._is_lost = losses(config.event_loss, config.seed)
@@ -251,8 +253,8 @@ class World:
 
     def _tick(self) -> None:
         """As the gateway's: deadlines pass without anybody giving load back."""
-        if not self.config.hold_s:
-            return
+        if not any(entry.terms.slo_class.sheddable for entry in self.entries) and not self.config.hold_s:
+            return  # nobody ever waits
         self._pump_soon()
         if self._going():
             self.time.at(self.time.now_s + TICK_S, self._tick)
@@ -271,11 +273,12 @@ class World:
             first_token=True,
             single_leg=trace.output_tokens == 1,
             session=entry.session,
+            slo_class=entry.terms.slo_class.name,
         )
         entry.machine = RequestMachine(facts)
         answer, others = self.gate.offer(
             self.time.now_s, facts.request_id,
-            lambda: self.scheduler.work_s(facts, BLOCK_TOKENS), entry.terms,
+            lambda: self.scheduler.needs(facts, BLOCK_TOKENS), entry.terms,
             lambda now_s: self.scheduler.on_request(now_s, facts),
         )  # fmt: skip
         self.in_flight[entry.number] = entry

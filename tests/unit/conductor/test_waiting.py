@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from conductor.waiting import PROMOTED, Left, Waiting, WaitingRoom, Why
+from conductor.waiting import JOB_MARGIN, PROMOTED, Left, Waiting, WaitingRoom, Why
 
 FOREVER = 1e9
 ROOM, TENANT_ROOM = 12, 6
@@ -280,3 +280,50 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(deadline=None)
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_jobs_are_urgent_when_those_that_end_as_soon_need_the_time_that_is_left():
+    waiting_room = room()
+    for n in range(10):
+        waiting_room.add(one(f"job{n}", rank=3, work=1.0, end_s=100.0 + n, answer_s=5.0))
+    needed_s = JOB_MARGIN * (10 / 2 + 5.0)  # by two servers, all ten and the last one's answer
+    assert waiting_room.urgent(109.0 - needed_s - 0.1, 2) is None
+    assert waiting_room.urgent(109.0 - needed_s + 0.1, 2).request_id == "job0"
+    assert waiting_room.urgent(109.0 - needed_s + 0.1, 20) is None
+
+
+def test_a_job_that_ends_sooner_makes_those_behind_it_urgent_whenever_it_comes():
+    waiting_room = room()
+    waiting_room.add(one("late", rank=3, work=1.0, end_s=100.0))
+    waiting_room.add(one("no job", rank=3, work=1e6))
+    assert waiting_room.urgent(90.0, 1) is None
+    waiting_room.add(one("soon", rank=3, work=8.0, end_s=99.0))
+    assert waiting_room.urgent(90.0, 1).request_id == "soon"
+    waiting_room.remove("soon")
+    assert waiting_room.urgent(90.0, 1) is None
+    assert waiting_room.urgent(99.0, 1).request_id == "late"
+    waiting_room.serve(waiting_room.next(0.0))
+    waiting_room.take(0.0)
+    assert waiting_room.urgent(1e6, 1) is None
+
+
+def test_who_is_next_goes_on_waiting_until_it_is_served():
+    waiting_room = room()
+    waiting_room.add(one("a", work=1.0))
+    waiting_room.add(one("b", work=2.0))
+    assert waiting_room.next(0.0) is waiting_room.next(0.0)
+    assert len(waiting_room) == 2
+    waiting_room.serve(waiting_room.next(0.0))
+    assert waiting_room.next(0.0).request_id == "b"
+
+
+def test_a_request_s_own_priority_is_no_advantage_over_other_tenants():
+    waiting_room = room()
+    for n in range(4):
+        waiting_room.add(one(f"a{n}", tenant="a", priority=-9))
+        waiting_room.add(one(f"b{n}", tenant="b"))
+    shares = Counter(name[0] for name in taken(waiting_room, 4))
+    assert shares == {"a": 2, "b": 2}
