@@ -1,9 +1,9 @@
-"""The gateway process: vLLM's HTTP front end over the cluster, decision core included.
+"""The gateway process: vLLM's HTTP front end over the cluster, with the decision core or over rpc to it.
 
-startup     metadata server, vLLM's configuration (in a thread: engines register meanwhile),
-            AsyncLLM over ClusterCoreClient, HTTP
+startup     metadata (served here if the core is), vLLM's configuration (in a thread: engines register
+            meanwhile), AsyncLLM over ClusterCoreClient, HTTP
 main loop   the event loop; nothing of ours blocks it
-shutdown    SIGTERM or SIGINT: refuse new work, finish what is in flight within drain_s, leave
+shutdown    SIGTERM or SIGINT: take no new connections, finish what is in flight, leave
 """
 
 import argparse
@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -25,14 +24,19 @@ from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
 from conductor.http import RejectionMiddleware
 from conductor.metrics import process_metrics
+from conductor.processes import (
+    joined_metadata,
+    open_cluster_metadata,
+    process_name,
+    serving_metrics,
+    stop_event,
+)
 from conductor.remote_core import RemoteCore
 from mooncake.core.config import GatewayOptions, check_host
-from mooncake.core.errors import RequestError
-from mooncake.core.messages import DRAINING
+from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
-from mooncake.core.metadata_client import MetadataServer
-from mooncake.core.metadata_etcd_options import is_etcd
-from mooncake.core.metadata_open import open_metadata
+from mooncake.core.metadata_registration import Registration
 
 log = structlog.get_logger(__name__)
 
@@ -119,7 +123,18 @@ class RoleWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
 
 
-def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
+async def fronts(metadata: MetadataStore, prefix: str) -> list[dict[str, Any]]:
+    """Return the gateways or cores that have their own process, sorted by name; none while nobody knows."""
+    try:
+        entries = (await metadata.get(prefix)).entries
+        found = [msgspec.json.decode(entry.value, type=FrontRecord) for entry in entries]
+    except (MooncakeError, msgspec.MsgspecError) as error:
+        log.warning("gateway.fronts_unknown", prefix=prefix, error=str(error))
+        return []
+    return [msgspec.to_builtins(one) for one in sorted(found, key=lambda one: one.name)]
+
+
+def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace, metadata: MetadataStore) -> None:
     """Add what only we know; vLLM's key check covers only its own paths, so it is ours here.
 
     GET /mooncake/instances: who is there. GET /mooncake/decisions[?request_id=...]: why requests run where
@@ -146,6 +161,8 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
             "instances": await cluster.core.instances(),
             "stores": described_stores(cluster.view),
             "core": cluster.core.status(),
+            "gateways": await fronts(metadata, GATEWAYS_PREFIX),
+            "cores": await fronts(metadata, CORES_PREFIX),
             "in_flight": cluster.dispatcher.in_flight,
             "pid": os.getpid(),
         })  # fmt: skip
@@ -160,6 +177,8 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
             await cluster.core.change_role(wish.instance_id, wish.role)
         except (msgspec.MsgspecError, RequestError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)
+        except MooncakeError as error:  # no core leads: only one may change roles
+            return JSONResponse({"error": str(error)}, status_code=503)
         return JSONResponse({"instance_id": wish.instance_id, "role": DRAINING, "next": wish.role}, 202)
 
     for path, answer, method in (
@@ -170,56 +189,45 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace) -> None:
         app.router.routes.insert(0, Route(f"/mooncake/{path}", guarded(answer), methods=[method]))
 
 
-@contextlib.asynccontextmanager
-async def open_cluster_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
-    """Give the cluster's metadata store: etcd, or our own, which is served at `endpoint`.
-
-    Raises:
-        ConfigError: it cannot be bound, or names no store.
-    """
-    if is_etcd(endpoint):
-        store = open_metadata(endpoint)
-        try:
-            yield store
-        finally:
-            await store.close()
-        return
-    server = MetadataServer(endpoint)
-    server.start()
-    log.info("gateway.metadata", endpoint=server.endpoint)
-    try:
-        yield server.store
-    finally:
-        await server.close()
-
-
-async def run(options: GatewayOptions) -> None:
-    """Serve until SIGTERM or SIGINT.
+async def run(options: GatewayOptions, alone: bool = True) -> None:
+    """Serve until SIGTERM or SIGINT; `alone`: with the decision core in this process.
 
     Raises:
         ConfigError: a setting cannot work.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with open_cluster_metadata(options.metadata_endpoint) as metadata:
+    stop = stop_event()
+    async with contextlib.AsyncExitStack() as stack:
+        opened = open_cluster_metadata if alone else joined_metadata
+        metadata = await stack.enter_async_context(opened(options.metadata_endpoint))
         args, config = await asyncio.to_thread(configure, options)
-        cluster = Cluster(options, metadata)
+        core = None if alone else RemoteCore(options, metadata, process_metrics())
+        cluster = Cluster(options, metadata, core)
         llm = vllm_seam.build_llm(args, config, cluster.client)
-        try:
-            app = await vllm_seam.build_app(llm, args)
-            add_routes(app, cluster, args)
-            cluster.start(llm)
-            key = next(iter(api_keys(args)), "")
-            front = RejectionMiddleware(app, cluster.quotas, key)
-            await vllm_seam.serve(app, front, args, stop, cluster.drain)
-        finally:
-            await cluster.close()
-            llm.shutdown()
+        stack.callback(llm.shutdown)
+        stack.push_async_callback(cluster.close)
+        app = await vllm_seam.build_app(llm, args)
+        add_routes(app, cluster, args, metadata)
+        cluster.start(llm)
+        url = await stack.enter_async_context(serving_metrics(options.metrics_port))
+        record = front_record(options, args, url)
+        value = msgspec.json.encode(record)
+        registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
+        stack.push_async_callback(registration.close)
+        key = next(iter(api_keys(args)), "")
+        front = RejectionMiddleware(app, cluster.quotas, key)
+        serves = registration.start if not alone else lambda: None
+        await vllm_seam.serve(app, front, args, stop, cluster.drain, options.share_port, serves)
 
 
-def main(options: GatewayOptions) -> int:
+def front_record(options: GatewayOptions, args: argparse.Namespace, metrics_url: str) -> FrontRecord:
+    """Return what this gateway says of itself."""
+    host = args.host or "0.0.0.0"
+    scheme = "https" if args.ssl_certfile else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
+    return FrontRecord(process_name(options, "gateway"), os.getpid(), url, metrics_url)
+
+
+def main(options: GatewayOptions, alone: bool = True) -> int:
     """Run the gateway on uvloop; return the exit status.
 
     Raises:
@@ -228,5 +236,5 @@ def main(options: GatewayOptions) -> int:
     import uvloop
 
     vllm_seam.check_environment()
-    uvloop.run(run(options.checked()))
+    uvloop.run(run(options.checked(), alone))
     return 0

@@ -59,9 +59,9 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw distributions and load there (.svg).")] = None,
 ) -> None:
     """Replay a trace against any OpenAI endpoint, open loop, and say what came of it."""
-    from mooncake.cli import _console, _errors_told
+    from mooncake.cli_common import console, errors_told
 
-    with _errors_told():
+    with errors_told():
         _need_httpx()
         from benchmarks.replay.prompts import Shape
         from benchmarks.replay.run import targets_of
@@ -80,7 +80,7 @@ def bench(
         )  # fmt: skip
         title = f"{Path(trace).name if trace else 'generated trace'}, {speed:g}x, tokens x {scale:g}"
         _run(
-            wanted, shape, targets, _console(), _console(stderr=True),
+            wanted, shape, targets, console(), console(stderr=True),
             slo_s=(ttft_slo_s, tbt_slo_s), sessions=sessions, title=title, json=json, picture=plot,
         )  # fmt: skip
 

@@ -68,9 +68,9 @@ def directory(
     log_level: LogLevel = "info",
 ) -> None:
     """Run a directory of the KV pool: who holds which block. Several may run; one leads."""
-    from mooncake.cli import _errors_told, _run_role
+    from mooncake.cli_common import errors_told, run_role
 
-    with _errors_told():
+    with errors_told():
         from kvstore.leader.coordinator import CoordinatorConfig
         from mooncake.core.config import fail
         from mooncake.core.metadata_open import check_metadata
@@ -92,7 +92,7 @@ def directory(
 
             return asyncio.run(_serve(config, metadata))
 
-        _run_role("directory", log_level, main)
+        run_role("directory", log_level, main)
 
 
 async def _serve(config: Any, metadata: str) -> int:
@@ -138,9 +138,9 @@ def _admin(metadata: str, url: str, token_file: Path | None) -> "PoolAdmin":
 @pool.command()
 def status(metadata: Metadata = "", url: Url = "", token_file: TokenFile = None) -> None:
     """Show every node: bytes, blocks, and whether the directory is in step with it."""
-    from mooncake.cli import _console, _errors_told
+    from mooncake.cli_common import console, errors_told
 
-    with _errors_told():
+    with errors_told():
         from rich.markup import escape
         from rich.table import Table
 
@@ -163,20 +163,20 @@ def status(metadata: Metadata = "", url: Url = "", token_file: TokenFile = None)
                     f"{node['lag_s']:.1f} s",
                     escape(node["reason"]),
                 )
-        console = _console()
-        console.print(table)
+        shown = console()
+        shown.print(table)
         leader = health["leader"] or "nobody"
-        console.print(f"{health['entries']:,} entries; {leader} leads; asked {admin.url}", markup=False)
+        shown.print(f"{health['entries']:,} entries; {leader} leads; asked {admin.url}", markup=False)
         for reason in health["reasons"]:
-            console.print(f"degraded: {reason}", style="yellow", markup=False)
+            shown.print(f"degraded: {reason}", style="yellow", markup=False)
 
 
 @pool.command()
 def tasks(metadata: Metadata = "", url: Url = "", token_file: TokenFile = None) -> None:
     """Show copies, moves and drains: open ones, and those that ended lately."""
-    from mooncake.cli import _console, _errors_told
+    from mooncake.cli_common import console, errors_told
 
-    with _errors_told():
+    with errors_told():
         from rich.markup import escape
         from rich.table import Table
 
@@ -187,7 +187,7 @@ def tasks(metadata: Metadata = "", url: Url = "", token_file: TokenFile = None) 
                 str(task["task_id"]), task["kind"], task["source"], task["target"], task["state"], done,
                 f"{task['failed']:,}", escape(task["reason"]),
             )  # fmt: skip
-        _console().print(table)
+        console().print(table)
 
 
 @pool.command()
@@ -210,9 +210,9 @@ def undrain(
     token_file: TokenFile = None,
 ) -> None:
     """Let blocks be copied to a drained node again; ends its drain."""
-    from mooncake.cli import _errors_told
+    from mooncake.cli_common import errors_told
 
-    with _errors_told():
+    with errors_told():
         _admin(metadata, url, token_file).post("/tasks/undrain", {"node": node})
 
 
@@ -252,9 +252,9 @@ def cancel(
     token_file: TokenFile = None,
 ) -> None:
     """End a task; what was copied stays."""
-    from mooncake.cli import _errors_told
+    from mooncake.cli_common import errors_told
 
-    with _errors_told():
+    with errors_told():
         _admin(metadata, url, token_file).delete(f"/tasks/{task}")
 
 
@@ -262,22 +262,22 @@ def _run(
     metadata: str, url: str, token_file: Path | None, path: str, body: dict[str, Any], what: str, wait: bool
 ) -> None:
     """Start a task; show it to its end."""
-    from mooncake.cli import _console, _errors_told
+    from mooncake.cli_common import console, errors_told
 
-    with _errors_told():
+    with errors_told():
         admin = _admin(metadata, url, token_file)
         task_id = admin.post(path, body)["task_id"]
-        console = _console()
+        shown = console()
         if not wait:
-            console.print(f"task {task_id}")
+            shown.print(f"task {task_id}")
             return
-        end = _follow(admin, task_id, what, console)
-        console.print(
+        end = _follow(admin, task_id, what, shown)
+        shown.print(
             f"task {task_id} {end['state']}: {end['done']:,} of {end['total']:,} blocks", markup=False
         )
         if end["state"] != "done":
             if end["reason"]:
-                console.print(end["reason"], style="red", markup=False)
+                shown.print(end["reason"], style="red", markup=False)
             raise typer.Exit(1)
 
 

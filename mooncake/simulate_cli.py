@@ -80,9 +80,9 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="Draw all charts into one file (.svg).")] = None,
 ) -> None:
     """Replay a trace through the production Conductor and stores, with simulated engines."""
-    from mooncake.cli import _console, _errors_told
+    from mooncake.cli_common import console, errors_told
 
-    with _errors_told():
+    with errors_told():
         from benchmarks.sim.run import Options
 
         options = Options(
@@ -93,7 +93,7 @@ def simulate(
             tbt_slo_s=tbt_slo_s, admission=admission, decode_s=decode_s, plan_roles=plan_roles, seed=seed,
             kill=kill, mtbf_s=mtbf_s, repair_s=repair_s, event_delay_s=event_delay_s, event_loss=event_loss,
         )  # fmt: skip
-        _run(options, report, json, plot, _console(), _console(stderr=True))
+        _run(options, report, json, plot, console(), console(stderr=True))
 
 
 def _run(

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import socket
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from mooncake.core.config import format_size
+from mooncake.core.config import GatewayOptions, StoreOptions, format_size
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone, PeerTimeout
-from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX
-from mooncake.core.metadata_client import RemoteMetadata
+from mooncake.core.messages import CORES_PREFIX, GATEWAYS_PREFIX, INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_follow import Removed, follow
+from mooncake.core.metadata_open import open_metadata
 from mooncake.core.process import open_log, spawn
 from mooncake.core.supervise import Child, Ended, GiveUp, Started, Supervised
 from mooncake.up import zygote
@@ -51,8 +50,20 @@ class Cluster:
         board: Board,
         use_zygote: bool = True,
         entry: Entry | None = None,
+        metadata: str = "",
     ) -> None:
-        """`env` is the environment of every child; the plan's own come on top."""
+        """Start nothing yet.
+
+        Args:
+            plan: the processes.
+            run_dir: of their logs and sockets.
+            env: the environment of every child; the plan's own come on top.
+            board: is told how they are.
+            use_zygote: fork those that are heavy from a warm process.
+            entry: what children run.
+            metadata: where they register; "" = at their own store below `run_dir`.
+        """
+        self._metadata = metadata or metadata_endpoint(str(run_dir))
         self._plan = plan
         self._run_dir = run_dir
         self._env = env
@@ -183,28 +194,24 @@ class Cluster:
             async with asyncio.timeout(READY_S_MAX):
                 while not (names <= self._registered and healthy):
                     healthy = await is_healthy(host, port)
-                    if healthy:
+                    if healthy and "conductor" in self._supervised:
                         self._board.set("conductor", "ready", f"port {port}")
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(HEALTH_POLL_S):
                             await self._changed.wait()
                     self._changed.clear()
         except TimeoutError:
-            missing = sorted(names - self._registered) + ([] if healthy else ["conductor"])
+            missing = sorted(names - self._registered) + ([] if healthy else [f"port {port}"])
             raise PeerTimeout(
                 f"not ready after {READY_S_MAX:g} s: {', '.join(missing)}; logs in {self._run_dir}"
             ) from None
 
     async def _follow(self) -> None:
-        metadata = RemoteMetadata(metadata_endpoint(str(self._run_dir)))
-        stores = {
-            p.options.node: p.name for p in self._plan if p.role == "store" and hasattr(p.options, "node")
-        }
+        metadata = open_metadata(self._metadata)
+        names = {record_key(process): process.name for process in self._plan}
         try:
             async for event in follow(metadata, "/mooncake/"):
-                name = event.key.removeprefix(INSTANCES_PREFIX)
-                if event.key.startswith(STORES_PREFIX):
-                    name = stores.get(event.key.removeprefix(STORES_PREFIX), "")
+                name = names.get(event.key, "")
                 if name not in self._supervised:
                     continue
                 if isinstance(event, Removed):
@@ -263,6 +270,17 @@ class Cluster:
             )
 
 
+def record_key(process: Process) -> str:
+    """Return the key under which a process says that it is there; "" = it says it by HTTP alone."""
+    options = process.options
+    if isinstance(options, StoreOptions):
+        return STORES_PREFIX + options.node
+    if isinstance(options, GatewayOptions):
+        prefix = {"core": CORES_PREFIX, "gateway": GATEWAYS_PREFIX}.get(process.role)
+        return prefix + options.name if prefix else ""
+    return INSTANCES_PREFIX + options.instance_id
+
+
 async def is_healthy(host: str, port: int) -> bool:
     """Return whether GET /health answers 200."""
     try:
@@ -275,23 +293,6 @@ async def is_healthy(host: str, port: int) -> bool:
                 writer.close()
     except (OSError, TimeoutError):
         return False
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise if `port` cannot be bound, before minutes of loading.
-
-    Raises:
-        ConfigError: it is in use, or not ours to bind.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: TIME_WAIT is fine
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"port = {port}: cannot bind {host}:{port} ({error.strerror}); use --port"
-            ) from error
 
 
 def prepare_run_dir(path: Path) -> None:

@@ -118,9 +118,26 @@ def run_conductor(options: GatewayOptions) -> int:
     """Run the Conductor with its gateway until SIGTERM; return the exit code."""
     from conductor import gateway
 
+    return gateway.main(_with_key(options))
+
+
+def run_gateway(options: GatewayOptions) -> int:
+    """Run a gateway whose decisions are made by a core elsewhere, until SIGTERM; return the exit code."""
+    from conductor import gateway
+
+    return gateway.main(_with_key(options), alone=False)
+
+
+def run_core(options: GatewayOptions) -> int:
+    """Run a decision core until SIGTERM; return the exit code. It serves no clients and needs no key."""
+    from conductor import processes
+
+    return processes.main(options)
+
+
+def _with_key(options: GatewayOptions) -> GatewayOptions:
     key = options.api_key or os.environ.get(API_KEY_ENV, "")
-    options = msgspec.structs.replace(options, api_key=key).checked()
-    return gateway.main(options)
+    return msgspec.structs.replace(options, api_key=key).checked()
 
 
 ROLES: dict[str, tuple[type, Callable[..., int]]] = {
@@ -128,6 +145,8 @@ ROLES: dict[str, tuple[type, Callable[..., int]]] = {
     "prefill": (WorkerOptions, run_prefill),
     "decode": (WorkerOptions, run_decode),
     "conductor": (GatewayOptions, run_conductor),
+    "gateway": (GatewayOptions, run_gateway),
+    "core": (GatewayOptions, run_core),
 }
 
 

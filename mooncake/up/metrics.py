@@ -30,9 +30,19 @@ def with_metrics_ports(options: UpOptions, base: int = 0) -> UpOptions:
     Raises:
         ConfigError: a wanted port is taken or out of range, or none is free.
     """
-    names = metrics_names(options)
-    ports = _wanted(base, len(names)) if base else _free(options.port, len(names))
-    return msgspec.structs.replace(options, metrics_ports=dict(zip(names, ports, strict=True)))
+    return msgspec.structs.replace(
+        options, metrics_ports=metrics_ports(metrics_names(options), options.port, base)
+    )
+
+
+def metrics_ports(names: Sequence[str], port: int, base: int = 0) -> dict[str, int]:
+    """Return a loopback port for each of `names`, see with_metrics_ports; `port` is the gateway's.
+
+    Raises:
+        ConfigError: a wanted port is taken or out of range, or none is free.
+    """
+    ports = _wanted(base, len(names)) if base else _free(port, len(names))
+    return dict(zip(names, ports, strict=True))
 
 
 def _wanted(base: int, count: int) -> list[int]:
@@ -68,10 +78,12 @@ def can_bind(port: int) -> bool:
 
 
 def write_prometheus_config(options: UpOptions, gateway: str) -> None:
-    """Write a configuration that scrapes the whole cluster; `gateway` is its host:port."""
-    targets = [("gateway", gateway)] + [
-        (name, f"{LOOPBACK}:{port}") for name, port in options.metrics_ports.items()
-    ]
+    """Write a configuration that scrapes the whole cluster; `gateway` is its host:port.
+
+    Of several gateways any may answer there: each has a port of its own for its metrics.
+    """
+    targets = [("gateway", gateway)] if options.gateways is None else []
+    targets += [(name, f"{LOOPBACK}:{port}") for name, port in options.metrics_ports.items()]
     (Path(options.run_dir) / CONFIG_NAME).write_text(prometheus_config(targets))
 
 
@@ -90,7 +102,7 @@ def prometheus_config(targets: Sequence[tuple[str, str]]) -> str:
 def metrics_text(options: UpOptions, url: str) -> str:
     """Return one line for people: who serves metrics where."""
     others = " ".join(f"{name}:{port}" for name, port in options.metrics_ports.items())
-    text = f"metrics: {url}/metrics"
+    text = "metrics:" if options.gateways is not None else f"metrics: {url}/metrics  "
     if others:
-        text += f"   on {LOOPBACK}: {others}   {options.run_dir}/{CONFIG_NAME}"
+        text += f" on {LOOPBACK}: {others}   {options.run_dir}/{CONFIG_NAME}"
     return text

@@ -25,13 +25,16 @@ from mooncake.core.cpu import compiler_env
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import pick_cores
 
+CORE = "core"
+GATEWAYS_MAX = 64
 INSTANCES_MAX = 64
 """On one machine; beyond this the plan is a mistake, not a wish."""
 SOCKET_PATH_CHARS_MAX = 107
 """sun_path of a unix socket; the longest name we put below the run directory is about 45."""
 RUN_DIR_CHARS_MAX = SOCKET_PATH_CHARS_MAX - 45
-CONDUCTOR_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 15.0, 15.0
-"""Graces: the Conductor drains for 25 s, an engine stops within 10 s, a store copies to its SSD for 5 s."""
+CONDUCTOR_STOP_S, CORE_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 5.0, 15.0, 15.0
+"""Graces: a gateway drains for 25 s, a core resigns within 1 s, an engine stops within 10 s, a store copies
+to its SSD for 5 s."""
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +69,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     inline: bool = False
     plan_roles: bool = False
     tenants: str = ""  # file of shares and quotas; "" = none
+    gateways: int | None = None  # so many, and a core beside them; None = one process is both
     metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
@@ -104,6 +108,8 @@ def make_plan(
         ConfigError: the wish makes no cluster, or a setting is out of range.
     """
     roles = engine_roles(options)
+    if options.gateways == 0:
+        raise fail("gateways", 0, "`up` serves requests: at least 1, or leave it out for one process")
     check_host(options.host, api_key)
     if len(options.run_dir) > RUN_DIR_CHARS_MAX:
         raise fail("run_dir", options.run_dir, f"at most {RUN_DIR_CHARS_MAX} characters (unix sockets)")
@@ -150,14 +156,7 @@ def make_plan(
         Process(
             name="store", role="store", options=store.checked(), heavy=False, stop_rank=2, stop_s=STORE_STOP_S
         ),
-        Process(
-            name="conductor",
-            role="conductor",
-            options=msgspec.structs.replace(gateway, api_key=""),
-            env={**(tenant_keys or {}), **({API_KEY_ENV: api_key} if api_key else {})},
-            stop_rank=0,
-            stop_s=CONDUCTOR_STOP_S,
-        ),
+        *plan_conductor(gateway, options.gateways, options.metrics_ports, tenant_keys),
     ]
     return plan + [
         _engine(options, name, role, pick_cores(index, len(roles), cores))
@@ -165,9 +164,61 @@ def make_plan(
     ]
 
 
+def plan_conductor(
+    options: GatewayOptions,
+    gateways: int | None,
+    metrics_ports: Mapping[str, int],
+    tenant_keys: Mapping[str, str] | None = None,
+) -> list[Process]:
+    """Return the processes of a Conductor: one for all of it, or a core and `gateways` gateways.
+
+    The core serves embedded metadata and is not needed by what is in flight: gateways go first at the end.
+
+    Raises:
+        ConfigError: `gateways` is out of range.
+    """
+    keys = dict(tenant_keys or {})
+    env = {**keys, **({API_KEY_ENV: options.api_key} if options.api_key else {})}
+    options = msgspec.structs.replace(options, api_key="")
+    if gateways is None:
+        return [
+            Process(name="conductor", role="conductor", options=options, env=env, stop_s=CONDUCTOR_STOP_S)
+        ]
+    named = {
+        name: msgspec.structs.replace(
+            options,
+            name=f"{options.name}-{name}" if options.name else name,
+            metrics_port=metrics_ports.get(name, 0),
+            share_port=name != CORE,
+        ).checked()
+        for name in gateway_names(gateways)
+    }
+    core = named.pop(CORE)
+    return [
+        Process(name=CORE, role=CORE, options=core, env=keys, heavy=False, stop_rank=1, stop_s=CORE_STOP_S),
+        *(
+            Process(name=name, role="gateway", options=one, env=env, stop_s=CONDUCTOR_STOP_S)
+            for name, one in named.items()
+        ),
+    ]
+
+
+def gateway_names(gateways: int | None) -> list[str]:
+    """Return the processes of a Conductor that is divided, in the order of start; none if it is not.
+
+    Raises:
+        ConfigError: too many, or less than none.
+    """
+    if gateways is None:
+        return []
+    if not 0 <= gateways <= GATEWAYS_MAX:
+        raise fail("gateways", gateways, f"must be 0..{GATEWAYS_MAX}; leave it out for one process")
+    return [CORE, *(f"gateway-{i}" for i in range(gateways))]
+
+
 def metrics_names(options: UpOptions) -> list[str]:
     """Return the processes that need a port for their metrics, in the order of start."""
-    return ["store", *(name for name, _ in engine_roles(options))]
+    return ["store", *gateway_names(options.gateways), *(name for name, _ in engine_roles(options))]
 
 
 def engine_roles(options: UpOptions) -> list[tuple[str, str]]:

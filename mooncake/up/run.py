@@ -1,9 +1,11 @@
 """The life of `mooncake up`: check, model, start, ready line, watch, stop."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +13,8 @@ from rich.console import Console
 from conductor.tenants_file import TenantsFile
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
-from mooncake.up.cluster import Cluster, check_port, prepare_run_dir
+from mooncake.core.shared_port import Held, check_port
+from mooncake.up.cluster import Cluster, prepare_run_dir
 from mooncake.up.metrics import metrics_text, with_metrics_ports, write_prometheus_config
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.show import Board
@@ -36,17 +39,27 @@ def up(
         MooncakeError: a process gave up.
     """
     logs.setup("up", "error")  # states are on the board; details in the children's logs
-    check_port(options.host, options.port)
+    with contextlib.ExitStack() as stack:
+        if options.gateways is None:
+            check_port(options.host, options.port)
+        else:
+            stack.enter_context(Held(options.host, options.port))
+        return _up(options, api_key, console, use_zygote, metrics_port)
+
+
+def _up(options: UpOptions, api_key: str, console: Console, use_zygote: bool, metrics_port: int) -> int:
     options = with_metrics_ports(options, metrics_port)
     keys = tenant_keys(options.tenants)
     plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key, keys)
     run_dir = Path(options.run_dir)
     prepare_run_dir(run_dir)
-    write_prometheus_config(options, f"{_url_host(options.host)}:{options.port}")
+    write_prometheus_config(options, f"{url_host(options.host)}:{options.port}")
     board = Board(console)
     env = base_env(os.environ, options.model_is_local, keys)
     cluster = Cluster(plan, run_dir, env, board, use_zygote)
-    return asyncio.run(_run(cluster, board, options, bool(api_key)))
+    has_key = bool(api_key)
+    ready = lambda: ready_text(options, board.seconds, has_key)  # noqa: E731
+    return asyncio.run(live(cluster, board, options.host, options.port, ready))
 
 
 def tenant_keys(path: str) -> dict[str, str]:
@@ -60,17 +73,17 @@ def tenant_keys(path: str) -> dict[str, str]:
     return {name: os.environ[name] for name in TenantsFile(path).read().keys_env}
 
 
-async def _run(cluster: Cluster, board: Board, options: UpOptions, has_key: bool) -> int:
+async def live(cluster: Cluster, board: Board, host: str, port: int, ready: Callable[[], str]) -> int:
+    """Start the cluster, say `ready` once it serves on `host` and `port`, watch it, stop it when told."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with board:
         try:
             await cluster.start()
-            host = options.host if is_loopback(options.host) else "127.0.0.1"
-            host = "127.0.0.1" if host == "localhost" else host
-            if await cluster.wait_ready(stop, host, options.port):
-                board.say(ready_text(options, board.seconds, has_key))
+            asked = host if is_loopback(host) and host != "localhost" else "127.0.0.1"
+            if await cluster.wait_ready(stop, asked, port):
+                board.say(ready())
                 await cluster.watch(stop)
             board.say("stopping: requests in flight get up to 25 s; Ctrl-C again ends them")
             return 0
@@ -92,7 +105,7 @@ async def _close(cluster: Cluster, stop: asyncio.Event) -> None:
 
 def ready_text(options: UpOptions, seconds: float, has_key: bool) -> str:
     """Return what to tell once requests can be served."""
-    url = f"http://{_url_host(options.host)}:{options.port}"
+    url = f"http://{url_host(options.host)}:{options.port}"
     header = ' -H "Authorization: Bearer $MOONCAKE_API_KEY"' if has_key else ""
     key = 'os.environ["MOONCAKE_API_KEY"]' if has_key else '"none"'
     imports = "import os\n    from openai" if has_key else "from openai"
@@ -113,7 +126,7 @@ logs: {options.run_dir}   watch: mooncake top --url {url}   stop: Ctrl-C
 """
 
 
-def _url_host(host: str) -> str:
+def url_host(host: str) -> str:
     """Return `host` as a client on this machine writes it in an address."""
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return f"[{shown}]" if ":" in shown else shown

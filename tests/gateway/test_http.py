@@ -58,7 +58,7 @@ async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     cluster = gateway.Cluster(options(model_dir), metadata)
     llm = vllm_seam.build_llm(args, config, cluster.client)
     app = await vllm_seam.build_app(llm, args)
-    gateway.add_routes(app, cluster, args)
+    gateway.add_routes(app, cluster, args, metadata)
     cluster.start(llm)
     engines: list[FakeEngine] = []
 

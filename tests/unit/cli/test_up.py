@@ -18,7 +18,8 @@ from rich.console import Console
 
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone
 from mooncake.core.process import alive, wait_gone
-from mooncake.up.cluster import Cluster, Entry, check_port, prepare_run_dir
+from mooncake.core.shared_port import check_port
+from mooncake.up.cluster import Cluster, Entry, prepare_run_dir
 from mooncake.up.metrics import with_metrics_ports
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.run import ready_text
