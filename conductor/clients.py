@@ -29,6 +29,7 @@ class Client:
     """One request of vLLM's front end (a child, when n > 1)."""
 
     __slots__ = (
+        "due_s",
         "eids",
         "emitted",
         "family",
@@ -73,6 +74,7 @@ class Client:
         self.leg1_node = ""  # whose store has the prompt's blocks since
         self.started_s = now_s
         self.heard_s = now_s
+        self.due_s = now_s  # when its first token was planned to come
         self.first_s = 0.0
         self.last_s = 0.0
         self.move_reason = ""

@@ -27,6 +27,8 @@ ERROR_RATIO_MAX = 4.0
 TREND = 3
 """So many beyond it in a row are one: a slow machine. Then the model is scaled up and learns afresh; bounded
 measurements alone need hundreds for a factor of 20, as relative errors give the early ones most weight."""
+DEVIATIONS = 1.5
+"""Mean deviations above the mean lateness: nine of ten first tokens come before, were it a normal one."""
 SECONDS_MAX = 3600.0
 """Measurements outside (0, 1 h] are mistakes (clock steps, lost stamps) and are ignored."""
 EWMA_WEIGHT = 0.1
@@ -148,6 +150,24 @@ def _diagonal(value: float, size: int) -> list[list[float]]:
     return [[value if i == j else 0.0 for j in range(size)] for i in range(size)]
 
 
+class _Lateness:
+    """By how much first tokens come later than planned: mean and mean deviation, as TCP keeps its timer."""
+
+    def __init__(self) -> None:
+        self._mean_s = 0.0
+        self._deviation_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What most of them do not exceed; 0 or above."""
+        return max(0.0, self._mean_s + DEVIATIONS * self._deviation_s)
+
+    def add(self, seconds: float) -> None:
+        error_s = seconds - self._mean_s
+        self._mean_s += error_s * EWMA_WEIGHT
+        self._deviation_s += (abs(error_s) - self._deviation_s) * EWMA_WEIGHT
+
+
 class CostModel:
     """One model for all instances of a served model. Constant time and memory per call."""
 
@@ -169,6 +189,17 @@ class CostModel:
         self._lengths = OutputLengths()
         self._expected: dict[tuple[int, str, str, int], tuple[int, int]] = {}  # since the last answer
         self._rejected = 0
+        self._late = _Lateness()
+
+    @property
+    def late_s(self) -> float:
+        """By how much most first tokens come later than planned: hand-over, waiting for a place, mistakes."""
+        return self._late.seconds
+
+    def observe_late(self, seconds: float) -> None:
+        """A first token came so much later than planned; below 0 = sooner."""
+        if isfinite(seconds) and abs(seconds) <= SECONDS_MAX:
+            self._late.add(seconds)
 
     def prefill_s(self, new_tokens: int, prefix_tokens: int) -> float:
         """Predict the engine time of computing new_tokens after prefix_tokens known ones."""

@@ -107,6 +107,10 @@ class Decider(Protocol):
         """A prefill was measured."""
         ...
 
+    def started(self, late_s: float) -> None:
+        """A first token came so much later than planned; below 0 = sooner."""
+        ...
+
     def stepped(self, requests: int, context_tokens: int, seconds: float) -> None:
         """A step of decoding was measured."""
         ...

@@ -159,6 +159,7 @@ class Dispatcher:
         client.heard_s = time.monotonic()
         if plan.promoted:
             client.request.priority = CLASSES["interactive"].priority
+        client.due_s = client.heard_s + plan.predicted_ttft_s
         client.machine = RequestMachine(client.prompt.facts, client.family.shared)
         self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
         self._run(client.machine.start(plan))
@@ -222,11 +223,11 @@ class Dispatcher:
                 continue
             if not running.measured:
                 pure = False
-                self._meter.prefilled(running, output, now_s)
+                self._meter.prefilled(running, output)
             client = running.clients[0]
             context_tokens += client.machine.facts.prompt_len + len(client.emitted)
             self._on_output(running, output, now_s, kept)
-        if kept:
+        if kept or not pure:
             batch = len(outputs.outputs)
             self._meter.frame(link.instance_id, now_s, batch, context_tokens, pure)
         outputs.outputs = kept

@@ -140,6 +140,10 @@ class LocalDecider:
         """See Decider."""
         self.cost.observe_prefill(new_tokens, cached_tokens, seconds)
 
+    def started(self, late_s: float) -> None:
+        """See Decider."""
+        self.cost.observe_late(late_s)
+
     def stepped(self, requests: int, context_tokens: int, seconds: float) -> None:
         """See Decider."""
         self.cost.observe_tbt(requests, context_tokens, seconds)

@@ -34,6 +34,10 @@ RETRY_AFTER_S = 1.0
 RETRY_AFTER_MAX_S = 30.0
 """Longest wait suggested to a client: beyond it, predictions are not worth much."""
 
+LATE_SHARE_MAX = 0.5
+"""Of an objective, usual lateness may take: who is well before it is let in whatever was measured last, or
+nobody would measure that it is over."""
+
 _WORD = (1 << 64) - 1
 
 
@@ -391,6 +395,9 @@ class Scheduler:
             detail = f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s"
             return _reject(facts, Reason.TTFT_SLO, detail, retry_after_s)
         if tbt_slo_s is not None and tbt_s > tbt_slo_s:
+        if ttft_slo_s is not None:
+            # under overload everybody is let in just in time: what is later than predicted is too late
+            ttft_s += min(self._pricing.cost.late_s, ttft_slo_s * LATE_SHARE_MAX)
             detail = f"predicted {tbt_s:.4f} s, objective {tbt_slo_s:.4f} s"
             return _reject(facts, Reason.TBT_SLO, detail)
         return None
