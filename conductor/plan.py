@@ -68,11 +68,16 @@ class Decision(StrEnum):
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
     INLINED = "inlined"  # a decode instance does both legs: the prompt fits into one step of its batch
+    APPENDED = "appended"  # the same, for what is new of a prompt that it holds most of
     AGGREGATED = "aggregated"  # one instance does both, by configuration
     SINGLE_TOKEN = "single_token"  # one leg on a prefill instance is the whole answer
     NO_PREFILL_ALIVE = "no_prefill_alive"  # a decode instance does both legs
     NO_DECODE_ALIVE = "no_decode_alive"  # a prefill instance does both legs, or resumes
     MIGRATED = "migrated"  # leg 2 was placed (again) after the first plan
+
+
+BESIDE_ANSWERS = (Decision.INLINED, Decision.APPENDED)
+"""These take nothing of the instances that prefill."""
 
 
 class Plan(msgspec.Struct, frozen=True, gc=False, kw_only=True):

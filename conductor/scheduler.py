@@ -82,6 +82,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         requests are rejected beyond it. Requests already accepted are never dropped for it.
     admission, decode_s, admission_margin: see conductor.admission; decode_s is its t_d, None = learned.
     inline: short prefills may run on decode instances (policies that predict; see conductor.inline).
+    append: and those of which a decode instance holds most, whether or not they are short.
     session_bonus_s: the instances that served a session last count as so much sooner.
     """
 
@@ -95,6 +96,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float | None = None
     admission_margin: float = MARGIN
     inline: bool = False
+    append: bool = False
     session_bonus_s: float = 0.0
 
 
@@ -294,11 +296,15 @@ class Scheduler:
         prefill: str | None = work.worker.id
         if chosen.worker.id == work.worker.id:  # role "both": handing over to itself is one leg
             decision, prefill = Decision.AGGREGATED, None
-        elif self._config.inline and self._config.policy in _PREDICTING:
-            limit_s = self._tbt_slo_s(facts)
-            found = inlined(now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s)
+        elif (self._config.inline or self._config.append) and self._config.policy in _PREDICTING:
+            limit_s, only_appends = self._tbt_slo_s(facts), not self._config.inline
+            found = inlined(
+                now_s, facts, self._pricing, hits, same_root, (work, chosen), limit_s,
+                only_appends=only_appends,
+            )  # fmt: skip
             if found is not None:
-                work, chosen, decision, prefill = found.work, found.answer, Decision.INLINED, None
+                decision = Decision.APPENDED if found.appends else Decision.INLINED
+                work, chosen, prefill = found.work, found.answer, None
         rejected = self._refused(now_s, facts, work, chosen, free_prefills, same_root)
         if rejected:
             return rejected

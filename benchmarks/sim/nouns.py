@@ -33,7 +33,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     hold_s: see conductor.gate; classes: of service, taken in turn by the requests.
     tenants: names, taken in turn by the conversations.
     chunk_tokens: of a prompt; mixed: chunks run beside the batch (instances that do both, or inline).
-    inline: see conductor.inline; wants chunk_tokens, the most that a step computes.
+    inline, append: see conductor.inline; want chunk_tokens, the most that a step computes.
     session_bonus_s: see conductor.scheduler; sessions are found in the trace (`sessions_of`).
     event_delay_s, event_loss: of what the stores tell the Conductor's index; blind: it hears nothing.
     failures: in order of time; see benchmarks.sim.failures.
@@ -62,6 +62,7 @@ class WorldConfig(msgspec.Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     tenants: tuple[str, ...] = ()
     inline: bool = False
+    append: bool = False
     session_bonus_s: float = 0.0
     event_delay_s: float = EVENT_DELAY_S
     event_loss: float = 0.0

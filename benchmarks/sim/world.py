@@ -80,6 +80,7 @@ class World:
                 tbt_slo_s=config.reject_tbt_s,
                 admission=config.admission,
                 inline=config.inline,
+                append=config.append,
                 session_bonus_s=config.session_bonus_s,
                 decode_s=config.decode_s,
                 admission_margin=config.admission_margin,

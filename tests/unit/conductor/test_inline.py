@@ -79,7 +79,7 @@ def test_a_long_prompt_runs_inline_where_its_prefix_is():
     index = PrefixIndex()
     index.apply("d1", b"".join(keys(60)), b"")
     plan = planned(scheduler(busy(pd_cluster()), index).on_request(0.0, facts(prompt_len=60 * BLOCK + 50)))
-    assert (plan.prefill, plan.decode, plan.decision) == (None, "d1", Decision.INLINED)
+    assert (plan.prefill, plan.decode, plan.decision) == (None, "d1", Decision.APPENDED)
     assert plan.hit_blocks == 60
 
 
