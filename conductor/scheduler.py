@@ -395,15 +395,15 @@ class Scheduler:
         if ttft_slo_s is None and not _is_batch(facts):  # which is there to wait
             ttft_slo_s = self._config.ttft_slo_s
         tbt_slo_s = self._tbt_slo_s(facts)
+        if ttft_slo_s is not None:
+            # under overload everybody is let in just in time: what is later than predicted is too late
+            ttft_s += min(self._pricing.cost.late_s, ttft_slo_s * LATE_SHARE_MAX)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             # by then the queue has drained to where the same request would fit
             retry_after_s = retry_after(ttft_s - ttft_slo_s)
             detail = f"predicted {ttft_s:.3f} s, objective {ttft_slo_s:.3f} s"
             return _reject(facts, Reason.TTFT_SLO, detail, retry_after_s)
         if tbt_slo_s is not None and tbt_s > tbt_slo_s:
-        if ttft_slo_s is not None:
-            # under overload everybody is let in just in time: what is later than predicted is too late
-            ttft_s += min(self._pricing.cost.late_s, ttft_slo_s * LATE_SHARE_MAX)
             detail = f"predicted {tbt_s:.4f} s, objective {tbt_slo_s:.4f} s"
             return _reject(facts, Reason.TBT_SLO, detail)
         return None
