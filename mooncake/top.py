@@ -20,12 +20,15 @@ from rich.text import Text
 from mooncake.core.config import API_KEY_ENV, fail, format_size, is_loopback
 from mooncake.core.errors import MooncakeError, PeerGone, ProtocolError, RequestError
 from mooncake.top_stats import (
+    Deciding,
+    FrontRow,
     InstanceRow,
     Look,
     Members,
     Page,
     StoreRow,
     Totals,
+    front_rows,
     instance_rows,
     store_rows,
     totals,
@@ -78,16 +81,19 @@ class Cluster:
             members = msgspec.json.decode(
                 self._get(f"{self._url}/mooncake/instances", self._key), type=Members
             )
-            gateway = Page(self._get(f"{self._url}/metrics").decode())
+            fronts = [front for front in (*members.gateways, *members.cores) if front.metrics_url]
+            # of several gateways any would answer
+            alone = {} if fronts else {"": Page(self._get(f"{self._url}/metrics").decode())}
         except (msgspec.MsgspecError, ValueError) as error:
             raise ProtocolError(f"{self._url} is no Mooncake gateway: {error}") from error
         with ThreadPoolExecutor(FETCHES_MAX) as pool:
+            pages = pool.map(self._part, [front.metrics_url for front in fronts])
             instances = pool.map(self._part, [instance.metrics_url for instance in members.instances])
             stores = pool.map(self._part, [store.metrics_url for store in members.stores])
             return Look(
                 time.monotonic(),
                 members,
-                gateway,
+                alone or dict(zip([front.name for front in fronts], pages, strict=True)),
                 dict(zip([instance.instance_id for instance in members.instances], instances, strict=True)),
                 dict(zip([store.node for store in members.stores], stores, strict=True)),
             )
@@ -149,9 +155,11 @@ def top(url: str, console: Console, once: bool = False, refresh_s: float = REFRE
 
 def draw(before: Look, now: Look) -> RenderableType:
     """Return the tables of two looks."""
+    fronts = front_rows(before, now)
     return Group(
         _summary(totals(before, now)),
         Text(),
+        *([_fronts(fronts, now.members.core), Text()] if fronts else []),
         _instances(instance_rows(now)),
         Text(),
         _stores(store_rows(now)),
@@ -179,6 +187,18 @@ def _summary(found: Totals) -> RenderableType:
         text.append("\n")
     text.right_crop(1)
     return text
+
+
+def _fronts(rows: Iterable[FrontRow], core: Deciding) -> RenderableType:
+    table = _table("process", "pid", "does", "in flight", "requests/s")
+    for row in rows:
+        does = Text("serves, decides alone", "bold yellow") if row.alone else Text(row.does)
+        table.add_row(
+            _plain(row.name), str(row.pid), does, _count(row.in_flight), _number(row.requests_per_s)
+        )
+    if core.mode == "fallback":
+        return Group(table, Text("no core decides: ", "bold yellow").append(_plain(core.reason)))
+    return table
 
 
 def _instances(rows: Iterable[InstanceRow]) -> RenderableType:

@@ -26,7 +26,8 @@ def test_help_imports_nothing_heavy():
 
 
 COMMANDS = (
-    "up", "model", "doctor", "conductor", "prefill", "decode", "store", "directory", "pool", "top", "version",
+    "up", "model", "doctor", "conductor", "gateway", "prefill", "decode", "store", "directory", "pool", "top",
+    "version",
 )  # fmt: skip
 
 
@@ -61,6 +62,10 @@ def test_version():
         (["model", "/nowhere"], "/nowhere"),
         (["conductor", "--policy", "best"], "kvcache"),
         (["conductor", "--host", "0.0.0.0"], "MOONCAKE_API_KEY"),
+        (["conductor", "--gateways", "65"], "gateways"),
+        (["up", "--gateways", "0"], "at least 1"),
+        (["gateway", "--metadata", "tcp://10.0.0.1:1"], "endpoint"),
+        (["gateway", "--metadata", "etcd://127.0.0.1:1", "--host", "0.0.0.0"], "MOONCAKE_API_KEY"),
         (["top", "--url", "ftp://x"], "http://127.0.0.1:8000"),
         (["store", "--metadata", "tcp://10.0.0.1:1"], "endpoint"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--capacity", "1"], "capacity"),

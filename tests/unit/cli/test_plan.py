@@ -5,7 +5,7 @@ import pytest
 
 from mooncake.core.config import API_KEY_ENV
 from mooncake.core.errors import ConfigError
-from mooncake.up.plan import UpOptions, base_env, make_plan, metrics_names
+from mooncake.up.plan import UpOptions, base_env, make_plan, metrics_names, plan_conductor
 from mooncake.up.run import tenant_keys
 
 WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x")
@@ -87,6 +87,39 @@ def test_every_process_but_the_gateway_gets_its_own_port_for_metrics():
     assert {process.options.metrics_port for process in plan() if process.role != "conductor"} == {0}
 
 
+def test_gateways_and_their_core_are_processes_of_their_own():
+    names = [process.name for process in plan(gateways=2)]
+    assert names == ["store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0"]
+    _, core, *fronts = plan(gateways=2, metrics_ports={"core": 9001, "gateway-1": 9002}, tbt_slo_s=0.1)[:4]
+    assert (core.role, core.heavy, core.options.share_port) == ("core", False, False), "it imports no vLLM"
+    assert [(f.role, f.heavy, f.options.share_port) for f in fronts] == [("gateway", True, True)] * 2
+    assert [f.options.name for f in (core, *fronts)] == ["core", "gateway-0", "gateway-1"]
+    assert [f.options.metrics_port for f in (core, *fronts)] == [9001, 0, 9002]
+    assert {f.options.metadata_endpoint for f in (core, *fronts)} == {plan()[1].options.metadata_endpoint}
+    assert {f.options.tbt_slo_s for f in (core, *fronts)} == {0.1}, (
+        "policy of the core, and for when it is away"
+    )
+    assert metrics_names(msgspec.structs.replace(WISH, gateways=2)) == [
+        "store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0",
+    ]  # fmt: skip
+
+
+def test_gateways_drain_before_the_core_leaves_them():
+    ranks = {process.name: process.stop_rank for process in plan(gateways=1)}
+    assert ranks["gateway-0"] < ranks["core"] <= ranks["prefill-0"] < ranks["store"]
+
+
+def test_the_core_gets_no_key_for_it_serves_no_clients():
+    processes = plan(key=KEY, gateways=2)
+    assert [p.name for p in processes if KEY in p.env.values()] == ["gateway-0", "gateway-1"]
+    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+
+
+def test_gateways_of_several_hosts_have_different_names():
+    options = msgspec.structs.replace(plan()[1].options, name="host-12")
+    assert [p.options.name for p in plan_conductor(options, 1, {})] == ["host-12-core", "host-12-gateway-0"]
+
+
 def test_policy_and_objectives_reach_the_conductor():
     conductor = plan(policy="least_load", ttft_slo_s=2.0, tbt_slo_s=0.1)[1].options
     assert (conductor.policy, conductor.ttft_slo_s, conductor.tbt_slo_s) == ("least_load", 2.0, 0.1)
@@ -118,6 +151,10 @@ def test_the_eviction_policy_and_the_kind_of_pages_reach_the_store():
         ({"tbt_slo_s": float("nan")}, "tbt_slo_s"),
         ({"metrics_ports": {"store": 70_000}}, "metrics_port"),
         ({"metrics_ports": {"decode-0": 70_000}}, "metrics_port"),
+        ({"gateways": 1, "metrics_ports": {"gateway-0": 70_000}}, "metrics_port"),
+        ({"gateways": 0}, "at least 1"),
+        ({"gateways": -1}, "gateways"),
+        ({"gateways": 65}, "gateways"),
     ],
 )
 def test_a_wish_that_cannot_work_is_refused_before_anything_starts(changes, match):

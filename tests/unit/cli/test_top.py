@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from mooncake import cli, top
 from mooncake.core.errors import PeerGone, ProtocolError
-from mooncake.top_stats import Look, Members, Page, instance_rows, quantile, store_rows, totals
+from mooncake.top_stats import Look, Members, Page, front_rows, instance_rows, quantile, store_rows, totals
 
 GATEWAY = """\
 # HELP mooncake_tokens_total Tokens.
@@ -71,7 +72,19 @@ def members(base: str = "") -> dict:
 
 def look(at_s: float, text: str) -> Look:
     known = Members(instances=[], in_flight=5)
-    return Look(at_s, known, Page(text), {}, {})
+    return Look(at_s, known, {"": Page(text)}, {}, {})
+
+
+FRONTS = {
+    "gateways": [{"name": "gateway-0", "pid": 7, "url": "http://h:1"}, {"name": "gateway-1", "pid": 8}],
+    "cores": [{"name": "core", "pid": 5}, {"name": "core-b", "pid": 6}],
+    "core": {"mode": "core", "leader": "core-b-1f2e", "term": 3, "address": "tcp://h:2"},
+}
+
+
+def two_gateways(at_s: float, first: str, second: str, **changes) -> Look:
+    known = msgspec.convert({"instances": [], "in_flight": 1, **FRONTS, **changes}, Members)
+    return Look(at_s, known, {"gateway-0": Page(first), "gateway-1": Page(second)}, {}, {})
 
 
 # ---------------------------------------------------------------- numbers
@@ -96,6 +109,43 @@ def test_what_is_not_known_is_not_invented():
 
 def test_a_restarted_gateway_counts_from_zero_and_rates_never_get_negative():
     assert totals(look(10.0, gateway(100)), look(11.0, gateway(5))).tokens_per_s == 0.0
+
+
+def test_gateways_are_summed_wherever_the_question_was_answered():
+    flying = "mooncake_requests_in_flight 4\n"
+    before = two_gateways(10.0, gateway(100, 10, fast=10), gateway(1000, 20, fast=20))
+    now = two_gateways(12.0, gateway(150, 14, fast=10) + flying, gateway(1010, 24, fast=24) + flying)
+    found = totals(before, now)
+    assert (found.tokens_per_s, found.requests_per_s, found.in_flight) == (30.0, 4.0, 8)
+    assert found.ttft_p50_s == pytest.approx(0.1)  # four of these two seconds' eight were below it
+    assert found.prefix_hits == 0.75
+
+
+def test_a_gateway_that_comes_or_does_not_answer_makes_no_rates_of_its_whole_life():
+    before = two_gateways(10.0, gateway(100, 10), "")
+    before = msgspec.structs.replace(before, fronts={"gateway-0": before.fronts["gateway-0"]})
+    assert totals(before, two_gateways(12.0, gateway(120, 10), gateway(5000, 90))).tokens_per_s == 10.0
+    assert totals(before, two_gateways(12.0, gateway(120, 10), "")).tokens_per_s == 10.0
+
+
+def test_who_decides_and_which_gateway_has_to_do_without_is_told():
+    away = 'mooncake_fallback_active{kind="core_away"} 1\n'
+    before, now = two_gateways(10.0, gateway(), gateway()), two_gateways(11.0, gateway(0, 3), away)
+    assert [(row.name, row.does, row.requests_per_s, row.alone) for row in front_rows(before, now)] == [
+        ("core", "stands by", None, None),
+        ("core-b", "decides", None, None),
+        ("gateway-0", "serves", 3.0, None),
+        ("gateway-1", "serves", None, 1.0),
+    ]
+
+
+def test_engines_of_several_gateways_show_what_was_given_to_them():
+    engine = {"instance_id": "p", "role": "prefill", "state": "alive", "engine": 0}
+    load = {"prefill_requests": 2, "decode_requests": 3, "prefill_tokens": 9}
+    (row,) = instance_rows(
+        two_gateways(1.0, gateway(), gateway(), instances=[{**engine, "load": load}])
+    )  # a statistic of an engine reaches one gateway, which one is chance
+    assert (row.running, row.waiting, row.kv_use) == (5.0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +222,25 @@ def test_every_row_comes_from_its_own_process(served):
     assert (second.running, second.pool_hits) == (None, None)  # its address is not on this machine
     (store,) = store_rows(now)
     assert (store.used_bytes, store.capacity_bytes, store.hits, store.evictions) == (1 << 20, 4 << 20, 0.9, 4)
+
+
+def test_several_gateways_are_each_asked_at_their_own_address(served):
+    url, handler = served
+    gateways = [{"name": f"gateway-{i}", "pid": i, "metrics_url": f"{url}/own-{i}"} for i in range(2)]
+    handler.pages["/mooncake/instances"] = json.dumps({**members(url), **FRONTS, "gateways": gateways})
+    handler.pages["/own-0"] = gateway(5, 1) + "mooncake_requests_in_flight 11\n"
+    handler.pages["/own-1"] = gateway(5, 1) + "mooncake_requests_in_flight 31\n"
+    del handler.pages["/metrics"]  # any of them would answer there
+    text = shown(url)
+    for word in ("in flight 42", "gateway-0", "gateway-1", "core-b", "decides", "stands by"):
+        assert word in text
+
+
+def test_that_no_core_decides_is_told(served):
+    url, handler = served
+    core = {"mode": "fallback", "reason": "no leader"}
+    handler.pages["/mooncake/instances"] = json.dumps({**members(url), **FRONTS, "core": core})
+    assert "no core decides: no leader" in shown(url)
 
 
 def test_once_prints_one_table_and_exits(served):

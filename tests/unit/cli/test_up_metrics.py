@@ -6,7 +6,13 @@ import pytest
 import yaml
 
 from mooncake.core.errors import ConfigError
-from mooncake.up.metrics import can_bind, metrics_text, prometheus_config, with_metrics_ports
+from mooncake.up.metrics import (
+    can_bind,
+    metrics_text,
+    prometheus_config,
+    with_metrics_ports,
+    write_prometheus_config,
+)
 from mooncake.up.plan import UpOptions
 from mooncake.up.run import ready_text
 
@@ -67,6 +73,16 @@ def test_prometheus_scrapes_everyone():
         {"targets": ["[::1]:8000"], "labels": {"process": "gateway"}},
         {"targets": ["127.0.0.1:8001"], "labels": {"process": "store"}},
     ]
+
+
+def test_gateways_that_share_a_port_are_scraped_at_their_own(tmp_path):
+    options = UpOptions(model="/m", served_name="m", run_dir=str(tmp_path), port=20_000, gateways=2)
+    options = with_metrics_ports(options)
+    write_prometheus_config(options, "127.0.0.1:20000")
+    (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
+    names = [target["labels"]["process"] for target in job["static_configs"]]
+    assert names == ["store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0"]
+    assert "20000/metrics" not in metrics_text(options, "http://127.0.0.1:20000")
 
 
 def test_the_ready_text_says_where_metrics_are():
