@@ -8,7 +8,7 @@ them: queries with a LoRA find no context here.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Protocol
 
@@ -36,8 +36,6 @@ from mooncake.core.metadata_follow import Event, Removed, follow
 log = structlog.get_logger(__name__)
 
 TENANT = "default"
-SPAN_BLOCKS = 32
-"""Named at a time: most prompts end to be known early."""
 
 
 class _Closes(Protocol):
@@ -127,12 +125,12 @@ class Cluster:
             self._drop(node)
             with self._indexer.lock:
                 for context in self._contexts.values():
-                    context.holders.pop(node, None)
+                    context.unhold(node)
             return
         self._mirror(msgspec.json.decode(event.value, type=StoreRecord))
         with self._indexer.lock:
             for context in self._contexts.values():
-                context.holders[node] = Holder("", 0, Tier.CPU)
+                context.hold(node, Holder("", 0, Tier.CPU))
 
     def _mirror(self, record: StoreRecord) -> None:
         epoch, _ = self._followers.get(record.node, ("", None))
@@ -156,12 +154,12 @@ class Cluster:
         with self._indexer.lock:
             known = self._indexer.contexts.all.get(key)
             if known is None:
-                naming = partial(_names, bytes.fromhex(record.context_root), record.block_size)
+                naming = partial(_OwnNaming, bytes.fromhex(record.context_root), record.block_size)
                 known = Context(key, Own(record.context_root), naming=naming, index=self._index)
                 self._contexts[key] = self._indexer.contexts.all[key] = known
                 for node in self._followers:
                     if not node.startswith(gpu_node("")):
-                        known.holders[node] = Holder("", 0, Tier.CPU)
+                        known.hold(node, Holder("", 0, Tier.CPU))
             if known.profile != Own(record.context_root):
                 log.error(
                     "indexer.another_context",
@@ -170,8 +168,8 @@ class Cluster:
                     advice="an engine of the same model and block size names its blocks otherwise: left out",
                 )
                 return False
-            known.services[record.instance_id] = record.instance_id, 0
-            known.holders[gpu_node(record.instance_id)] = Holder(record.instance_id, 0, Tier.GPU)
+            known.join(record.instance_id, (record.instance_id, 0))
+            known.hold(gpu_node(record.instance_id), Holder(record.instance_id, 0, Tier.GPU))
         return True
 
     def _leave(self, record: InstanceRecord) -> None:
@@ -180,16 +178,19 @@ class Cluster:
             context = self._contexts.get(key)
             if context is None:
                 return
-            context.holders.pop(gpu_node(record.instance_id), None)
+            context.unhold(gpu_node(record.instance_id))
             self._indexer.contexts.release(context, record.instance_id)
             if not context.services:
                 del self._contexts[key]
 
 
-def _names(root: bytes, block_size: int, packed: bytes, salt: Salt) -> Iterator[bytes]:
-    parent = request_root(root, salt, None) if salt else root
-    step = 4 * block_size * SPAN_BLOCKS
-    for start in range(0, len(packed), step):
-        span = chain_packed(parent, packed[start : start + step], block_size)
-        yield from span
-        parent = span[-1] if span else parent
+class _OwnNaming:
+    """Our names, for one salt."""
+
+    def __init__(self, root: bytes, block_size: int, salt: Salt) -> None:
+        self._root = request_root(root, salt, None) if salt else root
+        self._size = block_size
+        self.identity = self._root
+
+    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+        return chain_packed(parent or self._root, packed, self._size)

@@ -6,7 +6,7 @@ events carry the tokens: so the hashes of an engine, whatever went into them, ne
 of which only an engine's hash is told (a pool's) are found by that; the profile says how to make it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -15,16 +15,17 @@ from conductor.index import BLOCKS_MAX, PrefixIndex
 from conductor.indexer.hashes import (
     After,
     LazyKeys,
+    Naming,
     Own,
     Profile,
     Salt,
+    VllmNaming,
     VllmV1,
     Xxh3,
+    Xxh3Naming,
     key_of,
-    low64,
-    xxh3_names,
-    xxh3_root,
 )
+from conductor.prompt_keys import KeyMemo
 from mooncake.core.errors import CapacityError, RequestError
 
 CONTEXTS_MAX = 1_024
@@ -40,6 +41,9 @@ class Tier(StrEnum):
     GPU = "gpu"
     CPU = "cpu"
     DISK = "disk"
+
+
+LOWER = (Tier.CPU, Tier.DISK)
 
 
 class ContextKey(msgspec.Struct, frozen=True):
@@ -85,10 +89,24 @@ class InstanceHits(msgspec.Struct, frozen=True):
         )
 
 
+class _Rank(msgspec.Struct, frozen=True):
+    """Whose word on a rank counts, by tier."""
+
+    rank: int
+    gpu: list[str]
+    own: dict[Tier, list[str]]
+
+
+class _Layout(msgspec.Struct, frozen=True):
+    """Who holds for whom; made anew when that changes, as every query needs it."""
+
+    instances: dict[str, list[_Rank]]
+    nothing: dict[str, InstanceHits]
+    pools: dict[Tier, list[str]]
+
+
 Look = tuple[PrefixIndex, Sequence[bytes]]
 """An index, and a prompt's names in it."""
-Naming = Callable[[bytes, Salt], Iterator[bytes]]
-"""Tokens as little-endian u32, and a salt, to keys of all full blocks."""
 
 
 class Context:
@@ -99,17 +117,19 @@ class Context:
         key: ContextKey,
         profile: Profile,
         blocks_max: int = BLOCKS_MAX,
-        naming: Naming | None = None,
+        naming: Callable[[Salt], Naming] | None = None,
         index: PrefixIndex | None = None,
     ) -> None:
-        """Empty; `naming` and `index`: other than XXH3 and an index of its own."""
+        """Empty; `naming` (of a salt) and `index`: other than XXH3 and an index of its own."""
         self.key = key
         self.profile = profile
         self.tokens = PrefixIndex(blocks_max) if index is None else index
         self.hashes = PrefixIndex(blocks_max) if isinstance(profile, VllmV1) else self.tokens
-        self.holders: dict[str, Holder] = {}  # node -> who; those whose word is good now
         self.services: dict[str, tuple[str, int] | None] = {}  # key -> instance and rank; None = of a pool
+        self._holders: dict[str, Holder] = {}  # node -> who; those whose word is good now
         self._naming = naming or self._xxh3
+        self._memo = KeyMemo()
+        self._made: _Layout | None = None
 
     @property
     def seed(self) -> int:
@@ -133,11 +153,35 @@ class Context:
         both = {id(index): index.stats().dropped for index in (self.tokens, self.hashes)}
         return sum(both.values())
 
+    def join(self, service: str, who: tuple[str, int] | None) -> None:
+        """Take in a registration: of an instance and rank, or of a pool."""
+        self.services[service] = who
+        self._made = None
+
+    def leave(self, service: str) -> None:
+        """Forget a registration."""
+        self.services.pop(service, None)
+        self._made = None
+
+    def hold(self, node: str, holder: Holder) -> None:
+        """Count a holder's blocks."""
+        self._holders[node] = holder
+        self._made = None
+
+    def unhold(self, node: str) -> None:
+        """Keep a holder's blocks without counting them."""
+        self._holders.pop(node, None)
+        self._made = None
+
     def drop(self, node: str) -> None:
         """Forget a holder's blocks, and the holder."""
-        self.holders.pop(node, None)
+        self.unhold(node)
         self.tokens.drop(node)
         self.hashes.drop(node)
+
+    def forget_names(self) -> None:
+        """Make names of prompts anew: for measuring."""
+        self._memo = KeyMemo()
 
     # ------------------------------------------------------------ queries
 
@@ -149,62 +193,81 @@ class Context:
             salt: of the request.
             instance: only this one; None = all.
         """
-        count = len(packed) // (4 * self.key.block_size)
-        own = (self.tokens, LazyKeys(count, self._naming(packed, salt)))
+        size, profile = self.key.block_size, self.profile
+        own = (self.tokens, LazyKeys(self._naming(salt), packed, size, self._memo))
         pooled = [own]
-        profile = self.profile
         if isinstance(profile, VllmV1):
             pooled = []
-            if any(not holder.instance for holder in self.holders.values()):
-                forms = profile.forms(self.key.lora, salt)
-                hashed = (profile.digests(packed, self.key.block_size, *form) for form in forms)
-                pooled = [(self.hashes, LazyKeys(count, (key_of(low64(one)) for one in of))) for of in hashed]
+            if any(self._layout().pools.values()):
+                namings = [VllmNaming(profile, size, form) for form in profile.forms(self.key.lora, salt)]
+                pooled = [(self.hashes, LazyKeys(one, packed, size, self._memo)) for one in namings]
         return self._hits(own, pooled, instance)
 
     def by_hashes(self, hashes: Sequence[int], instance: str | None) -> dict[str, InstanceHits]:
         """Return the same of names that the context's profile makes."""
-        own = (self.hashes, LazyKeys(len(hashes), map(key_of, hashes)))
+        own = (self.hashes, list(map(key_of, hashes)))
         return self._hits(own, [own], instance)
 
-    def _xxh3(self, packed: bytes, salt: Salt) -> Iterator[bytes]:
-        seed = self.seed
-        return map(key_of, xxh3_names(xxh3_root(salt, seed), packed, self.key.block_size, seed))
+    def _xxh3(self, salt: Salt) -> Naming:
+        return Xxh3Naming(self.seed, self.key.block_size, salt)
 
     def _hits(self, own: Look, pooled: Sequence[Look], wanted: str | None) -> dict[str, InstanceHits]:
-        index, keys = own
-        depth = index.longest_prefix(keys)
-        nodes: dict[tuple[str, int, Tier], list[str]] = {}
-        for node, holder in self.holders.items():
-            nodes.setdefault((holder.instance, holder.rank, holder.tier), []).append(node)
-        pools = {tier: nodes.get(("", 0, tier), []) for tier in (Tier.CPU, Tier.DISK)}
+        layout = self._layout()
+        depth = own[0].longest_prefix(own[1])
         known: dict[tuple[int, Tier], int] = {}  # how far the pools alone lead, from a place on
 
-        def on(start: int, instance: str, rank: int, tier: Tier) -> int:
-            of = nodes.get((instance, rank, tier), [])
-            if of:
-                return _reach([(own, of), *((look, pools[tier]) for look in pooled)], start)
+        def on(start: int, rank: _Rank, tier: Tier) -> int:
+            if of := rank.own[tier]:
+                return _reach([(own, of), *((look, layout.pools[tier]) for look in pooled)], start)
             end = known.get((start, tier))
             if end is None:
-                end = known[start, tier] = _reach([(look, pools[tier]) for look in pooled], start)
+                end = known[start, tier] = _reach([(look, layout.pools[tier]) for look in pooled], start)
             return end
 
         size = self.key.block_size
+        pools = any(layout.pools.values())
         found: dict[str, InstanceHits] = {}
-        for instance, ranks in self.instances().items():
+        for instance, ranks in layout.instances.items():
             if wanted is not None and instance != wanted:
+                continue
+            below = pools or any(rank.own[tier] for rank in ranks for tier in LOWER)
+            if not below and not any(node in depth for rank in ranks for node in rank.gpu):
+                found[instance] = layout.nothing[instance]
                 continue
             hits, alone = {}, dict.fromkeys(Tier, 0)
             for rank in ranks:
-                gpu = max(
-                    (depth.get(node, 0) for node in nodes.get((instance, rank, Tier.GPU), [])), default=0
-                )
-                cpu = on(gpu, instance, rank, Tier.CPU)
-                hits[rank] = RankHits(size * gpu, size * cpu, size * on(cpu, instance, rank, Tier.DISK))
-                for tier in (Tier.CPU, Tier.DISK):
-                    alone[tier] = max(alone[tier], size * on(0, instance, rank, tier))
+                gpu = max((depth.get(node, 0) for node in rank.gpu), default=0)
                 alone[Tier.GPU] = max(alone[Tier.GPU], size * gpu)
+                cpu = disk = gpu
+                if below:
+                    cpu = on(gpu, rank, Tier.CPU)
+                    disk = on(cpu, rank, Tier.DISK)
+                    for tier in LOWER:
+                        alone[tier] = max(alone[tier], size * on(0, rank, tier))
+                hits[rank.rank] = RankHits(size * gpu, size * cpu, size * disk)
             found[instance] = InstanceHits(hits, alone)
         return found
+
+    def _layout(self) -> _Layout:
+        if self._made is not None:
+            return self._made
+        nodes: dict[tuple[str, int, Tier], list[str]] = {}
+        for node, holder in self._holders.items():
+            nodes.setdefault((holder.instance, holder.rank, holder.tier), []).append(node)
+        instances, nothing = {}, {}
+        for instance, ranks in self.instances().items():
+            instances[instance] = [
+                _Rank(
+                    rank,
+                    nodes.get((instance, rank, Tier.GPU), []),
+                    {tier: nodes.get((instance, rank, tier), []) for tier in LOWER},
+                )
+                for rank in ranks
+            ]
+            nothing[instance] = InstanceHits(dict.fromkeys(ranks, RankHits(0, 0, 0)), dict.fromkeys(Tier, 0))
+        pools = {tier: nodes.get(("", 0, tier), []) for tier in LOWER}
+        self._made = _Layout(instances, nothing, pools)
+        return self._made
 
 
 def _reach(looks: Sequence[tuple[Look, list[str]]], start: int) -> int:
@@ -256,7 +319,7 @@ class Contexts:
 
     def release(self, context: Context, service: str) -> None:
         """Forget a service, and a context that has none."""
-        context.services.pop(service, None)
+        context.leave(service)
         if not context.services:
             self.all.pop(context.key, None)
 

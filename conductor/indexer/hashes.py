@@ -10,14 +10,16 @@ nothing here reads any. Extra keys are bare up to 0.22 and tagged in 0.32, where
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from hashlib import sha256
-from itertools import islice
-from typing import overload
+from typing import Protocol, overload
 
 import msgspec
-from xxhash import xxh3_64_intdigest
+import numpy as np
+from xxhash import xxh3_64_intdigest, xxh3_128
+
+from conductor.prompt_keys import SPAN_BLOCKS, KeyMemo
 
 XXH3_SEED = 1337
 """Dynamo's and SMG's."""
@@ -26,6 +28,7 @@ NONE_HASH_SEED = "vllm-none-hash"
 SEED_MAX = (1 << 32) - 1
 """Largest that PYTHONHASHSEED may be."""
 U64 = (1 << 64) - 1
+_TWO = struct.Struct("<QQ").pack
 KEY_BYTES = 32
 FRAME_BYTES = 64 << 10
 """A frame of pickle's ends with the first object beyond."""
@@ -47,14 +50,39 @@ def low64(block_hash: int | bytes) -> int:
     return int.from_bytes(block_hash[-8:], "big") if isinstance(block_hash, bytes) else block_hash & U64
 
 
-class LazyKeys(Sequence[bytes]):
-    """Keys that are made when they are looked at: most prompts end to be known long before they end."""
+def blob_of(names: Sequence[int]) -> bytes:
+    """Return key_of of every name, in a row."""
+    keys = np.zeros((len(names), KEY_BYTES // 8), "<u8")
+    keys[:, 0] = names
+    return keys.tobytes()
 
-    def __init__(self, count: int, source: Iterator[bytes]) -> None:
-        """`source` yields `count` keys."""
-        self._count = count
-        self._source = source
+
+class Naming(Protocol):
+    """How a prompt's blocks are named; keys as PrefixIndex takes them."""
+
+    identity: bytes
+    """Of all that names depend on besides tokens."""
+
+    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+        """Return the keys of blocks that follow one with key `parent`; None = of a prompt's first blocks."""
+
+
+class LazyKeys(Sequence[bytes]):
+    """Keys that are made when they are looked at: most prompts end to be known long before they end.
+
+    Spans are remembered by a quick hash of all tokens up to their end, as conversations send the same prefix
+    again with every turn.
+    """
+
+    def __init__(self, naming: Naming, packed: bytes, block_size: int, memo: KeyMemo) -> None:
+        """`packed`: tokens as little-endian u32."""
+        self._naming = naming
+        self._packed = packed
+        self._span_bytes = 4 * block_size * SPAN_BLOCKS
+        self._count = len(packed) // (4 * block_size)
+        self._memo = memo
         self._made: list[bytes] = []
+        self._prefix = xxh3_128(naming.identity + block_size.to_bytes(4))
 
     def __len__(self) -> int:
         return self._count
@@ -72,11 +100,22 @@ class LazyKeys(Sequence[bytes]):
         wanted = range(self._count)[at]
         if wanted:
             self._make(max(wanted[0], wanted[-1]) + 1)
-        return self._made[at] if wanted.step == 1 else [self._made[one] for one in wanted]
+        if wanted.step == 1:
+            return self._made[wanted.start : wanted.stop]
+        return [self._made[one] for one in wanted]
 
     def _make(self, count: int) -> None:
-        if count > len(self._made):
-            self._made += islice(self._source, count - len(self._made))
+        made = self._made
+        while len(made) < count:
+            begin = len(made) // SPAN_BLOCKS * self._span_bytes
+            packed = self._packed[begin : begin + self._span_bytes]
+            self._prefix.update(packed)
+            prefix = self._prefix.digest()
+            span = self._memo.find(prefix)
+            if span is None:
+                span = tuple(self._naming.span(made[-1] if made else None, packed))
+                self._memo.add(prefix, span)
+            made += span
 
 
 class After(Sequence[bytes]):
@@ -109,8 +148,8 @@ def xxh3_root(salt: Salt, seed: int) -> int | None:
     return xxh3_64_intdigest(salt.encode(), seed) if salt else None
 
 
-def xxh3_names(parent: int | None, packed: bytes, block_size: int, seed: int) -> Iterator[int]:
-    """Yield the names of all full blocks.
+def xxh3_names(parent: int | None, packed: bytes, block_size: int, seed: int) -> list[int]:
+    """Return the names of all full blocks.
 
     Args:
         parent: name of the block before the first; None = there is none.
@@ -119,12 +158,30 @@ def xxh3_names(parent: int | None, packed: bytes, block_size: int, seed: int) ->
         seed: of both levels.
     """
     step = 4 * block_size
-    for start in range(0, len(packed) - step + 1, step):
-        name = xxh3_64_intdigest(packed[start : start + step], seed)
+    names = [
+        xxh3_64_intdigest(packed[start : start + step], seed)
+        for start in range(0, len(packed) - step + 1, step)
+    ]
+    for at, local in enumerate(names):
         if parent is not None:
-            name = xxh3_64_intdigest(parent.to_bytes(8, "little") + name.to_bytes(8, "little"), seed)
-        yield name
-        parent = name
+            names[at] = xxh3_64_intdigest(_TWO(parent, local), seed)
+        parent = names[at]
+    return names
+
+
+class Xxh3Naming:
+    """Names of the standard, for one salt."""
+
+    def __init__(self, seed: int, block_size: int, salt: Salt) -> None:
+        """See xxh3_names."""
+        self._seed, self._size = seed, block_size
+        self._root = xxh3_root(salt, seed)
+        self.identity = f"xxh3 {seed} {self._root}".encode()
+
+    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+        """See Naming."""
+        before = self._root if parent is None else int.from_bytes(parent[:8], "little")
+        return list(map(key_of, xxh3_names(before, packed, self._size, self._seed)))
 
 
 # ---------------------------------------------------------------- vLLM: how values are spelled
@@ -284,22 +341,45 @@ class VllmV1(msgspec.Struct, frozen=True):
             forms.append(_extra((lora,) if lora else (), salt))
         return forms if lora or salt else forms[:1]
 
-    def digests(self, packed: bytes, block_size: int, first: Extra, others: Extra) -> Iterator[bytes]:
-        """Yield the hashes of all full blocks.
+    def digests(
+        self, parent: bytes | None, packed: bytes, block_size: int, first: Extra, others: Extra
+    ) -> list[bytes]:
+        """Return the hashes of all full blocks.
 
         Args:
+            parent: hash of the block before the first; None = there is none.
             packed: tokens as little-endian i32.
             block_size: tokens per block.
-            first: extra keys of the first block.
+            first: extra keys of a prompt's first block.
             others: of all the others.
         """
         spell = cbor_block if self.algorithm == "sha256_cbor" else pickle_block
         block = struct.Struct(f"<{block_size}i")
-        parent, extra = self.root(), first
+        extra = others if parent else first
+        parent = parent or self.root()
+        made = []
         for start in range(0, len(packed) - block.size + 1, block.size):
             parent = sha256(spell(parent, block.unpack_from(packed, start), extra)).digest()
             extra = others
-            yield parent
+            made.append(parent)
+        return made
+
+
+class VllmNaming:
+    """An engine's names, for one form of extra keys.
+
+    A key is a hash backwards: so its first bytes are the low 64 bits, as key_of has them.
+    """
+
+    def __init__(self, profile: VllmV1, block_size: int, form: tuple[Extra, Extra]) -> None:
+        """`form`: see VllmV1.forms."""
+        self._profile, self._size, self._form = profile, block_size, form
+        self.identity = repr((profile, form)).encode()
+
+    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+        """See Naming."""
+        before = None if parent is None else parent[::-1]
+        return [one[::-1] for one in self._profile.digests(before, packed, self._size, *self._form)]
 
 
 def _extra(

@@ -15,7 +15,7 @@ import msgspec
 
 from conductor.indexer.contexts import Context, ContextKey, Contexts, Holder, Tier
 from conductor.indexer.events import Told
-from conductor.indexer.hashes import Profile, VllmV1, key_of, low64, xxh3_names, xxh3_root
+from conductor.indexer.hashes import Profile, VllmV1, blob_of, low64, xxh3_names, xxh3_root
 from mooncake.core.errors import CapacityError, RequestError
 from mooncake.core.keys import token_bytes
 from mooncake.worker.gpu_blocks import Cleared, Event, Hash, Removed, Stored
@@ -109,10 +109,10 @@ class _Table:
 
     def _apply(self, hashes: Sequence[Hash], names: Sequence[int | None], stored: bool) -> None:
         context = self.context
-        blob = b"".join(key_of(name) for name in names if name is not None)
+        blob = blob_of([name for name in names if name is not None])
         context.tokens.apply(self.node, *((blob, b"") if stored else (b"", blob)))
         if context.hashes is not context.tokens:
-            blob = b"".join(key_of(low64(one)) for one in hashes)
+            blob = blob_of(list(map(low64, hashes)))
             context.hashes.apply(self.node, *((blob, b"") if stored else (b"", blob)))
 
 
@@ -149,9 +149,9 @@ class Source:
         self._trusted = trusted
         for table in self._tables.values():
             if trusted:
-                table.context.holders[table.node] = table.holder
+                table.context.hold(table.node, table.holder)
             else:
-                table.context.holders.pop(table.node, None)
+                table.context.unhold(table.node)
 
     def forget(self) -> None:
         """Hold nothing: what is known cannot be relied on any more."""
@@ -282,7 +282,7 @@ class Source:
         if context is None:
             context = self._bound[key] = self._contexts.bind(key, self.service.profile)
             pool = self.service.kind == POOL
-            context.services[self.service.key] = None if pool else (self.service.instance, self.service.rank)
+            context.join(self.service.key, None if pool else (self.service.instance, self.service.rank))
         return context
 
     def _table(self, key: ContextKey, backend: str, tier: Tier) -> _Table | None:
@@ -297,7 +297,7 @@ class Source:
             node = f"{service.key}|{backend}|{tier}"
             table = self._tables[key, backend, tier] = _Table(context, node, Holder(instance, rank, tier))
             if self._trusted:
-                context.holders[node] = table.holder
+                context.hold(node, table.holder)
         return table
 
 

@@ -68,7 +68,7 @@ def test_any_tokens_salt_and_adapter_make_the_hashes_of_hash_block_tokens(
     path = f"/of/{lora}"
     profile = VllmV1(algorithm, kv_cache_utils.get_none_hash_seed(), ExtraKeys.TAGGED, path if lora else "")
     ((first, others),) = profile.forms(lora, salt)
-    made = list(profile.digests(pack(tokens), size, first, others))
+    made = list(profile.digests(None, pack(tokens), size, first, others))
     parent = None
     for number, digest in enumerate(made):
         extra = ([("lora", lora, path)] if lora else []) + (
@@ -99,7 +99,7 @@ def test_a_request_s_own_hashes_are_the_tagged_form_and_not_the_bare_one_of_upst
     """The keys of 0.32: bare ones, as upstream's conductor makes them, find nothing of these requests."""
     hashes = request(Cache(), PROMPT, salt, lora)
     profile = VllmV1("sha256", kv_cache_utils.get_none_hash_seed(), lora_path=f"/of/{lora}" if lora else "")
-    made = [list(profile.digests(pack(PROMPT), SIZE, *form)) for form in profile.forms(lora, salt)]
+    made = [list(profile.digests(None, pack(PROMPT), SIZE, *form)) for form in profile.forms(lora, salt)]
     assert made[0] == hashes
     assert all(set(form).isdisjoint(hashes) for form in made[1:])
     assert len(made) == (2 if salt or lora else 1)

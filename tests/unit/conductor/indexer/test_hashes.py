@@ -1,6 +1,5 @@
 """Names of blocks, against vectors of upstream's own fixtures and against pickle itself."""
 
-import hashlib
 import pickle
 from array import array
 from collections.abc import Sequence
@@ -14,7 +13,10 @@ from conductor.indexer.hashes import (
     After,
     ExtraKeys,
     LazyKeys,
+    VllmNaming,
     VllmV1,
+    Xxh3Naming,
+    blob_of,
     key_of,
     low64,
     pickle_block,
@@ -22,6 +24,7 @@ from conductor.indexer.hashes import (
     xxh3_names,
     xxh3_root,
 )
+from conductor.prompt_keys import KeyMemo
 
 
 def pack(tokens: Sequence[int]) -> bytes:
@@ -30,7 +33,9 @@ def pack(tokens: Sequence[int]) -> bytes:
 
 def digests(profile: VllmV1, tokens: Sequence[int], size: int, lora: str = "", salt: str = "") -> list[str]:
     """In upstream's form: bare extra keys."""
-    return [one.hex() for one in profile.digests(pack(tokens), size, *profile.forms(lora, salt or None)[-1])]
+    return [
+        one.hex() for one in profile.digests(None, pack(tokens), size, *profile.forms(lora, salt or None)[-1])
+    ]
 
 
 # ---------------------------------------------------------------- upstream's golden vectors
@@ -195,21 +200,40 @@ def test_a_salt_and_a_seed_change_every_name() -> None:
     assert xxh3_root("", 1337) is None
 
 
-def test_keys_are_made_only_as_far_as_they_are_looked_at() -> None:
+def test_keys_are_made_only_as_far_as_they_are_looked_at_and_remembered() -> None:
     made: list[int] = []
 
-    def source():
-        for number in range(100):
-            made.append(number)
-            yield key_of(number)
+    class Counted(Xxh3Naming):
+        def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+            keys = super().span(parent, packed)
+            made.append(len(keys))
+            return keys
 
-    keys = LazyKeys(100, source())
+    packed, memo = pack(range(403)), KeyMemo()
+    expected = list(map(key_of, xxh3_names(None, packed, 4, 1337)))
+    keys = LazyKeys(Counted(1337, 4, None), packed, 4, memo)
     rest = After(keys, 10)
     assert (len(keys), len(rest), made) == (100, 90, [])
-    assert list(rest[2:4]) == [key_of(12), key_of(13)]
-    assert len(made) == 14
-    assert rest[0] == keys[10]
-    assert rest[-1] == key_of(99)
-    assert (
-        hashlib.sha256(b"".join(keys)).digest() == hashlib.sha256(b"".join(map(key_of, range(100)))).digest()
-    )
+    assert list(rest[2:4]) == expected[12:14]
+    assert made == [32]
+    assert (rest[0], rest[-1], list(keys)) == (expected[10], expected[99], expected)
+    assert made == [32, 32, 32, 4]
+    assert list(LazyKeys(Counted(1337, 4, None), packed, 4, memo)) == expected
+    assert made == [32, 32, 32, 4], "known by their tokens"
+    assert list(LazyKeys(Counted(1337, 4, "s"), packed, 4, memo)) != expected
+    assert list(LazyKeys(Counted(1337, 8, None), packed, 8, memo)) != expected[:50]
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor"])
+def test_a_chain_in_spans_is_the_same_chain_and_its_keys_begin_with_the_low_64_bits(algorithm: str) -> None:
+    profile, packed = VllmV1(algorithm, "0", lora_path="/p"), pack(range(403))
+    for form in profile.forms("a", "s"):
+        whole = profile.digests(None, packed, 4, *form)
+        keys = LazyKeys(VllmNaming(profile, 4, form), packed, 4, KeyMemo())
+        assert [one[:8] for one in keys] == [key_of(low64(one))[:8] for one in whole]
+
+
+def test_many_names_in_a_row_are_their_keys() -> None:
+    names = [0, 1, 2**64 - 1, 2**63]
+    assert blob_of(names) == b"".join(map(key_of, names))
+    assert blob_of([]) == b""

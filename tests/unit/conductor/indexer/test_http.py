@@ -13,6 +13,7 @@ import pytest
 
 from conductor.indexer import http as http_module
 from conductor.indexer.endpoints import PUBLISHERS, check, networks, resolve
+from conductor.indexer.hashes import xxh3_names
 from conductor.indexer.requests import TOKENS_MAX, Wrong
 from conductor.indexer.run import Settings
 from conductor.indexer.run import check as check_settings
@@ -97,7 +98,7 @@ async def test_what_nobody_registered_is_no_error(site: Site) -> None:
 async def test_names_of_blocks_can_be_asked_for_by_either_field(site: Site) -> None:
     hold(site, stored([1, 2], [1, 2, 3, 4, 5, 6, 7, 8]))
     (context,) = site.indexer.contexts.all.values()
-    names = [int.from_bytes(one, "little") for one in context._naming(struct.pack("<8i", *range(1, 9)), None)]
+    names = xxh3_names(None, struct.pack("<8i", *range(1, 9)), 4, context.seed)
     for field in ("seq_hashes", "block_hash"):
         asked = {"model": "m", "block_size": 4, field: [*names, 2**64 - 1]}
         status, answer = await site.send("/query_by_hash", asked)

@@ -233,7 +233,7 @@ def test_blocks_of_who_is_not_trusted_do_not_count_until_it_is_again(contexts: C
 
 
 def engine_hashes(tokens: Sequence[int], salt: str | None = None, lora: str = "", form: int = 0) -> list[int]:
-    made = PROFILE.digests(pack(tokens), SIZE, *PROFILE.forms(lora, salt)[form])
+    made = PROFILE.digests(None, pack(tokens), SIZE, *PROFILE.forms(lora, salt)[form])
     return [low64(one) for one in made]
 
 
@@ -287,7 +287,7 @@ def test_who_changes_nodes_too_often_is_told_less_never_more(
 
 
 def test_objects_are_named_by_their_keys_where_no_hash_is_told(contexts: Contexts) -> None:
-    first, *_ = PROFILE.digests(pack(PROMPT), SIZE, None, None)
+    first, *_ = PROFILE.digests(None, pack(PROMPT), SIZE, None, None)
     source(contexts, profile=PROFILE)
     pool = source(contexts, kind="Mooncake", instance="pool", profile=PROFILE)
     keys = [f"m@tp_rank:0@pcp0@dcp0@pp_rank:0@{first.hex()}", "weights/3", "", "m@x"]
@@ -338,7 +338,7 @@ def test_hashes_of_the_profile_are_found_as_tokens_are(contexts: Contexts) -> No
 
 
 def test_bytes_of_a_whole_hash_and_its_low_half_are_one_name(contexts: Contexts) -> None:
-    whole = list(PROFILE.digests(pack(PROMPT), SIZE, None, None))
+    whole = list(PROFILE.digests(None, pack(PROMPT), SIZE, None, None))
     told(source(contexts, profile=PROFILE), stored(whole, PROMPT))
     (context,) = contexts.all.values()
     assert context.by_hashes(engine_hashes(PROMPT), None)["i0"].best.gpu == 16

@@ -1,0 +1,1 @@
+"""Contenders of benchmarks.indexer that run under another Python."""
