@@ -34,12 +34,15 @@ REQUEST_S_MAX = 300.0
 DTYPE = resolve_dtype("auto")
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Return the common command line."""
+def arguments(
+    description: str, more: Callable[[argparse.ArgumentParser], None] = lambda _: None
+) -> argparse.Namespace:
+    """Return the common command line; `more` adds options to it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="tiny model, few requests: within 60 s")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--model", help="model folder or hub name (default: SmolLM2, or tiny with --quick)")
+    more(parser)
     # `timeout` and Ctrl-C alike end through `finally`, which stops the servers
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return parser.parse_args()
@@ -157,8 +160,8 @@ def mooncake_up(model: str, *extra: str) -> Server:
     return server
 
 
-def plain_vllm(model: str, max_model_len: int = 8192) -> Server:
-    """Return a starting stock vLLM server with one thread and the settings of our engines."""
+def plain_vllm(model: str, max_model_len: int = 8192, threads: int = 1) -> Server:
+    """Return a starting stock vLLM server with the settings of our engines, which have a thread each."""
     port = free_port()
     argv = [
         sys.executable,
@@ -169,10 +172,9 @@ def plain_vllm(model: str, max_model_len: int = 8192) -> Server:
         *("--max-model-len", str(max_model_len)),
         *("--enforce-eager", "--enable-prompt-tokens-details"),
     ]
-    # one thread as our engines have
     env = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "OPENBLAS_NUM_THREADS": "1",
     }
