@@ -18,7 +18,7 @@ import msgspec
 
 from conductor.cluster import ClusterView
 from conductor.cost import CostModel
-from conductor.idle import Idle
+from conductor.idle import Idle, Pace
 from conductor.plan import Needs, Plan, Reason, Rejection
 from conductor.scheduler import retry_after
 from conductor.terms import Terms
@@ -76,6 +76,7 @@ class Gate:
         self._config = config
         self._cluster = cluster
         self._idle = Idle(cluster, CostModel() if cost is None else cost)
+        self._pace = Pace()
         self._urgent_s = -URGENT_LOOK_S  # when it was asked last
         self._room = WaitingRoom(config.waiting_max, config.tenant_max, weight)
         self._places: dict[str, tuple[Place, Needs]] = {}
@@ -123,17 +124,21 @@ class Gate:
             is_batch = one.sheddable and one.rank > PROMOTED
             if not is_batch and not self._is_open(now_s):
                 break
-            if is_batch and (one := self._next_batch(now_s, one)) is None:
+            is_idle = is_batch and self._idle.has_room(now_s, self._places[one.request_id][1])
+            if is_batch and not is_idle and (one := self._urgent(now_s)) is None:
                 break
             place, _ = self._places[one.request_id]
             answer = place(now_s)
             if is_batch and _may_wait(answer):
                 break
             self._room.serve(one)
+            if is_idle:
+                self._pace.began(now_s, one.work, more_waits=self._room.sheddable > 0)
             del self._places[one.request_id]
             if one.sheddable and not is_batch and isinstance(answer, Plan):
                 answer = msgspec.structs.replace(answer, promoted=True)
             outcomes.append(Outcome(one.request_id, answer))
+        self._pace.began(now_s, 0.0, more_waits=self._room.sheddable > 0)
         return outcomes
 
     def leave(self, request_id: str) -> None:
@@ -146,7 +151,10 @@ class Gate:
     def _too_late(self, now_s: float, request_id: str, terms: Terms, needs: Needs) -> Rejection | None:
         """Return why there is no use in waiting: the objective, or the job's time, would have passed."""
         if terms.job_s is not None and terms.slo_class.sheddable:
-            ahead_s = self._ahead_s(now_s, PROMOTED)
+            # what is idle varies: jobs that cannot be done beside others would be done instead of them
+            pace = self._pace.per_s(max(1, len(self._queues(now_s))))
+            jobs_s = JOB_MARGIN * self._room.job_work(now_s + terms.job_s) / pace
+            ahead_s = max(self._ahead_s(now_s, PROMOTED), jobs_s)
             took_s = ahead_s + needs.prefill_s + needs.answer_s
             if took_s <= terms.job_s:
                 return None
@@ -193,10 +201,8 @@ class Gate:
             answer_s=needs.answer_s,
         )
 
-    def _next_batch(self, now_s: float, one: Waiting) -> Waiting | None:
-        """Return who may go if batch work is next: `one`, or if jobs would be late the first of them."""
-        if self._idle.has_room(now_s, self._places[one.request_id][1]):
-            return one
+    def _urgent(self, now_s: float) -> Waiting | None:
+        """Return the first job, if jobs would be late with what is idle alone and there is room for it."""
         if now_s - self._urgent_s < URGENT_LOOK_S:
             return None
         urgent = self._room.urgent(now_s, max(1, len(self._queues(now_s))))

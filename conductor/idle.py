@@ -31,6 +31,13 @@ URGENT_ROOM = 0.9
 ACTIVE_S = 30.0
 """For so long after the last request of a better class was offered, another one is expected."""
 
+PACE_PRIOR = 0.25
+"""Of the instances that prefill, batch work is taken to get at first, whatever classes ask for."""
+PACE_PRIOR_S = 30.0
+"""What that weighs, beside what is measured."""
+PACE_MEMORY_S = 240.0
+"""Of measuring; beyond it, what was before counts half."""
+
 _Pair = tuple[InstanceRecord, Load]
 
 
@@ -95,3 +102,27 @@ class _Answers:
         n = self.instances
         alone_s = cost.tbt_s(self.better_requests // n, (self.kv_tokens - self.batch_kv_tokens) // n)
         return cost.tbt_s(-(-(self.requests + 1) // n), (self.kv_tokens + kv_tokens) // n) / alone_s
+
+
+class Pace:
+    """Seconds of batch work that begin per second, learned while some waits: what better classes leave."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._work_s = 0.0
+        self._time_s = 0.0
+        self._at_s: float | None = None  # until when time is counted; None: nothing waits
+
+    def began(self, now_s: float, work_s: float, *, more_waits: bool) -> None:
+        """A request that waited has begun; or, with no work, look at the time."""
+        if self._at_s is not None:
+            self._time_s += max(0.0, now_s - self._at_s)
+            self._work_s += work_s
+        self._at_s = now_s if more_waits else None
+        if self._time_s > PACE_MEMORY_S:
+            self._time_s /= 2
+            self._work_s /= 2
+
+    def per_s(self, servers: int) -> float:
+        """Return it, of so many instances."""
+        return (self._work_s + PACE_PRIOR * servers * PACE_PRIOR_S) / (self._time_s + PACE_PRIOR_S)

@@ -17,6 +17,7 @@ in tenants, and that of sorted lists in a tenant's requests.
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from enum import StrEnum
+from heapq import heapify, heappop, heappush
 from math import inf
 
 import msgspec
@@ -25,6 +26,8 @@ PROMOTED = 1
 """Rank of what would be late: after premium, with the interactive ones."""
 JOB_MARGIN = 2.0
 """Times predicted work that jobs are given: the other half of the instances' time is other requests'."""
+SPARE_MAX = 1024
+"""Entries of heaps whose requests have left, beyond as many as wait."""
 TENANTS_MAX = 4096
 """Counters of idle tenants that are remembered; the least busy are forgotten first."""
 
@@ -109,9 +112,11 @@ class WaitingRoom:
         self._lines: dict[int, dict[str, _Line]] = {}  # by rank, then by tenant
         self._there: dict[str, tuple[int, Waiting]] = {}
         self._came = 0
+        self._sheddable = 0
         self._of_tenant: dict[str, int] = {}
         self._taken: dict[str, float] = {}  # work by weight, per tenant
-        self._promotions: dict[str, Waiting] = {}
+        self._deadlines: list[tuple[float, int, str]] = []  # heaps; those that left are dropped in passing
+        self._promotions: list[tuple[float, int, str]] = []
         self._jobs: list[tuple[float, int]] = []  # when they are worth nothing, number
         self._numbers: dict[int, str] = {}  # of jobs
         self._work: dict[int, float] = {}  # by rank
@@ -126,6 +131,16 @@ class WaitingRoom:
     def work(self, rank: int | None = None) -> float:
         """Return the work of those whose rank is as good as `rank` or better; None: of all."""
         return sum(work for found, work in self._work.items() if rank is None or found <= rank)
+
+    @property
+    def sheddable(self) -> int:
+        """How many may be given up for others."""
+        return self._sheddable
+
+    def job_work(self, end_s: float) -> float:
+        """Return the work of jobs that end by then; linear in them."""
+        last = bisect_left(self._jobs, (end_s, self._came + 1))
+        return sum(self._there[self._numbers[number]][1].work for _, number in self._jobs[:last])
 
     @property
     def best_rank(self) -> int | None:
@@ -150,8 +165,14 @@ class WaitingRoom:
             self._arrives(one.tenant)
         self._came += 1
         self._put(self._came, one)
+        if len(self._deadlines) > 2 * len(self._there) + SPARE_MAX:
+            self._deadlines = [entry for entry in self._deadlines if self._waits(entry)]
+            self._promotions = [entry for entry in self._promotions if self._waits(entry)]
+            heapify(self._deadlines)
+            heapify(self._promotions)
+        heappush(self._deadlines, (one.deadline_s, self._came, one.request_id))
         if one.promote_s is not None and one.rank > PROMOTED:
-            self._promotions[one.request_id] = one
+            heappush(self._promotions, (one.promote_s, self._came, one.request_id))
         return gone
 
     def _arrives(self, tenant: str) -> None:
@@ -217,25 +238,36 @@ class WaitingRoom:
         return True
 
     def expire(self, now_s: float) -> list[Left]:
-        """Return who has waited until its deadline; linear in those who wait."""
-        late = [one for _, one in self._there.values() if one.deadline_s <= now_s]
-        for one in late:
+        """Return who has waited until its deadline."""
+        late = self._due(self._deadlines, now_s)
+        for _, one in late:
             self._remove(one)
-        return [Left(one, Why.EXPIRED) for one in late]
+        return [Left(one, Why.EXPIRED) for _, one in late]
 
     # ------------------------------------------------------------ inside
 
+    def _due(self, heap: list[tuple[float, int, str]], now_s: float) -> list[tuple[int, Waiting]]:
+        """Take who is due from a heap, and waits still; with its number."""
+        due = []
+        while heap and heap[0][0] <= now_s:
+            entry = heappop(heap)
+            if self._waits(entry):
+                due.append(self._there[entry[2]])
+        return due
+
+    def _waits(self, entry: tuple[float, int, str]) -> bool:
+        """Whether who is meant still waits, not another one under its id."""
+        found = self._there.get(entry[2])
+        return found is not None and found[0] == entry[1]
+
     def _promote(self, now_s: float) -> None:
-        due = [
-            one for one in self._promotions.values() if one.promote_s is not None and one.promote_s <= now_s
-        ]
-        for one in due:
-            number, _ = self._there[one.request_id]
+        for number, one in self._due(self._promotions, now_s):
             self._remove(one)
             self._put(number, msgspec.structs.replace(one, rank=PROMOTED, promote_s=None))
 
     def _put(self, number: int, one: Waiting) -> None:
         self._there[one.request_id] = number, one
+        self._sheddable += one.sheddable
         self._work[one.rank] = self._work.get(one.rank, 0.0) + one.work
         self._of_tenant[one.tenant] = self.waiting(one.tenant) + 1
         self._lines.setdefault(one.rank, {}).setdefault(one.tenant, _Line()).add(number, one)
@@ -245,8 +277,8 @@ class WaitingRoom:
 
     def _remove(self, one: Waiting) -> None:
         number, _ = self._there.pop(one.request_id)
+        self._sheddable -= one.sheddable
         self._work[one.rank] -= one.work
-        self._promotions.pop(one.request_id, None)
         if self._numbers.pop(number, None) is not None:
             del self._jobs[bisect_left(self._jobs, (one.end_s, number))]
         left = self._of_tenant[one.tenant] - 1

@@ -3,8 +3,10 @@
 import pytest
 
 from conductor.gate import PATIENCE, Gate, GateConfig
+from conductor.idle import PACE_PRIOR
 from conductor.plan import Decision, Needs, Plan, Reason, Rejection
 from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
+from conductor.waiting import JOB_MARGIN
 from tests.unit.conductor.make import cluster, record
 
 HOLD_S = 2.0
@@ -255,6 +257,20 @@ def test_a_job_that_cannot_be_done_in_its_time_is_refused_at_once_with_why():
     assert world.offer("possible", job(7.5)) == (None, [])
 
 
+def test_no_more_jobs_are_taken_than_idle_capacity_has_done_of_late():
+    world = World(hold_s=0.0)
+    world.offer("runs")
+    taken = 0
+    while world.offer(f"job{taken}", job(400.0)) == (None, []):
+        taken += 1
+    answer, _ = world.offer("one more", job(400.0))
+    assert answer.reason is Reason.JOB_TIME
+    assert answer.retry_after_s >= 1
+    assert taken == pytest.approx(400.0 * PACE_PRIOR / JOB_MARGIN, abs=2)
+    assert world.offer("has more time", job(4000.0)) == (None, [])
+    assert world.offer("no job", BATCH) == (None, [])
+
+
 def test_a_job_that_would_be_late_goes_as_an_interactive_request():
     world = World(hold_s=0.0)
     world.offer("runs", prompt_len=1)
@@ -275,12 +291,12 @@ def test_jobs_that_idle_capacity_is_too_slow_for_take_what_better_classes_would_
     while isinstance(world.offer(f"batch{taken}", BATCH)[0], Plan):
         world.idle()
         taken += 1
-    for n in range(10):
+    for n in range(8):
         assert world.offer(f"job{n}", job(60.0 + n)) == (None, [])
     world.idle()
     world.now_s = 45.0
     assert world.gate.pump(world.now_s) == []
-    world.now_s = 52.0  # eight seconds of work, twice, do not fit into fifteen
+    world.now_s = 52.5  # eight seconds of work, twice, do not fit into what is left
     assert [one.request_id for one in world.gate.pump(world.now_s)] == ["job0"]
     assert [one.request_id for one in world.prefilled()] == ["job1"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from conductor.cost import CostModel
-from conductor.idle import ACTIVE_S, ROOM, SPARE, TBT_MORE, URGENT_ROOM, Idle
+from conductor.idle import ACTIVE_S, PACE_PRIOR, ROOM, SPARE, TBT_MORE, URGENT_ROOM, Idle, Pace
 from conductor.plan import Needs
 from tests.unit.conductor.make import cluster, record
 
@@ -105,3 +105,28 @@ def test_what_is_given_back_is_room_again():
         world.view.release(1.0, one)
     assert world.has_room()
     assert (world.view.load("d0").batch_requests, world.view.load("d0").batch_kv_tokens) == (0, 0)
+
+
+def test_one_batch_answer_is_let_in_however_little_a_step_has_to_spare():
+    world = World(prefills=1, decodes=1)
+    world.cost = CostModel(tbt_prior=(1e-9, 1.0, 1e-9))  # every answer makes steps a second longer
+    world.idle = Idle(world.view, world.cost)
+    world.answers(4)
+    assert world.has_room()
+    world.answers(1, is_batch=True)
+    assert not world.has_room()
+
+
+def test_pace_is_what_began_per_second_while_more_waited():
+    pace = Pace()
+    assert pace.per_s(8) == 8 * PACE_PRIOR
+    for second in range(1000):
+        pace.began(float(second), 0.5, more_waits=True)
+    assert pace.per_s(8) == pytest.approx(0.5, rel=0.6)
+    learned = pace.per_s(8)
+    pace.began(1000.0, 0.0, more_waits=False)
+    pace.began(9000.0, 0.0, more_waits=True)
+    assert pace.per_s(8) == pytest.approx(learned, rel=0.01), "nobody waited, so nothing is learned"
+    for second in range(9000, 10000):
+        pace.began(float(second), 2.0, more_waits=True)
+    assert pace.per_s(8) == pytest.approx(2.0, rel=0.3)

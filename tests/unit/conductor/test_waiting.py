@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from conductor.waiting import JOB_MARGIN, PROMOTED, Left, Waiting, WaitingRoom, Why
+from conductor.waiting import JOB_MARGIN, PROMOTED, SPARE_MAX, Left, Waiting, WaitingRoom, Why
 
 FOREVER = 1e9
 ROOM, TENANT_ROOM = 12, 6
@@ -327,3 +327,20 @@ def test_a_request_s_own_priority_is_no_advantage_over_other_tenants():
         waiting_room.add(one(f"b{n}", tenant="b"))
     shares = Counter(name[0] for name in taken(waiting_room, 4))
     assert shares == {"a": 2, "b": 2}
+
+
+def test_who_leaves_before_its_deadline_is_forgotten_in_time():
+    waiting_room = room(10_000, 10_000)
+    for n in range(5000):
+        waiting_room.add(one(f"a{n}", deadline_s=1e6 + n, rank=3, promote_s=1e6))
+        assert waiting_room.remove(f"a{n}")
+    assert len(waiting_room._deadlines) + len(waiting_room._promotions) <= 2 * (SPARE_MAX + 2)
+
+
+def test_a_request_that_comes_again_under_its_id_has_its_own_deadline():
+    waiting_room = room()
+    waiting_room.add(one("a", deadline_s=5.0))
+    waiting_room.remove("a")
+    waiting_room.add(one("a", deadline_s=50.0))
+    assert waiting_room.expire(10.0) == []
+    assert [left.waiting.request_id for left in waiting_room.expire(50.0)] == ["a"]
