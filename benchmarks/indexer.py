@@ -5,8 +5,8 @@
 `first` is a query by tokens inside the process, of a prompt that was never seen: names of all blocks,
 look-up, tiers, per instance; `again` the same with names remembered, as of a conversation's next turn. `json`
 and `msgpack` are the latter through the HTTP server in a process of its own: its CPU per query is what a
-router costs; queries/s are of CLIENTS connections at once. The peer is ai-dynamo-runtime's RadixTree (hash and
-match in Rust, no HTTP), from an environment of its own: `python3 -m venv DIR && DIR/bin/pip install
+router costs; queries/s are of CLIENTS connections at once. The peer is ai-dynamo-runtime's RadixTree (hash
+and match in Rust, no HTTP), from an environment of its own: `python3 -m venv DIR && DIR/bin/pip install
 ai-dynamo-runtime==1.6.1`; without it, it is skipped, and named.
 """
 

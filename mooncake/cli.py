@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mooncake import bench_cli, conductor_cli, pool_cli, simulate_cli
+from mooncake import bench_cli, conductor_cli, indexer_cli, pool_cli, simulate_cli
 from mooncake.cli_common import (
     Address,
     Admission,
@@ -334,6 +334,7 @@ def version() -> None:
 conductor_cli.register(app)
 pool_cli.register(app)
 simulate_cli.register(app)
+indexer_cli.register(app)
 bench_cli.register(app)
 
 
