@@ -60,9 +60,7 @@ class Client:
     ) -> None:
         self.request = request
         self.prompt = prompt
-        self.machine = RequestMachine(
-            prompt.facts, family.shared
-        )  # till its place is known
+        self.machine = RequestMachine(prompt.facts, family.shared)  # till its place is known
         self.family = family
         self.fate = fate
         self.plan: Plan | None = None
@@ -89,7 +87,17 @@ class Client:
 class Prompt:
     """A client's request as the policy may know it (an Asked)."""
 
-    __slots__ = ("_adapters", "_family", "_first_token", "_memo", "_request", "facts", "started_s", "terms")
+    __slots__ = (
+        "_adapters",
+        "_first_token",
+        "_memo",
+        "_request",
+        "_shared",
+        "facts",
+        "is_sibling",
+        "started_s",
+        "terms",
+    )
 
     def __init__(
         self,
@@ -105,7 +113,8 @@ class Prompt:
         self.terms = terms
         self.started_s = started_s
         self._request = request
-        self._family = family
+        self.is_sibling = bool(family.clients)
+        self._shared = family.shared is not None
         self._adapters = adapters
         self._memo = memo
         self._first_token = first_token
@@ -121,16 +130,11 @@ class Prompt:
         """See Asked."""
         return self._request.external_req_id or ""
 
-    @property
-    def is_sibling(self) -> bool:
-        """See Asked."""
-        return bool(self._family.clients)
-
     def look(self, root: str, block_size: int) -> RequestFacts:
         """See Asked."""
         self.facts = facts_of(
             self._request, root, block_size, self._adapters, self._memo,
-            first_token=self._first_token, shared=self._family.shared is not None,
+            first_token=self._first_token, shared=self._shared,
             terms=self.terms, arrival_s=self.started_s,
         )  # fmt: skip
         return self.facts

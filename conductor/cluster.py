@@ -113,14 +113,25 @@ class Load:
         self.prefill_tokens -= tokens
 
 
-class _Charge(msgspec.Struct, frozen=True):
+class Charge(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """What one ticket stands for. tokens: of the prompt, or of KV; seconds: of a prefill, predicted.
+
+    is_batch: of the class that uses what others leave idle.
+    """
+
+    ticket: int
+    instance_id: str
+    is_prefill: bool
+    seconds: float
+    tokens: int
+    is_batch: bool = False
+
+
+class _Charged(msgspec.Struct, frozen=True):
     """Holds the Load itself: after a restart the instance has a fresh one, this one is nobody's."""
 
     load: Load
-    prefill_tokens: int = 0
-    decode_kv_tokens: int = 0
-    is_prefill: bool = False
-    is_batch: bool = False
+    charge: Charge
 
 
 class _Instance:
@@ -141,7 +152,7 @@ class ClusterView:
         self._instances: dict[str, _Instance] = {}
         self._stores: dict[str, StoreRecord] = {}
         self._alive: list[tuple[InstanceRecord, Load]] | None = None  # None = to be looked for
-        self._charges: dict[int, _Charge] = {}
+        self._charges: dict[int, _Charged] = {}
         self._tickets = 0
         self._tick_s: float | None = None
 
@@ -274,39 +285,66 @@ class ClusterView:
 
     def charge_prefill(self, now_s: float, instance_id: str, seconds: float, tokens: int) -> int:
         """Queue a predicted prefill on a known instance; returns its ticket (> 0)."""
-        load = self._instances[instance_id].load
-        ticket = self._ticket(_Charge(load, prefill_tokens=tokens, is_prefill=True))
-        load.add_prefill(now_s, ticket, seconds, tokens)
-        return ticket
+        self._tickets += 1
+        return self.adopt(now_s, Charge(self._tickets, instance_id, True, seconds, tokens))
 
     def charge_decode(self, instance_id: str, kv_tokens: int, *, is_batch: bool = False) -> int:
         """Count a running request and the KV tokens it will hold; returns its ticket (> 0)."""
-        load = self._instances[instance_id].load
-        load.decode_requests += 1
-        load.decode_kv_tokens += kv_tokens
-        if is_batch:
-            load.batch_requests += 1
-            load.batch_kv_tokens += kv_tokens
-        return self._ticket(_Charge(load, decode_kv_tokens=kv_tokens, is_batch=is_batch))
+        self._tickets += 1
+        return self.adopt(0.0, Charge(self._tickets, instance_id, False, 0.0, kv_tokens, is_batch))
+
+    def adopt(self, now_s: float, charge: Charge) -> int:
+        """Charge what somebody else has planned on a known instance, under its ticket, which is returned."""
+        load = self._instances[charge.instance_id].load
+        self._charges[charge.ticket] = _Charged(load, charge)
+        if charge.is_prefill:
+            load.add_prefill(now_s, charge.ticket, charge.seconds, charge.tokens)
+        else:
+            load.decode_requests += 1
+            load.decode_kv_tokens += charge.tokens
+            if charge.is_batch:
+                load.batch_requests += 1
+                load.batch_kv_tokens += charge.tokens
+        return charge.ticket
+
+    def take_over(self, now_s: float, charge: Charge) -> int:
+        """Charge the same under a ticket of our own; 0 where the instance is not known."""
+        if charge.instance_id not in self._instances:
+            return 0
+        self._tickets += 1
+        return self.adopt(now_s, msgspec.structs.replace(charge, ticket=self._tickets))
+
+    def number_from(self, ticket: int) -> None:
+        """Let tickets be greater than `ticket` from now on."""
+        self._tickets = max(self._tickets, ticket)
+
+    def charge(self, ticket: int) -> Charge | None:
+        """Return what a ticket stands for that is not given back."""
+        held = self._charges.get(ticket)
+        return None if held is None else held.charge
+
+    def charges(self) -> list[Charge]:
+        """Return what is charged to current starts of instances, in the order in which it came."""
+        found = []
+        for held in self._charges.values():
+            known = self._instances.get(held.charge.instance_id)
+            if known is not None and known.load is held.load:
+                found.append(held.charge)
+        return found
 
     def release(self, now_s: float, ticket: int) -> None:
         """Give charged load back; 0 and tickets given back before are ignored (idempotent)."""
-        charge = self._charges.pop(ticket, None)
-        if charge is None:
+        held = self._charges.pop(ticket, None)
+        if held is None:
             return
-        if charge.is_prefill:
-            charge.load.remove_prefill(now_s, ticket, charge.prefill_tokens)
+        if held.charge.is_prefill:
+            held.load.remove_prefill(now_s, ticket, held.charge.tokens)
         else:
-            charge.load.decode_requests -= 1
-            charge.load.decode_kv_tokens -= charge.decode_kv_tokens
-            if charge.is_batch:
-                charge.load.batch_requests -= 1
-                charge.load.batch_kv_tokens -= charge.decode_kv_tokens
-
-    def _ticket(self, charge: _Charge) -> int:
-        self._tickets += 1
-        self._charges[self._tickets] = charge
-        return self._tickets
+            held.load.decode_requests -= 1
+            held.load.decode_kv_tokens -= held.charge.tokens
+            if held.charge.is_batch:
+                held.load.batch_requests -= 1
+                held.load.batch_kv_tokens -= held.charge.tokens
 
     def _set(self, now_s: float, known: _Instance, health: Health, reason: str) -> list[Transition]:
         before, known.health = known.health, health

@@ -6,6 +6,7 @@ several share it.
 
 import asyncio
 import secrets
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -54,30 +55,21 @@ class Core:
         self.metrics = metrics
         self.view = ClusterView()
         self.index, self.cost = PrefixIndex(), CostModel()
-        scheduler = Scheduler(scheduler_config(options), self.index, self.cost, self.view)
         name = f"gateway-{secrets.token_hex(4)}"  # a restarted one is another one
         self.members = Members(metadata, self.view, self.index, name, metrics, address=options.address)
-        self._file = TenantsFile(options.tenants) if options.tenants else None
-        self._following: asyncio.Task[None] | None = None
-        self.quotas = Quotas(None if self._file is None else self._file.read())
-        gate = Gate(
-            GateConfig(hold_s=options.hold_s),
-            self.view,
-            lambda name: self.quotas.tenants.weight(name),
-            self.cost,
-        )
-        observer = Observer(self.cost, metrics)
-        self.decider = LocalDecider(
-            self.view, scheduler, self.cost, gate, self.quotas, observer, self.members.stores_in_step, metrics
-        )
+        self._tenants = FollowedTenants(options.tenants)
+        self.quotas = self._tenants.quotas
+        self.decider = build_decider(
+            scheduler_config(options), options.hold_s, self.view, self.index, self.cost, self.quotas,
+            self.members.stores_in_step, metrics,
+        )  # fmt: skip
         planner = None
         if options.plan_roles:
             planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), self.cost)
-            observer.listen(telling(planner, self.cost), planner.answered)
+            self.decider.observer.listen(telling(planner, self.cost), planner.answered)
         self.roles = RoleKeeper(self.view, self.members.order_role, RoleMetrics(metrics.registry), planner)
         heat = Heat(self.cost, options.hot_copies)
         self.hot = HotCopies(heat, self.view, self.index, metadata, HotMetrics(metrics.registry))
-        observer.listen(self.hot.planned)
 
     def start(self, sink: Sink | None = None) -> None:
         """Follow the cluster, on the running loop.
@@ -87,24 +79,22 @@ class Core:
         self.members.start(_OwnSink(self.decider) if sink is None else sink)
         if sink is not None:
             self.act()
-        if self._file is not None:
-            self._following = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
+            self.decider.observer.listen(self.hot.planned)  # whole keys, which a core does not get
+            self.hot.start()
+        self._tenants.start()
 
     def act(self) -> None:
-        """Begin to tell others what to do: engines their roles, the directory which prefixes are hot."""
+        """Begin to tell engines which roles to take: who decides, and nobody else."""
         self.roles.start()
-        self.hot.start()
 
     async def rest(self) -> None:
         """End what `act` began (idempotent)."""
-        await self.hot.close()
         await self.roles.close()
 
     async def close(self) -> None:
         """End everything."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._tenants.close()
+        await self.hot.close()
         await self.rest()
         await self.members.close()
 
@@ -138,6 +128,50 @@ def telling(planner: Planner, cost: CostModel) -> Planned:
         planner.planned(plan, facts.prompt_len, answer_tokens)
 
     return planned
+
+
+class FollowedTenants:
+    """Quotas of the tenants of a file, as it changes."""
+
+    def __init__(self, path: str) -> None:
+        """Nothing is followed before `start`. `path` "": nobody is limited.
+
+        Raises:
+            ConfigError: the file is wrong.
+        """
+        self._file = TenantsFile(path) if path else None
+        self.quotas = Quotas(None if self._file is None else self._file.read())
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, on the running loop."""
+        if self._file is not None:
+            self._task = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
+
+    async def close(self) -> None:
+        """End."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+def build_decider(
+    config: SchedulerConfig,
+    hold_s: float,
+    view: ClusterView,
+    index: PrefixIndex,
+    cost: CostModel,
+    quotas: Quotas,
+    stores: Callable[[], Mapping[str, bool]],
+    metrics: GatewayMetrics,
+    *,
+    away: bool = False,
+) -> LocalDecider:
+    """Return who decides by `view` and `index`; see LocalDecider and Observer for the rest."""
+    scheduler = Scheduler(config, index, cost, view)
+    gate = Gate(GateConfig(hold_s=hold_s), view, lambda name: quotas.tenants.weight(name), cost)
+    observer = Observer(cost, metrics, away)
+    return LocalDecider(view, scheduler, cost, gate, quotas, observer, stores, metrics)
 
 
 class _OwnSink:

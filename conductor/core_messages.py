@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from conductor.cluster import Charge
 from conductor.plan import Need, Plan, Rejection, RequestFacts
 from conductor.terms import Terms
 from mooncake.core.messages import Term
@@ -20,8 +21,6 @@ CORE_KEY = "/mooncake/conductor/leader"
 CORE_PROTOCOL = 1
 """Both sides must agree; there is no negotiation."""
 NUMBER_BYTES = 8
-NAME_BYTES = 8
-"""Of a block: keys.short_names, which is all that the index looks at."""
 CONTEXTS_MAX = 4
 """Kinds of engines that a prompt's blocks are named for: a cluster has one, or two while it is upgraded."""
 NAMES_BYTES_MAX = 1 << 20
@@ -51,16 +50,6 @@ class _Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # ---------------------------------------------------------------- parts
 
 
-class Charge(_Part, frozen=True):
-    """Load of one ticket. tokens: of the prompt, or of KV when it is decode load; seconds: of prefill."""
-
-    ticket: int
-    instance_id: Text
-    is_prefill: bool
-    seconds: Seconds
-    tokens: Count
-
-
 class Running(_Part, frozen=True):
     """A request that was accepted and has not ended: what quotas count."""
 
@@ -72,7 +61,7 @@ class Running(_Part, frozen=True):
 
 
 class Context(_Part, frozen=True):
-    """A prompt's blocks as engines of one context name them: NAME_BYTES each, little-endian."""
+    """A prompt's blocks as engines of one context name them: 8 bytes each (conductor.block_names)."""
 
     root: Text
     block_size: Annotated[int, msgspec.Meta(ge=1)]
@@ -83,7 +72,7 @@ class Context(_Part, frozen=True):
 class Question(_Part, frozen=True, gc=True):
     """A request: what RequestFacts (without keys) and Terms say of it. sibling: of n > 1, not the first.
 
-    age_s: since it came, which is what its facts' arrival_s means elsewhere.
+    age_s: since it came, which is what its facts' arrival_s means elsewhere. unnamed: why it has no contexts.
     """
 
     facts: RequestFacts
@@ -91,6 +80,7 @@ class Question(_Part, frozen=True, gc=True):
     client_id: Text
     age_s: Seconds
     sibling: bool
+    unnamed: Text
     contexts: Annotated[list[Context], msgspec.Meta(max_length=CONTEXTS_MAX)]
 
 
@@ -157,19 +147,17 @@ class SecondCheck(_Message, frozen=True):
     decode_ticket: int
 
 
-class Left(_Message, frozen=True):
-    """The client of a waiting request is gone. No answer."""
-
-    request_id: Text
-
-
 class Told(_Message, frozen=True):
-    """What a gateway saw since the last one: tickets given back, requests over, measurements. No answer."""
+    """What a gateway saw since the last one: tickets given back, requests over, measurements. No answer.
+
+    late_s: of first tokens, after they were planned to come.
+    """
 
     released: Annotated[list[int], msgspec.Meta(max_length=TOLD_MAX)] = []
     ended: Annotated[list[Ended], msgspec.Meta(max_length=TOLD_MAX)] = []
     prefilled: Annotated[list[Prefilled], msgspec.Meta(max_length=TOLD_MAX)] = []
     stepped: Annotated[list[Stepped], msgspec.Meta(max_length=TOLD_MAX)] = []
+    late_s: Annotated[list[float], msgspec.Meta(max_length=TOLD_MAX)] = []
 
 
 class Ping(_Message, frozen=True):
@@ -193,9 +181,7 @@ class ChangeRole(_Message, frozen=True):
     role: Text
 
 
-FromGateway = (
-    Join | Ask | Replan | SecondCheck | Left | Told | Ping | ListInstances | ListDecisions | ChangeRole
-)
+FromGateway = Join | Ask | Replan | SecondCheck | Told | Ping | ListInstances | ListDecisions | ChangeRole
 
 # ---------------------------------------------------------------- core -> gateway
 
@@ -217,13 +203,12 @@ class Waiting(_Message, frozen=True):
 
 
 class Answer(_Message, frozen=True):
-    """plan or rejection; of a plan, the context it was made in and what it charged."""
+    """plan or rejection; of a plan, the root of its context and what it charged."""
 
     term: Term
     plan: Plan | None
     rejection: Rejection | None
     root: str = ""
-    block_size: int = 1
     charges: list[Charge] = []
 
 

@@ -105,10 +105,14 @@ class Members:
         index: PrefixIndex,
         gateway_id: str,
         metrics: GatewayMetrics,
-        follow_store: FollowStore = follow_events,
+        follow_store: FollowStore | None = follow_events,
         address: str = LOOPBACK,
     ) -> None:
-        """Nothing happens before `start`. `address`: of this host, where engines send their tokens."""
+        """Nothing happens before `start`.
+
+        `follow_store` None: a core knows what stores and engines hold, so this gateway need not.
+        `address`: of this host, where engines send their tokens.
+        """
         self.view = view
         self._address = address
         self.links: dict[str, Link] = {}
@@ -126,7 +130,8 @@ class Members:
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._closed = False
-        metrics.registry.register(IndexCollector(index, self.gpu_blocks))
+        if follow_store is not None:
+            metrics.registry.register(IndexCollector(index, self.gpu_blocks))
 
     # ------------------------------------------------------------ life
 
@@ -230,7 +235,7 @@ class Members:
         if epoch == record.epoch:
             return
         self._drop_cache(record.instance_id)
-        if record.gpu_events:
+        if record.gpu_events and self._follow_store is not None:
             follower = self._follow_store(cache_record(record), self._feed)
             self._caches[record.instance_id] = record.epoch, follower
 
@@ -263,7 +268,8 @@ class Members:
             return
         record = msgspec.json.decode(event.value, type=StoreRecord)
         self.view.store_up(record)
-        self._stores[node] = self._follow_store(record, self._feed)
+        if self._follow_store is not None:
+            self._stores[node] = self._follow_store(record, self._feed)
 
     def _retire(self, follower: StoreFollower) -> None:
         task = asyncio.create_task(follower.close(), name="close store follower")

@@ -122,6 +122,11 @@ class GatewayMetrics:
             ["kind"],
             registry=registry,
         )
+        self.core_refused = Counter(
+            "mooncake_core_refused",
+            "Answers that were not followed, as they came from a decision core that leads no more.",
+            registry=registry,
+        )
         self.fallback = Gauge("mooncake_fallback_active", "1 while it is so.", ["kind"], registry=registry)
         self.index_mode = Gauge(
             "mooncake_index_mode",

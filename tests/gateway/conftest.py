@@ -60,56 +60,17 @@ def make_request(
     )
 
 
-class World:
-    """Fake engines, metadata, and the production shell over them."""
+class Front:
+    """A dispatcher with what is in front of it: requests go in, and what clients get is kept."""
 
-    def __init__(
-        self,
-        first_token: bool,
-        mode: Mode,
-        gate: GateConfig,
-        cost: CostModel,
-        quotas: Quotas | None = None,
-        **config: object,
-    ) -> None:
-        self.metadata = MemoryMetadata()
-        self.view = ClusterView()
-        self.registry = CollectorRegistry()
-        self.metrics = GatewayMetrics(self.registry)
-        self.cost = cost
-        index = PrefixIndex()
-        self.members = Members(self.metadata, self.view, index, "gw", self.metrics)
-        scheduler = Scheduler(SchedulerConfig(mode=mode, **config), index, self.cost, self.view)
+    def __init__(self, dispatcher: Dispatcher, registry: CollectorRegistry) -> None:
+        self.dispatcher = dispatcher
+        self.registry = registry
         self.failed: dict[str, Exception] = {}
-        quotas = Quotas() if quotas is None else quotas
-        self.decider = LocalDecider(
-            self.view,
-            scheduler,
-            self.cost,
-            Gate(gate, self.view, quotas.tenants.weight),
-            quotas,
-            Observer(self.cost, self.metrics),
-            self.members.stores_in_step,
-            self.metrics,
-        )
-        self.dispatcher = Dispatcher(self.members, self.decider, self.metrics, first_token=first_token)
-        self.members.start(self.dispatcher)
-        self.engines: list[FakeEngine] = []
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
         self.stats: list[int] = []
         self.finished: dict[str, asyncio.Event] = {}
-        self._pump = asyncio.create_task(self._collect())
-
-    async def engine(self, instance_id: str, role: str, **kwargs: object) -> FakeEngine:
-        """Start and register a fake engine; returns when the view calls it alive."""
-        engine = FakeEngine(instance_id, role, **kwargs)
-        self.engines.append(engine)
-        await self.register(engine)
-        await self.until(lambda: self.view.health(instance_id) is Health.ALIVE)
-        return engine
-
-    async def register(self, engine: FakeEngine) -> None:
-        await self.metadata.put(INSTANCES_PREFIX + engine.instance_id, encoded(engine.record))
+        self.collecting = asyncio.create_task(self._collect())
 
     async def until(self, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
         async with asyncio.timeout(deadline_s):
@@ -157,8 +118,56 @@ class World:
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
+
+class World(Front):
+    """Fake engines, metadata, and the production shell over them."""
+
+    def __init__(
+        self,
+        first_token: bool,
+        mode: Mode,
+        gate: GateConfig,
+        cost: CostModel,
+        quotas: Quotas | None = None,
+        **config: object,
+    ) -> None:
+        self.metadata = MemoryMetadata()
+        self.view = ClusterView()
+        registry = CollectorRegistry()
+        self.metrics = GatewayMetrics(registry)
+        self.cost = cost
+        index = PrefixIndex()
+        self.members = Members(self.metadata, self.view, index, "gw", self.metrics)
+        scheduler = Scheduler(SchedulerConfig(mode=mode, **config), index, self.cost, self.view)
+        quotas = Quotas() if quotas is None else quotas
+        self.decider = LocalDecider(
+            self.view,
+            scheduler,
+            self.cost,
+            Gate(gate, self.view, quotas.tenants.weight),
+            quotas,
+            Observer(self.cost, self.metrics),
+            self.members.stores_in_step,
+            self.metrics,
+        )
+        dispatcher = Dispatcher(self.members, self.decider, self.metrics, first_token=first_token)
+        super().__init__(dispatcher, registry)
+        self.members.start(self.dispatcher)
+        self.engines: list[FakeEngine] = []
+
+    async def engine(self, instance_id: str, role: str, **kwargs: object) -> FakeEngine:
+        """Start and register a fake engine; returns when the view calls it alive."""
+        engine = FakeEngine(instance_id, role, **kwargs)
+        self.engines.append(engine)
+        await self.register(engine)
+        await self.until(lambda: self.view.health(instance_id) is Health.ALIVE)
+        return engine
+
+    async def register(self, engine: FakeEngine) -> None:
+        await self.metadata.put(INSTANCES_PREFIX + engine.instance_id, encoded(engine.record))
+
     async def close(self) -> None:
-        self._pump.cancel()
+        self.collecting.cancel()
         await self.members.close()
         await self.metadata.close()
         for engine in self.engines:

@@ -4,6 +4,7 @@ Runs in a thread of the test process. Token i of a prompt is `token(prompt, i)`,
 moved between fake engines can be compared with one that did not.
 """
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -28,6 +29,8 @@ from tests.unit.conductor.make import record
 
 BLOCK_SIZE = 4
 CONTEXT_ROOT = "ab" * 32
+FIRST_SLOT = 3
+"""Of the first gateway: any number but 0, which nobody would miss."""
 
 
 def token(prompt: list[int], index: int) -> int:
@@ -66,8 +69,9 @@ class FakeEngine:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind("tcp://127.0.0.1:*")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._gateway = b""
-        self._outputs: dict[str, zmq.Socket] = {}
+        self._slots: list[str] = []  # gateways, as they come
+        self._clients: dict[bytes, int] = {}  # slots, by connection
+        self._outputs: dict[int, tuple[str, zmq.Socket]] = {}  # by slot
         self._encoder = MsgpackEncoder()
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._generic = MsgpackDecoder()
@@ -117,7 +121,7 @@ class FakeEngine:
                 self._step()
                 step_at_s = time.monotonic() + self.step_s
         self._socket.close()
-        for socket in self._outputs.values():
+        for _, socket in self._outputs.values():
             socket.close(linger=0)
         self._context.destroy(linger=0)
 
@@ -128,16 +132,15 @@ class FakeEngine:
             except zmq.Again:
                 return
             if operation == RelayOp.HELLO:
-                self._attach(wire.decode(frames[0], Hello).outputs)
+                slot = self._clients[identity] = self._attach(wire.decode(frames[0], Hello))
                 self.hellos += 1
-                self._gateway = identity
-                welcome = wire.encode(Welcome(3, self.instance_id, self.epoch))
+                welcome = wire.encode(Welcome(slot, self.instance_id, self.epoch))
                 self._socket.send_multipart([identity, RelayOp.WELCOME, welcome])
             elif operation == RelayOp.PING:
                 pulse = wire.encode(Pulse(self.epoch, 0.01, *self.moved))
                 self._socket.send_multipart([identity, RelayOp.PONG, frames[0], pulse])
             elif operation == RelayOp.BYE:
-                self.jobs.clear()
+                self._leave(self._clients.get(identity, 0))
             elif operation == RelayOp.ROLE:
                 self.orders.append(wire.decode(frames[0], RoleOrder))
             elif operation == RelayOp.ENGINE:
@@ -154,17 +157,20 @@ class FakeEngine:
                 self.aborted.append(engine_id)
                 self.jobs.pop(engine_id, None)
         else:
-            _, call_id, method, args = self._generic.decode(body)
+            slot, call_id, method, args = self._generic.decode(body)
             answer = UtilityOutput(call_id, None, UtilityResult([method, list(args)]))
             if method == "broken":
                 answer = UtilityOutput(call_id, "no such method", None)
-            self._send(EngineCoreOutputs(utility_output=answer))
+            self._send(slot, EngineCoreOutputs(utility_output=answer))
 
     def _step(self) -> None:
         now_s = time.monotonic()
-        outputs = [self._output(job, now_s) for job in list(self.jobs.values())]
+        outputs: dict[int, list[EngineCoreOutput]] = {}
+        for job in list(self.jobs.values()):
+            outputs.setdefault(job.request.client_index, []).append(self._output(job, now_s))
         stats = SchedulerStats(num_running_reqs=len(self.jobs))
-        self._send(EngineCoreOutputs(outputs=outputs, scheduler_stats=stats, timestamp=now_s))
+        for slot, own in outputs.items():
+            self._send(slot, EngineCoreOutputs(outputs=own, scheduler_stats=stats, timestamp=now_s))
 
     def _output(self, job: Job, now_s: float) -> EngineCoreOutput:
         request = job.request
@@ -196,18 +202,29 @@ class FakeEngine:
             del self.jobs[request.request_id]
         return output
 
-    def _attach(self, endpoint: str) -> None:
-        if endpoint in self._outputs:
-            return
-        for socket in self._outputs.values():
-            socket.close(linger=0)
-        self._outputs = {endpoint: self._context.socket(zmq.PUSH)}
-        self._outputs[endpoint].setsockopt(zmq.LINGER, 0)
-        self._outputs[endpoint].connect(endpoint)
+    def _leave(self, slot: int) -> None:
+        for engine_id in [eid for eid, job in self.jobs.items() if job.request.client_index == slot]:
+            del self.jobs[engine_id]
 
-    def _send(self, outputs: EngineCoreOutputs) -> None:
-        for socket in self._outputs.values():
-            socket.send_multipart(self._encoder.encode(outputs))
+    def _attach(self, hello: Hello) -> int:
+        if hello.gateway_id not in self._slots:
+            self._slots.append(hello.gateway_id)
+        slot = FIRST_SLOT + self._slots.index(hello.gateway_id)
+        known, socket = self._outputs.get(slot, ("", None))
+        if known == hello.outputs:
+            return slot
+        if socket is not None:
+            socket.close(linger=0)
+        socket = self._context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(hello.outputs)
+        self._outputs[slot] = hello.outputs, socket
+        return slot
+
+    def _send(self, slot: int, outputs: EngineCoreOutputs) -> None:
+        if slot in self._outputs:
+            with contextlib.suppress(zmq.Again):  # a gateway that is gone
+                self._outputs[slot][1].send_multipart(self._encoder.encode(outputs), zmq.NOBLOCK)
 
 
 def encoded(record: InstanceRecord) -> bytes:

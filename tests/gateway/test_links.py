@@ -145,6 +145,7 @@ async def test_a_new_link_to_the_same_engine_ends_what_the_old_one_sent(context,
     await until(lambda: bool(owner.ups))
     request = make_request([1, 2, 3], max_tokens=1000)
     request.sampling_params.extra_args = {"kv_transfer_params": {"mooncake": {"leg": "whole"}}}
+    request.client_index = link.slot
     link.add(request)
     await until(lambda: bool(engine.jobs))
     again = Link(context, engine.record, "gw", owner, relink=True)

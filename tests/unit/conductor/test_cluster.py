@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from conductor.cluster import FORGIVEN_MAX, PULSE_S, SILENCE_S, ClusterView, Health
+from conductor.cluster import FORGIVEN_MAX, PULSE_S, SILENCE_S, Charge, ClusterView, Health
 from mooncake.core.messages import StoreRecord
 from tests.unit.conductor.make import cluster, record
 
@@ -177,3 +177,36 @@ def test_events_about_strangers_are_ignored():
     for transitions in (view.link_up(0.0, "x"), view.link_down(0.0, "x"), view.tick(0.0)):
         assert transitions == []
     assert view.load("x").queue_s(0.0) == 0.0
+
+
+def test_what_somebody_else_has_planned_is_charged_under_its_ticket_and_given_back_once():
+    view = cluster(record("p0", "prefill"), record("d0", "decode"))
+    view.adopt(0.0, Charge(1 << 62, "p0", True, 2.0, 100))
+    view.adopt(0.0, Charge(1 << 62 | 1, "d0", False, 0.0, 70))
+    assert (view.load("p0").queue_s(0.0), view.load("p0").prefill_tokens) == (2.0, 100)
+    assert (view.load("d0").decode_requests, view.load("d0").decode_kv_tokens) == (1, 70)
+    assert [charge.instance_id for charge in view.charges()] == ["p0", "d0"]
+    for _ in range(2):
+        view.release(1.0, 1 << 62)
+        view.release(1.0, 1 << 62 | 1)
+    assert (view.charged, view.load("p0").queue_s(1.0), view.load("d0").decode_kv_tokens) == (0, 0.0, 0)
+
+
+def test_what_is_taken_over_has_a_ticket_of_our_own_and_none_on_an_unknown_instance():
+    view = cluster(record("p0", "prefill"))
+    view.number_from(100)
+    foreign = Charge(7, "p0", True, 2.0, 100)
+    ticket = view.take_over(0.0, foreign)
+    assert ticket == 101
+    assert view.charge(ticket) == msgspec.structs.replace(foreign, ticket=ticket)
+    assert view.take_over(0.0, Charge(8, "gone", True, 2.0, 100)) == 0
+    assert view.charge_prefill(0.0, "p0", 1.0, 10) == 102
+
+
+def test_charges_of_an_earlier_start_are_handed_to_nobody():
+    view = cluster(record("p0", "prefill"))
+    ticket = view.charge_prefill(0.0, "p0", 1.0, 10)
+    view.instance_up(1.0, record("p0", "prefill", epoch="e2"))
+    assert view.charges() == []
+    view.release(1.0, ticket)
+    assert view.load("p0").queue_s(1.0) == 0.0
