@@ -1,7 +1,9 @@
 """Who prefills and who decodes, and how many of each there should be (after Arrow, arXiv 2505.11916). Pure.
 
 Arrivals are counted as they are planned; from their rate, the work of a prompt and the length of an answer
-follows, by Little's law, what a pool of n instances would feel. Its *pressure* is 1 where it is just enough:
+follows, by Little's law, what a pool of n instances would feel. Answers that have grown longer end late, so
+tokens per second are never taken for fewer than what the answers that run now give. A pool's *pressure* is
+1 where it is just enough:
 
     prefill   (work that arrives per second + what is queued beyond one interval, over QUEUE_S)
               / (n * BUSY_MAX)
@@ -11,8 +13,9 @@ follows, by Little's law, what a pool of n instances would feel. Its *pressure* 
 A pool of decode instances steps in a + (b + c * context) * batch seconds, and its batch is answers * step:
 so the step is a / (1 - answers * (b + c * context)), without end where the denominator is not positive.
 
-A switch needs a pool under pressure, a split that is better by GAIN_MIN, twice in a row, and few others
-on their way; so does nobody flap. Replica counts are what either pool needs alone, with the same margins.
+A switch needs a pool under pressure, a split that is better by GAIN_MIN, twice in a row, few others on their
+way, who count as arrived, and REST since one the other way; so does nobody flap. Replica counts are what
+either pool needs alone, with the same margins.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ import msgspec
 
 from conductor.cluster import Load
 from conductor.cost import OUTPUT_TOKENS_PRIOR, CostModel
-from conductor.plan import Decision, Plan
+from conductor.plan import BESIDE_ANSWERS, Plan
 from mooncake.core.messages import InstanceRecord
 
 BUSY_MAX = 0.85
@@ -39,12 +42,14 @@ GAIN_MIN = 0.1
 """Part of the pressure that a switch must take away: it costs a drain and a cold start."""
 CONFIRMED = 2
 """Intervals in a row in which the same direction was right."""
+REST = 12
+"""Intervals after a switch before anybody goes the other way: what came of it has to show first."""
 MEMORY = 0.2
 """Weight of the newest interval: half of the rate is the last 15 s at 5 s an interval."""
 TREND_MEMORY = 0.1
-ANSWER_MEMORY = 0.002
-"""Weight of one answer: the mean of the last 500 or so."""
-ANSWERS_PRIOR = 100
+ANSWER_MEMORY = 0.02
+"""Weight of one answer: the mean of the last 50 or so. With 500, longer ones were followed minutes late."""
+ANSWERS_PRIOR = 25
 """So many answers of the prior's length count as seen."""
 AHEAD = 3
 """Intervals that the forecast looks ahead: about what a drain takes."""
@@ -64,7 +69,9 @@ class Member(msgspec.Struct, frozen=True):
     instance_id: str
     role: str
     queue_s: float
+    prefill_requests: int
     decode_requests: int
+    decode_kv_tokens: int
     kv_tokens_max: int
     sequences_max: int
 
@@ -75,7 +82,9 @@ def member_of(now_s: float, record: InstanceRecord, load: Load) -> Member:
         instance_id=record.instance_id,
         role=record.role,
         queue_s=load.queue_s(now_s),
+        prefill_requests=load.prefill_requests,
         decode_requests=load.decode_requests,
+        decode_kv_tokens=load.decode_kv_tokens,
         kv_tokens_max=record.kv_blocks * record.block_size,
         sequences_max=record.max_num_seqs,
     )
@@ -158,8 +167,12 @@ class Planner:
         self._requests, self._work_s, self._context = _Rate(), _Rate(), _Rate()
         self._tokens = OUTPUT_TOKENS_PRIOR
         self._answers = 0
+        self._given_s, self._given_context = 0.0, 0.0  # tokens of the answers that run now
         self._direction = ""
         self._times = 0
+        self._rested = REST  # intervals since the last switch, which was
+        self._last = ""  # to this role
+        self._ordered: dict[str, str] = {}  # who is on its way to which role
         self.forecast = Forecast(0.0, 0.0, 0.0, 0.0, config.prefill_min, config.decode_min)
 
     @property
@@ -176,7 +189,7 @@ class Planner:
     def planned(self, plan: Plan, prompt_tokens: int, answer_tokens: int) -> None:
         """A request was taken, with so many tokens expected of its answer."""
         self._requests.add(1)
-        if plan.decision is not Decision.INLINED:  # that is no work of the prefill instances
+        if plan.decision not in BESIDE_ANSWERS:  # that is no work of the prefill instances
             self._work_s.add(plan.predicted_prefill_s)
         self._context.add(prompt_tokens + answer_tokens / 2)  # on average, over its answer's time
 
@@ -186,43 +199,61 @@ class Planner:
             rate.close(self._config.interval_s)
         prefills = [one for one in members if one.role == "prefill"]
         decodes = [one for one in members if one.role == "decode"]
-        total = len(prefills) + len(decodes)
         if not prefills or not decodes:
             return []
+        going = {one.instance_id for one in members} - {one.instance_id for one in (*prefills, *decodes)}
+        self._ordered = {name: role for name, role in self._ordered.items() if name in going}
+        # a pool is what it will be when those on their way have come
+        here = len(prefills) + sum(role == "prefill" for role in self._ordered.values())
+        total = len(prefills) + len(decodes) + len(self._ordered)
         backlog_s = sum(max(0.0, one.queue_s - self._config.interval_s) for one in prefills)
         room = _Room(
             sum(one.kv_tokens_max for one in decodes) / len(decodes) * KV_MAX,
             sum(one.sequences_max for one in decodes) / len(decodes),
         )
+        self._see_answers(members, len(members) - len(prefills))
         pressures = {n: self._pressures(n, total - n, backlog_s, room) for n in range(1, total)}
-        now = pressures[len(prefills)]
+        now = pressures[here]
         self.forecast = Forecast(
             self._requests.ahead, self._work_s.ahead, *now, *self._wanted(total, backlog_s, room)
         )
         low, high = self._config.prefill_min, total - self._config.decode_min
         allowed = {n: _cost(*both) for n, both in pressures.items() if low <= n <= high}
-        best = min(allowed, key=lambda n: (allowed[n], abs(n - len(prefills))), default=len(prefills))
-        under_way = len(members) - total
+        best = min(allowed, key=lambda n: (allowed[n], abs(n - here)), default=here)
         if max(now) < PRESSURE_MIN or allowed.get(best, inf) > _cost(*now) * (1 - GAIN_MIN):
-            best = len(prefills)
-        return self._confirmed(prefills, decodes, best, under_way)
+            best = here
+        return self._confirmed(prefills, decodes, best - here, len(going))
+
+    def _see_answers(self, members: Sequence[Member], pool: int) -> None:
+        """Note how many tokens per second the answers give that run now, on `pool` instances."""
+        taken = sum(one.decode_requests for one in members)
+        # a request is its decode instance's from the begin on
+        running = max(0, taken - sum(one.prefill_requests for one in members))
+        self._given_context = sum(one.decode_kv_tokens for one in members) / max(1, taken)
+        batch = running / pool
+        self._given_s = running / self._cost.tbt_s(round(batch), round(batch * self._given_context))
 
     def _confirmed(
-        self, prefills: list[Member], decodes: list[Member], best: int, under_way: int
+        self, prefills: list[Member], decodes: list[Member], moves: int, under_way: int
     ) -> list[Switch]:
-        moves = best - len(prefills)
         direction = "prefill" if moves > 0 else "decode" if moves < 0 else ""
         self._times = self._times + 1 if direction == self._direction else 1
         self._direction = direction
-        if not direction or self._times < CONFIRMED:
+        self._rested += 1
+        back = direction != self._last and self._rested <= REST
+        if not direction or back or self._times < CONFIRMED:
             return []
-        free = max(1, (len(prefills) + len(decodes)) // SHARE_MAX) - under_way
+        free = max(1, (len(prefills) + len(decodes) + under_way) // SHARE_MAX) - under_way
         # the least busy one is free first, and loses least
         if moves > 0:
             order = sorted(decodes, key=lambda one: (one.decode_requests, one.queue_s, one.instance_id))
         else:
             order = sorted(prefills, key=lambda one: (one.queue_s, one.decode_requests, one.instance_id))
-        return [Switch(one.instance_id, direction) for one in order[: max(0, min(abs(moves), free))]]
+        count = max(0, min(abs(moves), free, len(order) - 1))
+        if count:
+            self._rested, self._last = 0, direction
+        self._ordered |= {one.instance_id: direction for one in order[:count]}
+        return [Switch(one.instance_id, direction) for one in order[:count]]
 
     def _wanted(self, total: int, backlog_s: float, room: _Room) -> tuple[int, int]:
         """Return the fewest instances of each role that feel a pressure of at most 1."""
@@ -233,16 +264,23 @@ class Planner:
 
     def _pressures(self, prefills: int, decodes: int, backlog_s: float, room: _Room) -> tuple[float, float]:
         prefill = (self._work_s.ahead + backlog_s / QUEUE_S) / (prefills * BUSY_MAX)
+        decode = self._decode_pressure(self._given_s / decodes, self._given_context, room)
         requests_s = self._requests.ahead
-        if requests_s <= 0:
-            return prefill, 0.0
-        context = self._context.ahead / requests_s
+        if requests_s > 0:
+            context = self._context.ahead / requests_s
+            expected = self._decode_pressure(requests_s * self._tokens / decodes, context, room)
+            decode = max(decode, expected)
+        return prefill, decode
+
+    def _decode_pressure(self, tokens_s: float, context: float, room: _Room) -> float:
+        """Return it of one instance that gives so many tokens per second."""
+        if tokens_s <= 0:
+            return 0.0
         step_s, request_s, kv_s = self._cost.tbt_coefficients()
-        tokens_s = requests_s * self._tokens / decodes
         left = 1 - tokens_s * (request_s + kv_s * context)
         if left <= 0:
-            return prefill, inf
+            return inf
         tbt_s = step_s / left
         kv_tokens = tokens_s * tbt_s * context
         slow = tbt_s / (TBT_MAX * (self._config.tbt_slo_s or TBT_SLO_S))
-        return prefill, max(slow, kv_tokens / room.kv_tokens, tokens_s * tbt_s / room.sequences)
+        return max(slow, kv_tokens / room.kv_tokens, tokens_s * tbt_s / room.sequences)

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from conductor.cost import CostModel
 from conductor.plan import Decision, Plan
-from conductor.planner import CONFIRMED, SHARE_MAX, Member, Planner, PlannerConfig, Switch
+from conductor.planner import BUSY_MAX, CONFIRMED, REST, SHARE_MAX, Member, Planner, PlannerConfig, Switch
 
 INTERVAL_S = 5.0
 STEP = (0.0266, 1.5e-4, 3.1e-8)
 """Of a 70B model on eight GPUs: 27 ms a step and more with batch and context."""
 
 
-def member(name: str, role: str, queue_s: float = 0.0, requests: int = 0) -> Member:
-    return Member(name, role, queue_s, requests, 1_300_000, 256)
+def member(name: str, role: str, queue_s: float = 0.0, requests: int = 0, context: int = 1000) -> Member:
+    return Member(name, role, queue_s, 0, requests, requests * context, 1_300_000, 512)
 
 
 def members(prefill: int, decode: int, **kwargs) -> list[Member]:
@@ -127,6 +127,57 @@ def test_a_backlog_of_prompts_never_takes_decode_beyond_its_room():
     assert pool.split[1] >= 3
 
 
+def test_answers_that_run_on_count_before_any_of_them_has_ended():
+    planner = make()
+    long = [member(f"d{n}", "decode", requests=250) for n in range(2)]
+    crowd = [member(f"p{n}", "prefill") for n in range(6)]
+    for _ in range(CONFIRMED):
+        feed(planner, 2.0, 0.1, prompt=500, answer=10)  # by what ended, there is nothing to do
+        switches = planner.step([*crowd, *long])
+    assert {switch.role for switch in switches} == {"decode"}
+
+
+def test_who_waits_for_its_prompt_is_not_decoded_yet():
+    planner = make()
+    queued = [msgspec.structs.replace(member(f"p{n}", "prefill"), prefill_requests=250) for n in range(2)]
+    for _ in range(CONFIRMED):
+        feed(planner, 2.0, 0.1, prompt=500, answer=10)
+        switches = planner.step([*queued, *(member(f"d{n}", "decode", requests=250) for n in range(2))])
+    assert switches == []
+
+
+def test_answers_that_grow_longer_are_believed_within_a_hundred_of_them():
+    planner = make()
+    for _ in range(500):
+        planner.answered(20)
+    for _ in range(100):
+        planner.answered(1000)
+    feed(planner, 8.0, 0.01, prompt=500, answer=1000)
+    planner.step(members(4, 1))
+    assert planner.forecast.decode_pressure > 1
+
+
+def test_those_on_their_way_count_as_arrived():
+    pool = Pool(make(), 8, 8, drain=1000)
+    pool.run(60, 9.0, 1.0)
+    assert pool.split == (8, 4)
+    assert pool.planner.forecast.prefill_pressure == pytest.approx(9.0 / (12 * BUSY_MAX), rel=0.01)
+
+
+def test_nobody_goes_the_other_way_soon_after_a_switch():
+    pool = Pool(make(), 8, 8)
+    at: dict[str, list[int]] = {"prefill": [], "decode": []}
+    for interval in range(200):
+        prompts = interval // 8 % 2 == 0  # the load turns round every 40 s
+        before = len(pool.switches)
+        pool.run(1, 9.0, 1.3 if prompts else 0.1, answer=20 if prompts else 2000)
+        for switch in pool.switches[before:]:
+            at[switch.role].append(interval)
+    assert at["prefill"]
+    assert at["decode"]
+    assert min(abs(up - down) for up in at["prefill"] for down in at["decode"]) > REST
+
+
 def test_the_least_busy_instance_goes_first():
     planner = make()
     busy = [member(f"d{n}", "decode", requests=9 - n) for n in range(8)]
@@ -188,7 +239,7 @@ def test_floors_hold_and_the_same_calls_give_the_same_answers(prefill, decode, l
 def test_a_prompt_that_a_decode_instance_computes_asks_for_no_prefill_instance():
     plans = {
         decision: Plan(request_id="r", prefill=None, decode="d", decision=decision, predicted_prefill_s=0.5)
-        for decision in (Decision.INLINED, Decision.SINGLE_TOKEN)
+        for decision in (Decision.INLINED, Decision.APPENDED, Decision.SINGLE_TOKEN)
     }
     pressures = {}
     for decision, plan in plans.items():
@@ -197,5 +248,5 @@ def test_a_prompt_that_a_decode_instance_computes_asks_for_no_prefill_instance()
             planner.planned(plan, 500, 340)
         planner.step(members(2, 2))
         pressures[decision] = planner.forecast.prefill_pressure
-    assert pressures[Decision.INLINED] == 0.0
+    assert pressures[Decision.INLINED] == pressures[Decision.APPENDED] == 0.0
     assert pressures[Decision.SINGLE_TOKEN] > 0.0

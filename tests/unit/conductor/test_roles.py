@@ -12,8 +12,9 @@ from mooncake.core.messages import DRAINING
 
 def member(name: str, role: str) -> Member:
     return Member(
-        instance_id=name, role=role, queue_s=0.0, decode_requests=0, kv_tokens_max=1000, sequences_max=8
-    )
+        instance_id=name, role=role, queue_s=0.0, prefill_requests=0, decode_requests=0, decode_kv_tokens=0,
+        kv_tokens_max=1000, sequences_max=8,
+    )  # fmt: skip
 
 
 def test_an_instance_drains_and_takes_its_new_role_when_it_has_nothing_left():
