@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from benchmarks.sim.engine import Engine, Job, Work
 from benchmarks.sim.intervals import Tbt
-from benchmarks.sim.nouns import WorldConfig
+from benchmarks.sim.nouns import Entry, WorldConfig
 from benchmarks.sim.profile import DEFAULT, Profile, read_profile
-from benchmarks.sim.report import Summary, summarize, within
+from benchmarks.sim.report import Summary, spread, summarize, within
 from benchmarks.sim.timeline import Link, Timeline
 from benchmarks.sim.trace import BLOCK_TOKENS, TraceRequest, synthesize
 from benchmarks.sim.world import World
@@ -265,7 +265,7 @@ def test_instances_change_roles_when_prompts_outgrow_their_pool_and_nothing_is_l
 
 
 def test_under_overload_higher_classes_are_served_where_requests_wait_by_class() -> None:
-    mix = ("premium", "batch")
+    mix = ("premium", "default")
     requests = synthesize(400, 12.0, 2)
     attained = {}
     for hold_s in (0.0, 1.0):
@@ -277,7 +277,31 @@ def test_under_overload_higher_classes_are_served_where_requests_wait_by_class()
             own = [within(e, 10.0, 0.1) for e in world.entries if e.terms.slo_class.name == name]
             attained[hold_s, name] = sum(own) / len(own)
     assert attained[1.0, "premium"] > attained[0.0, "premium"]
-    assert attained[1.0, "premium"] > attained[1.0, "batch"]
+    assert attained[1.0, "premium"] > attained[1.0, "default"]
+
+
+def test_batch_work_fills_what_is_idle_and_the_others_hardly_notice() -> None:
+    alone = synthesize(100, 2.0, 2)
+    last = max(max(one.hash_ids) for one in alone)
+    work = [
+        TraceRequest(
+            one.arrival_s, one.input_tokens, one.output_tokens, tuple(last + 1 + n for n in one.hash_ids)
+        )
+        for one in synthesize(600, 12.0, 7, new_tokens=2000, output_tokens=20)
+    ]
+    mixed = sorted(alone + work, key=lambda one: one.arrival_s)
+    names = tuple("batch" if one.hash_ids[0] > last else "interactive" for one in mixed)
+    without = spread([e.ttft_s for e in simulated(alone, prefill=4, decode=4).entries])
+    ungated = simulated(mixed, prefill=4, decode=4, classes=tuple("default" for _ in mixed))
+    world = simulated(mixed, prefill=4, decode=4, classes=names)
+    assert all(entry.done and not entry.rejected for entry in world.entries)
+    assert world.cluster.charged == 0
+
+    def ours(of: World) -> list[Entry]:
+        return [entry for entry, name in zip(of.entries, names, strict=True) if name == "interactive"]
+
+    assert spread([e.ttft_s for e in ours(world)]).p90 <= 1.05 * without.p90
+    assert spread([e.ttft_s for e in ours(ungated)]).p90 > 1.05 * without.p90
 
 
 def test_short_prompts_inline_come_sooner_and_cost_the_batch_little() -> None:
