@@ -59,6 +59,7 @@ from conductor.modes import Fallback
 from conductor.plan import Need, Plan, Rejection, RequestFacts
 from conductor.scheduler import Policy
 from conductor.terms import Terms
+from conductor.terms import Terms
 from mooncake.core.config import GatewayOptions
 from mooncake.core.errors import WIRE_ERRORS, MooncakeError, PeerGone, PeerTimeout
 from mooncake.core.messages import Pulse, Term
@@ -185,6 +186,10 @@ class RemoteCore:
         if isinstance(answer, Rejection):
             del self._running[facts.request_id]
         return answer
+
+    def hopeless(self, terms: Terms) -> Rejection | None:  # noqa: ARG002
+        """See Decider: only the core knows, and it is asked with the prompt."""
+        return None
 
     def _asking(self, asked: Asked) -> Ask:
         contexts = []
