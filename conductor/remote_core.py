@@ -59,7 +59,6 @@ from conductor.modes import Fallback
 from conductor.plan import Need, Plan, Rejection, RequestFacts
 from conductor.scheduler import Policy
 from conductor.terms import Terms
-from conductor.terms import Terms
 from mooncake.core.config import GatewayOptions
 from mooncake.core.errors import WIRE_ERRORS, MooncakeError, PeerGone, PeerTimeout
 from mooncake.core.messages import Pulse, Term
@@ -208,10 +207,6 @@ class RemoteCore:
             block_size = next((size for root, size in self._local.contexts() if root == message.root), 1)
             self._hot.planned(asked.look(message.root, block_size), message.plan)
         self._take_answer(later, message)
-
-    def hopeless(self, terms: Terms) -> None:  # noqa: ARG002
-        """See Decider: what others have queued is the core's to know."""
-        return
 
     def replan(
         self, asked: Asked, emitted_n: int, exclude: Sequence[str], need: Need, then: Answered
