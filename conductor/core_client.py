@@ -1,10 +1,11 @@
 """vLLM's EngineCoreClient over a cluster: what AsyncLLM believes to be its engine."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
 
+from conductor.decode_tail import begin_with_tail, byte_level
 from conductor.dispatch import Dispatcher
 from conductor.links import LinkState
 from conductor.members import ENGINE_SLOTS, Members
@@ -34,11 +35,14 @@ class ClusterCoreClient(EngineCoreClient):
         self._dispatcher = dispatcher
         self._members = members
         self._forget: Callable[[str], object] = lambda _: None
+        self._states: Mapping[str, Any] = {}  # of the front end, by request; empty: nothing to make quicker
 
     def bind(self, llm: Any, fail_requests: Callable[[Any, str, Exception], list[str]]) -> None:
         """Learn of the AsyncLLM over this client, which is made after it."""
         self._dispatcher.fail_request = lambda request_id, error: fail_requests(llm, request_id, error)
         self._forget = lambda request_id: llm.output_processor.abort_requests([request_id], internal=True)
+        if byte_level(llm.tokenizer):
+            self._states = llm.output_processor.request_states
 
     # ------------------------------------------------------------ serving
 
@@ -54,6 +58,9 @@ class ClusterCoreClient(EngineCoreClient):
             # AsyncLLM registered it already and does not clean up behind its engine
             self._forget(request.request_id)
             raise
+        state = self._states.get(request.request_id)
+        if state is not None and request.prompt_token_ids:
+            begin_with_tail(state.detokenizer, request.prompt_token_ids)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Abort all legs of these requests; unknown ids are fine."""

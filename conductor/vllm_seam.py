@@ -32,6 +32,8 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from conductor import token_cache
+from conductor.quick_stream import quick_chat, quick_completion
 from mooncake.core.errors import ConfigError
 from mooncake.core.shared_port import join
 
@@ -82,6 +84,11 @@ VLLM_SYMBOLS: Final[dict[str, str]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": "the front end",
     "vllm.v1.engine.output_processor:OutputProcessor": "fail_requests ends a request's stream",
     "vllm.exceptions:GracefulHTTPError": "rejections with an HTTP status of our choice",
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "quick_stream.py writes its chunks",
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "the same",
+    "vllm.renderers.base:BaseRenderer": "token_cache.py stands before its tokenizer",
+    "vllm.utils.async_utils:make_async": "as that tokenizer is called",
+    "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer": "decode_tail.py primes its stream",
     "vllm.config:VllmConfig": "built without an engine",
     "vllm.engine.arg_utils:AsyncEngineArgs": "model, logging and parser settings from the arguments",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "vLLM's own flags pass through",
@@ -192,13 +199,15 @@ def build_llm(args: argparse.Namespace, config: Any, client: EngineCoreClient) -
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with _core_client(client):
-        return AsyncLLM(
+        llm = AsyncLLM(
             vllm_config=config,
             executor_class=None,
             log_stats=not args.disable_log_stats,
             log_requests=args.enable_log_requests,
             aggregate_engine_logging=args.aggregate_engine_logging,
         )
+    token_cache.quicken(llm.renderer)
+    return llm
 
 
 def fail_requests(llm: Any, request_id: str, error: Exception) -> list[str]:
@@ -238,7 +247,10 @@ async def build_app(llm: Any, args: argparse.Namespace) -> Any:
 
     tasks = await llm.get_supported_tasks()
     app = build(args, tasks, llm.model_config)
-    await init_app_state(llm, app.state, args, tasks)
+    state = app.state
+    await init_app_state(llm, state, args, tasks)
+    state.openai_serving_chat = quick_chat(state.openai_serving_chat)
+    state.openai_serving_completion = quick_completion(state.openai_serving_completion)
     return app
 
 

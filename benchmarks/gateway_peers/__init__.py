@@ -1,0 +1,1 @@
+"""What stands before and behind a gateway under test: null engines, plain vLLM, routers, a load client."""
