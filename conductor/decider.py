@@ -70,6 +70,10 @@ class Decider(Protocol):
         """
         ...
 
+    def hopeless(self, terms: Terms) -> Rejection | None:
+        """Return why no prompt at all could be served in time; None: it has to be seen, or nobody knows."""
+        ...
+
     def replan(
         self, asked: Asked, emitted_n: int, exclude: Sequence[str], need: Need, then: Answered
     ) -> None:

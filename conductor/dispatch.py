@@ -44,7 +44,7 @@ from conductor.plan import (
 )
 from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
-from conductor.terms import CLASSES, DEFAULT_TERMS
+from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
 from conductor.turned_away import unavailable
 from conductor.vllm_seam import (
     EngineCoreOutput,
@@ -138,17 +138,29 @@ class Dispatcher:
         if answer is not None:
             self._begin(client, answer)
 
-    def _count_rejection(self, client: Client, rejection: Rejection) -> None:
+    def hopeless(self, terms: Terms) -> Unavailable | None:
+        """Return what to tell a client whose prompt nobody needs to look at; it counts as rejected.
+
+        Reading and tokenising prompts for nothing would take from the engines, and the client waits for it.
+        """
+        rejection = self._decider.hopeless(terms)
+        if rejection is None:
+            return None
+        self._metrics.requests.labels("rejected").inc()
+        self._count_rejection(terms, rejection)
+        return unavailable(rejection)
+
+    def _count_rejection(self, terms: Terms, rejection: Rejection) -> None:
         reason = str(rejection.reason)
-        self._metrics.rejections.labels(reason, client.slo_class).inc()
-        tenant = self._decider.tenant_label(client.prompt.terms.tenant)
+        self._metrics.rejections.labels(reason, terms.slo_class.name).inc()
+        tenant = self._decider.tenant_label(terms.tenant)
         self._metrics.tenant_rejections.labels(tenant, reason).inc()
 
     def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
         if not client.family.clients:
             self._families.pop(client.family.family_id, None)
         self._metrics.requests.labels("rejected").inc()
-        self._count_rejection(client, rejection)
+        self._count_rejection(client.prompt.terms, rejection)
         error = unavailable(rejection)
         if client.fate is not None:
             client.fate.error = error
@@ -177,7 +189,7 @@ class Dispatcher:
         if self._clients.get(client.request.request_id) is not client:
             return  # it left
         client.turned_away = True
-        self._count_rejection(client, rejection)
+        self._count_rejection(client.prompt.terms, rejection)
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
 

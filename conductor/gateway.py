@@ -214,7 +214,7 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
         stack.push_async_callback(registration.close)
         key = next(iter(api_keys(args)), "")
-        front = RejectionMiddleware(app, cluster.quotas, key)
+        front = RejectionMiddleware(app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless)
         serves = registration.start if not alone else lambda: None
         await vllm_seam.serve(app, front, args, stop, cluster.drain, options.share_port, serves)
 

@@ -11,6 +11,7 @@ tier as `service_tier` where vLLM's response has that field (not in streams).
 
 import json
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -40,6 +41,10 @@ TENANT_PATHS = frozenset(
 """What a tenant's own key opens: asking for answers. The rest, adapters and decisions, is the operator's."""
 
 
+ANSWERED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"))
+"""What engines are needed for."""
+
+
 class HttpFate:
     """What an HTTP request asks for, and whether it was turned away; shared by its tasks."""
 
@@ -55,9 +60,20 @@ FATE: ContextVar[HttpFate | None] = ContextVar("mooncake_http_fate", default=Non
 class RejectionMiddleware:
     """ASGI middleware; costs two attribute tests per body chunk."""
 
-    def __init__(self, app: App, quotas: Quotas | None = None, api_key: str = "") -> None:
-        """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own."""
+    def __init__(
+        self,
+        app: App,
+        quotas: Quotas | None = None,
+        api_key: str = "",
+        *,
+        hopeless: Callable[[Terms], Unavailable | None] = lambda _: None,
+    ) -> None:
+        """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own.
+
+        `hopeless`: what to tell those who cannot be served whatever they ask, before it is parsed.
+        """
         self._app = app
+        self._hopeless = hopeless
         self._quotas = Quotas() if quotas is None else quotas
         self._api_key = api_key
 
@@ -75,11 +91,18 @@ class RejectionMiddleware:
         if self._api_key and scope["path"] in TENANT_PATHS and tenants.of_key(scope["headers"]) is not None:
             shown = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
             scope = {**scope, "headers": [*shown, (b"authorization", f"Bearer {self._api_key}".encode())]}
+        body: _Body | None = None
         if scope["method"] == "POST":
-            receive = _Body(fate, tenants, receive)
+            receive = body = _Body(fate, tenants, receive)
         token = FATE.set(fate)
         try:
-            await self._app(scope, receive, _Held(fate, send))
+            if body is not None and scope["path"] in ANSWERED_PATHS and await body.read():
+                fate.error = self._hopeless(fate.terms)
+            if fate.error is not None:
+                told = fate.error
+                await _answer(send, told.http_status, told.message, _retry_after(told))
+            else:
+                await self._app(scope, receive, _Held(fate, send))
         finally:
             FATE.reset(token)
 
@@ -95,8 +118,22 @@ class _Body:
         self._tenants = tenants
         self._receive = receive
         self._parts: list[bytes] = []
+        self._known: deque[Message] = deque()
+
+    async def read(self) -> bool:
+        """Take the whole body, which the front end gets all the same; return whether the client is there."""
+        while True:
+            message = await self._take()
+            self._known.append(message)
+            if message["type"] != "http.request":
+                return False
+            if not message.get("more_body"):
+                return True
 
     async def __call__(self) -> Message:
+        return self._known.popleft() if self._known else await self._take()
+
+    async def _take(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
             self._parts.append(message.get("body", b""))

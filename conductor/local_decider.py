@@ -18,6 +18,7 @@ from conductor.observe import Observer
 from conductor.plan import Need, Needs, Plan, Rejection, RequestFacts
 from conductor.scheduler import Scheduler
 from conductor.tenants import Quotas
+from conductor.terms import Terms
 from conductor.why import Decided, Decisions
 from mooncake.core.messages import Pulse
 
@@ -72,6 +73,10 @@ class LocalDecider:
         if isinstance(answer, Rejection):
             self._settle(asked.request_id, asked.facts.tenant, 0, ran=False)
         return answer
+
+    def hopeless(self, terms: Terms) -> Rejection | None:
+        """See Decider."""
+        return self.scheduler.hopeless(time.monotonic(), terms)
 
     def replan(
         self, asked: Asked, emitted_n: int, exclude: Sequence[str], need: Need, then: Answered

@@ -25,7 +25,7 @@ from conductor.inline import inlined
 from conductor.plan import Decision, Need, Needs, Plan, Reason, Rejection, RequestFacts
 from conductor.pricing import Decode, Hits, Prefill, Pricing, Trail, Worker, known
 from conductor.sessions import Sessions
-from conductor.terms import CLASSES
+from conductor.terms import CLASSES, Terms
 from mooncake.core.context import differences
 from mooncake.core.messages import InstanceRecord
 
@@ -144,6 +144,24 @@ class Scheduler:
         if not paired:
             return _no_common_context(facts, prefills, decodes)
         return self._two_legs(now_s, facts, paired, decodes)
+
+    def hopeless(self, now_s: float, terms: Terms) -> Rejection | None:
+        """Return why no prompt at all would begin in time, however short or known; None: ask with it."""
+        ttft_slo_s = self._config.ttft_slo_s if terms.ttft_slo_s is None else terms.ttft_slo_s
+        if ttft_slo_s is None or terms.slo_class.sheddable or self._config.inline or self._config.append:
+            return None  # nothing is promised, batch work waits, decode instances may take it
+        is_aggregated = self._config.mode is Mode.AGGREGATED
+        loads = [load for one, load in self._cluster.alive() if is_aggregated or one.role != "decode"]
+        if not loads:
+            return None
+        cost = self._pricing.cost
+        least_s = min(load.queue_s(now_s) for load in loads) + cost.prefill_s(1, 0)
+        least_s += min(cost.late_s, ttft_slo_s * LATE_SHARE_MAX)
+        if least_s <= ttft_slo_s:
+            return None
+        detail = f"predicted {least_s:.3f} s at least, objective {ttft_slo_s:.3f} s"
+        retry_after_s = retry_after(least_s - ttft_slo_s)
+        return Rejection(request_id="", reason=Reason.TTFT_SLO, retry_after_s=retry_after_s, detail=detail)
 
     def replan(
         self, now_s: float, facts: RequestFacts, emitted_n: int, exclude: Sequence[str], need: Need

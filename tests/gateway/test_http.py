@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from conductor import core, gateway, vllm_seam
 from conductor.admission import AdmissionMode
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
+from conductor.plan import Reason
 from conductor.scheduler import Policy, SchedulerConfig
 from conductor.tenants import Tenant, Tenants
 from mooncake.core.config import ADMISSIONS, POLICIES, GatewayOptions
@@ -71,7 +73,8 @@ async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         return engines[-1]
 
     headers = {"Authorization": f"Bearer {KEY}"}
-    transport = httpx.ASGITransport(app=RejectionMiddleware(app, cluster.quotas, KEY))
+    front = RejectionMiddleware(app, cluster.quotas, KEY, hopeless=cluster.dispatcher.hopeless)
+    transport = httpx.ASGITransport(app=front)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
         yield SimpleNamespace(
             client=client, cluster=cluster, llm=llm, engine=engine, registry=registry, app=app
@@ -297,6 +300,27 @@ async def test_a_tenant_s_own_key_asks_for_answers_and_opens_nothing_else(site, 
     assert refused.status_code in {401, 404}
     lent = {**shown, "x-mooncake-tenant": "b"}
     assert (await site.client.post("/v1/chat/completions", json=CHAT, headers=lent)).status_code == 400
+
+
+async def test_who_cannot_be_in_time_whatever_is_asked_is_told_before_anybody_reads_it(site) -> None:
+    await site.engine("p0", "prefill")
+    await site.engine("d0", "decode")
+    ticket = site.cluster.view.charge_prefill(time.monotonic(), "p0", 3600.0, 1000)
+    nonsense, objective = b"no JSON", {"x-slo-ttft-ms": "2000"}
+
+    answer = await site.client.post("/v1/completions", content=nonsense, headers=objective)
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "30"
+    assert "objective 2.000 s" in answer.json()["error"]["message"]
+    labels = {"reason": str(Reason.TTFT_SLO), "slo_class": "default"}
+    assert site.registry.get_sample_value("mooncake_rejections_total", labels) == 1
+
+    batch = await site.client.post(
+        "/v1/completions", content=nonsense, headers={**objective, "x-slo-class": "batch"}
+    )
+    assert batch.status_code == 400  # it waits for others to be done, so its prompt matters
+    site.cluster.view.release(time.monotonic(), ticket)
+    assert (await site.client.post("/v1/completions", content=nonsense, headers=objective)).status_code == 400
 
 
 @pytest.mark.parametrize("stream", [False, True])
