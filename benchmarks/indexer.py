@@ -51,7 +51,7 @@ BLOCKS, QUICK_BLOCKS = 1_000_000, 100_000
 BLOCK_SIZES = (16, 128)
 """vLLM's default, and that of long contexts."""
 CLIENTS = 8
-FOR_S, QUICK_FOR_S = 2.0, 0.4
+FOR_S, QUICK_FOR_S = 1.0, 0.4
 ROUNDS, QUICK_ROUNDS = 3, 1
 PEER_S_MAX = 600.0
 MODEL = "m"

@@ -192,6 +192,13 @@ def test_names_of_the_standard_roll_over_local_hashes() -> None:
     assert list(xxh3_names(names[0], pack(tokens[4:]), 4, 1337)) == names[1:]
 
 
+def test_local_hashes_are_those_of_dynamo() -> None:
+    """What ai-dynamo-runtime 1.6.1 answers to compute_block_hash_for_seq."""
+    assert xxh3_names(None, pack(range(1, 17)), 16, 1337) == [16863443419780771464]
+    assert xxh3_names(None, pack(range(17, 33)), 16, 1337) == [2287610619914608821]
+    assert xxh3_names(None, pack([0, 1, 65535, 131071]), 4, 1337) == [7769772091053205496]
+
+
 def test_a_salt_and_a_seed_change_every_name() -> None:
     packed = pack(range(8))
     plain = list(xxh3_names(None, packed, 4, 1337))
