@@ -1,4 +1,4 @@
-"""The load turns from long prompts to long answers and back: the planner's own decisions, production classes."""
+"""The load turns from long prompts to long answers and back: the planner decides, in production classes."""
 
 import pytest
 
