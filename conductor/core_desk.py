@@ -12,7 +12,6 @@ from zlib import crc32
 import msgspec
 import structlog
 
-from conductor.block_names import BlockNames
 from conductor.core import Core
 from conductor.core_messages import (
     CHARGES_MAX,
@@ -42,6 +41,7 @@ from conductor.describe import described
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
 from conductor.terms import Terms
 from mooncake.core.errors import CapacityError, MooncakeError, ProtocolError
+from mooncake.core.keys import BlockNames
 from mooncake.core.messages import Term
 
 log = structlog.get_logger(__name__)
@@ -73,7 +73,9 @@ class RemoteAsked:
             ProtocolError: names of blocks that are none.
         """
         self._question = question
-        self._contexts = {one.root: (BlockNames(one.names), one.has_tail) for one in question.contexts}
+        self._contexts = {
+            one.root: (BlockNames.unpacked(one.names), one.has_tail) for one in question.contexts
+        }
         self.client_id = question.client_id
         self.terms: Terms = question.terms
         self.is_sibling = question.sibling
@@ -87,7 +89,7 @@ class RemoteAsked:
 
     def look(self, root: str, block_size: int) -> RequestFacts:  # noqa: ARG002 -- as its context says
         """See Asked; without keys where the gateway named none for this context."""
-        keys, has_tail = self._contexts.get(root, (BlockNames(b""), False))
+        keys, has_tail = self._contexts.get(root, ((), False))
         tail = b"tail" if has_tail else None
         self.facts = msgspec.structs.replace(self.facts, context_root=root, keys=keys, tail_key=tail)
         return self.facts

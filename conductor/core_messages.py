@@ -61,7 +61,7 @@ class Running(_Part, frozen=True):
 
 
 class Context(_Part, frozen=True):
-    """A prompt's blocks as engines of one context name them: 8 bytes each (conductor.block_names)."""
+    """A prompt's blocks as engines of one context name them: keys.NAME_BYTES each."""
 
     root: Text
     block_size: Annotated[int, msgspec.Meta(ge=1)]

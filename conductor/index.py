@@ -16,7 +16,7 @@ from itertools import islice, repeat
 
 import msgspec
 
-from mooncake.core.keys import short_names
+from mooncake.core.keys import names_of, short_names
 
 LOOK_KEYS = 32
 LOOK_KEYS_MAX = 128
@@ -182,7 +182,7 @@ class PrefixIndex:
         return IndexStats(self._blocks(), len(self._bits), self._dropped, self._sweeps)
 
     def _look_up(self, keys: Sequence[bytes]) -> list[int]:
-        names = short_names(b"".join(keys))
+        names = names_of(keys)
         shards = map(self._shards.__getitem__, (names & self._low).tolist())
         return list(map(dict.get, shards, names.tolist(), repeat(0)))
 

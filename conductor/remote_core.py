@@ -17,7 +17,6 @@ import msgspec
 import structlog
 
 from conductor.admission import AdmissionMode
-from conductor.block_names import names_of
 from conductor.cluster import ClusterView
 from conductor.core import FollowedTenants, build_decider, scheduler_config
 from conductor.core_link import CoreLink
@@ -61,6 +60,7 @@ from conductor.scheduler import Policy
 from conductor.terms import Terms
 from mooncake.core.config import GatewayOptions
 from mooncake.core.errors import WIRE_ERRORS, MooncakeError, PeerGone, PeerTimeout
+from mooncake.core.keys import names_of
 from mooncake.core.messages import Pulse, Term
 from mooncake.core.metadata import MetadataStore
 
@@ -471,7 +471,7 @@ class RemoteCore:
 def _context(facts: RequestFacts, block_size: int) -> list[Context]:
     if not facts.keys and facts.tail_key is None:
         return []
-    names = names_of(facts.keys) if facts.keys else b""
+    names = names_of(facts.keys[:]).tobytes()  # makes all keys at once, not one by one
     return [Context(facts.context_root, block_size, names, facts.tail_key is not None)]
 
 

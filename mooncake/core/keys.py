@@ -10,6 +10,7 @@ Source of the chain: Mooncake paper (FAST'25) 3.2.1; vLLM uses the same shape.
 from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from typing import overload
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from xxhash import xxh3_128_digest
 from mooncake.core.errors import ProtocolError
 
 KEY_BYTES = 32
+NAME_BYTES = 8
 NAME_BITS = 60
 """Of the first 64 of a key: Python's ints of up to 60 bits take 32 bytes, larger ones 48. Among four million
 blocks two share a name once in 100,000 clusters."""
@@ -109,6 +111,49 @@ def short_names(blob: bytes) -> npt.NDArray[np.uint64]:
     if len(blob) % KEY_BYTES:
         raise ProtocolError(f"blob of {len(blob)} bytes is not a whole number of {KEY_BYTES}-byte keys")
     return np.frombuffer(blob, "<u8")[:: KEY_BYTES // 8] & _NAME
+
+
+class BlockNames(Sequence[bytes]):
+    """Stands for the keys of blocks of which only short names are known; items are padded to a key's length.
+
+    Good for an index, which looks at names, and for nothing that needs whole keys.
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: npt.NDArray[np.uint64]) -> None:
+        """Take what `short_names` gave."""
+        self.names = names
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> "BlockNames":
+        """Return what was packed.
+
+        Raises:
+            ProtocolError: it is not a whole number of names.
+        """
+        if len(data) % NAME_BYTES:
+            raise ProtocolError(f"{len(data)} bytes are not a whole number of {NAME_BYTES}-byte names")
+        return cls(np.frombuffer(data, "<u8"))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> "BlockNames": ...
+    def __getitem__(self, at: int | slice) -> "bytes | BlockNames":
+        """Return a key's length of bytes, equal where names are; or some of the names, without a copy."""
+        if isinstance(at, slice):
+            return BlockNames(self.names[at])
+        name: bytes = self.names[at].tobytes()
+        return name.ljust(KEY_BYTES, b"\0")
+
+
+def names_of(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """Return the short names of keys, which may be names already."""
+    return keys.names if isinstance(keys, BlockNames) else short_names(b"".join(keys))
 
 
 def block_checksum(key: bytes, data: memoryview | bytes) -> bytes:
