@@ -10,7 +10,6 @@ them: queries with a LoRA find no context here.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -36,10 +35,6 @@ from mooncake.core.metadata_follow import Event, Removed, follow
 log = structlog.get_logger(__name__)
 
 TENANT = "default"
-
-
-class _Closes(Protocol):
-    async def close(self) -> None: ...
 
 
 class _Locked(PrefixIndex):
@@ -88,8 +83,7 @@ class Cluster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        closing: list[_Closes] = [follower for _, follower in self._followers.values()]
-        await asyncio.gather(*(one.close() for one in closing), return_exceptions=True)
+        await asyncio.gather(*(one.close() for _, one in self._followers.values()), return_exceptions=True)
         self._followers.clear()
         await self._feed.close()
 

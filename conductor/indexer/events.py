@@ -79,6 +79,20 @@ def decode_told(payload: bytes) -> list[Told]:
     return told
 
 
+def decode_engine(payload: bytes) -> Sequence[Event | Told]:
+    """Return vLLM's events, or those of an engine that speaks the standard's envelope.
+
+    Raises:
+        ProtocolError: they are neither.
+    """
+    try:
+        return decode_batch(payload)
+    except ProtocolError:
+        if told := decode_told(payload):
+            return told
+        raise
+
+
 def decode_salted(payload: bytes) -> Sequence[Event]:
     """Return SGLang's events: vLLM's words, with the salt in a field of its own.
 

@@ -72,7 +72,7 @@ class Follower:
     def start(self) -> None:
         """Begin on the running loop."""
         self._task = asyncio.create_task(self._run(), name=f"follow {self._service.key}")
-        self._task.add_done_callback(_ended)
+        self._task.add_done_callback(self._ended)
 
     async def close(self) -> None:
         """Stop, and forget what was told (idempotent)."""
@@ -87,13 +87,20 @@ class Follower:
         while True:
             try:
                 await self._live()
-            except MooncakeError as error:
+            except (MooncakeError, zmq.ZMQError) as error:
                 log.debug("indexer.no_publisher", service=self._service.key, reason=str(error))
             if self.state is State.LIVE:
                 self._lose()
                 backoff_s = BACKOFF_S_MIN
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("indexer.died", task=task.get_name(), exc_info=error)
+            self.state = State.STALE
+            with self._lock:
+                self.stream.source.trust(False)
 
     def _lose(self) -> None:
         """Count its blocks no more; without a way to ask for the last message, they can never count again."""
@@ -225,8 +232,3 @@ async def _greeted(monitor: "zmq.asyncio.Socket", endpoint: str) -> None:
 async def _gone(monitor: "zmq.asyncio.Socket") -> None:
     while (await recv_monitor_message(monitor))["event"] != zmq.EVENT_DISCONNECTED:
         continue
-
-
-def _ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        log.error("indexer.died", task=task.get_name(), exc_info=error)

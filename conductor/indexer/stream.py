@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 import structlog
 from xxhash import xxh3_128_digest
 
-from conductor.indexer.events import Told, decode_salted, decode_told
+from conductor.indexer.events import Told, decode_engine, decode_salted, decode_told
 from conductor.indexer.source import POOL, Source
 from mooncake.core.errors import ProtocolError
-from mooncake.worker.gpu_blocks import Event, decode_batch
+from mooncake.worker.gpu_blocks import Event
 from mooncake.worker.gpu_events import SEQ_BYTES
 
 log = structlog.get_logger(__name__)
 
 DECODERS: dict[str, Callable[[bytes], Sequence[Event | Told]]] = {
-    "vLLM": decode_batch,
+    "vLLM": decode_engine,
     "SGLang": decode_salted,
     POOL: decode_told,
 }

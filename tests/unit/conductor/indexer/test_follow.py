@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conductor.indexer.source import Service
+from conductor.indexer.source import Service, Source
 from tests.unit.conductor.indexer.make import Publisher, Site, removed, service, stored
 
 PROMPT = list(range(100, 116))
@@ -158,6 +158,21 @@ async def test_a_message_that_cannot_be_read_costs_what_was_known_and_the_stream
     await has(site, 4)
     assert await site.longest([9, 9, 9, 9]) == 0
     assert (await site.state())["Undecodable"] == 1
+
+
+async def test_blocks_do_not_count_any_more_when_following_ends_by_a_bug_of_ours(
+    site: Site, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await follow(site, publisher)
+    await heard(site, publisher)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Source, "apply", broken)
+    await publisher.publish(stored([1], PROMPT[:4]))
+    await is_state(site, "stale")
+    assert await site.longest([9, 9, 9, 9]) == 0
 
 
 async def test_an_engine_that_is_not_there_yet_is_waited_for(site: Site) -> None:

@@ -232,6 +232,12 @@ async def test_bodies_that_are_no_map_paths_that_are_none_and_other_methods(site
     assert (await site.send("/query?generation=3", QUERY))[1]["field"] == "generation"
 
 
+@pytest.mark.parametrize("field", ["model", "cache_salt", "lora_name", "tenant_id", "instance_id"])
+async def test_text_that_is_no_text_is_refused(site: Site, field: str) -> None:
+    body = json.dumps({**QUERY, field: "x"}).replace('"x"', '"\\ud800"').encode()
+    assert (await site.send("/query", raw=body))[0] == 400
+
+
 async def test_hashes_have_64_bits(site: Site) -> None:
     wish = {"model": "m", "block_size": 4, "seq_hashes": [1, 2**64]}
     status, answer = await site.send("/query_by_hash", wish)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conductor.indexer import contexts as contexts_module
 from conductor.indexer import source as source_module
 from conductor.indexer.contexts import ContextKey, Contexts, InstanceHits, RankHits, Tier
-from conductor.indexer.events import decode_salted, decode_told
+from conductor.indexer.events import decode_engine, decode_salted, decode_told
 from conductor.indexer.hashes import VllmV1, Xxh3, low64, xxh3_names
 from conductor.indexer.source import LeftOut, Source
 from mooncake.core.errors import CapacityError, ProtocolError, RequestError
@@ -303,7 +303,9 @@ def test_objects_are_named_by_their_keys_where_no_hash_is_told(contexts: Context
 def test_a_publisher_of_the_standard_needs_no_tokens_and_may_have_a_gpu(contexts: Contexts) -> None:
     names = list(xxh3_names(None, pack(PROMPT), SIZE, SEED))
     engine = source(contexts)
-    engine.apply(decode_told(batch(put(names[:2], medium="gpu"))))
+    envelope = put(names[:2], medium="gpu")
+    del envelope["type"]
+    engine.apply(decode_engine(batch(envelope)))
     pooled(source(contexts, kind="Mooncake", instance="pool"), put(names[2:], medium=None))
     assert ask(contexts)["i0"].best == RankHits(8, 16, 16)
 
@@ -397,7 +399,7 @@ def test_a_full_context_drops_its_oldest_blocks_and_says_so() -> None:
     "payload", [b"", b"\xc1", batch(["BlockStored", 1]), msgspec.msgpack.encode([1.0, 5])]
 )
 def test_what_is_no_batch_is_a_protocol_error(payload: bytes) -> None:
-    for decode in (decode_batch, decode_told, decode_salted):
+    for decode in (decode_engine, decode_told, decode_salted):
         with pytest.raises(ProtocolError):
             decode(payload)
 
