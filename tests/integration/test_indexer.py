@@ -1,5 +1,6 @@
 """A real vLLM engine and a real indexer: what is cached is found by who asks as upstream's proxy does."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,9 +15,14 @@ from typing import Any
 
 import pytest
 
+from tests.integration.client import GREEDY
+from tests.integration.cluster import BLOCK as CLUSTER_BLOCK
+from tests.integration.cluster import Cluster, wait_until
 from tests.integration.engine_script import ROOT, run_script
 from tests.integration.indexer_engine import ASKS, BLOCK, BLOCKS, longest, send, tokens_of
 from tests.integration.ports import lasting_port
+from tests.integration.reference import random_prompt
+from tests.integration.setups import AGGREGATED
 
 pytestmark = pytest.mark.integration
 
@@ -24,12 +30,12 @@ ALL = BLOCKS * BLOCK
 START_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """`mooncake indexer` as its users start it."""
+@contextlib.contextmanager
+def indexer(*flags: str) -> Iterator[str]:
+    """Run `mooncake indexer` as its users start it; yield its URL."""
     port = lasting_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mooncake", "indexer", "--port", str(port), "--log-level", "warning"],
+        [sys.executable, "-m", "mooncake", "indexer", f"--port={port}", "--log-level=warning", *flags],
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -45,6 +51,12 @@ def url() -> Iterator[str]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with indexer() as address:
+        yield address
 
 
 def wait_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -93,3 +105,28 @@ def test_an_engine_that_is_gone_is_not_told_of_any_more(asked, url):
     assert service["Lost"] == service["Undecodable"] == 0
     query = {"model": "tiny", "block_size": BLOCK, "token_ids": tokens_of(0)}
     assert longest(send(f"{url}/query", query)) == 0
+
+
+@pytest.mark.parametrize("cluster", [AGGREGATED], ids=lambda setup: setup.name, indirect=True)
+def test_a_router_can_ask_what_our_own_cluster_holds(cluster: Cluster):
+    prompt = random_prompt(5 * CLUSTER_BLOCK + 3, 7200)
+    model = cluster.record("both-0").model
+    query = {"model": model, "block_size": CLUSTER_BLOCK, "token_ids": prompt}
+    with indexer(f"--metadata=ipc://{cluster.run_dir}/metadata.sock") as address:
+
+        def hits() -> dict[str, Any]:
+            return send(f"{address}/query?generation=2", query)["instances"]
+
+        wait_until("both engines are known", lambda: len(hits()) == 2, START_S)
+        assert {one["longest_matched"] for one in hits().values()} == {0}
+        cluster.client.complete(prompt, max_tokens=4, **GREEDY)
+        everything = 5 * CLUSTER_BLOCK
+        # whoever computed it has it in its own cache, and the pool has it for the other one
+        wait_until(
+            "the prompt is found",
+            lambda: (
+                sorted((one["gpu"], one["cpu"]) for one in hits().values())
+                == [(0, everything), (everything, everything)]
+            ),
+            START_S,
+        )
