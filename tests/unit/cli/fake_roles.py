@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 
 from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
-from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX
+from mooncake.core.messages import CORES_PREFIX, GATEWAYS_PREFIX, INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.shared_port import join
 from mooncake.up import launch
 
 FAKE_STORE_ENV = "FAKE_STORE"
@@ -77,6 +78,26 @@ async def _conductor(options: GatewayOptions) -> None:
     await server.close()
 
 
+async def _core(options: GatewayOptions) -> None:
+    server = MetadataServer(options.metadata_endpoint)
+    server.start()
+    await _registered(options.metadata_endpoint, CORES_PREFIX + options.name)
+    await server.close()
+
+
+async def _gateway(options: GatewayOptions) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n%d" % os.getpid())
+        writer.close()
+
+    assert options.share_port
+    for one in join(options.host, options.port):
+        await asyncio.start_server(answer, sock=one)
+    await _registered(options.metadata_endpoint, GATEWAYS_PREFIX + options.name)
+    print("gateway stops", time.monotonic(), flush=True)
+
+
 async def _registered(endpoint: str, key: str, stubborn: bool = False) -> None:
     registration = Registration(RemoteMetadata(endpoint), key, lambda: b"%d" % os.getpid())
     registration.start()
@@ -101,6 +122,10 @@ def run(role: str, data: bytes) -> int:
         return 0
     if role == "conductor":
         asyncio.run(_conductor(msgspec.msgpack.decode(data, type=GatewayOptions)))
+        return 0
+    if role in ("core", "gateway"):
+        front = msgspec.msgpack.decode(data, type=GatewayOptions)
+        asyncio.run(_core(front) if role == "core" else _gateway(front))
         return 0
     options = msgspec.msgpack.decode(data, type=WorkerOptions)
     for argument in options.vllm_args:

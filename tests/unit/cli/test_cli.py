@@ -25,6 +25,12 @@ def test_help_imports_nothing_heavy():
     assert not {"torch", "vllm", "numpy", "zmq", "transformers", "asyncio"} & set(loaded)
 
 
+def test_a_decision_core_imports_no_engine():
+    code = "import sys; import conductor.processes; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "vllm", "transformers"} & set(loaded.split())
+
+
 COMMANDS = (
     "up", "model", "doctor", "conductor", "gateway", "prefill", "decode", "store", "directory", "pool", "top",
     "version",

@@ -135,6 +135,38 @@ async def test_a_killed_engine_is_reported_and_comes_back(run_dir, monkeypatch):
 
 
 @pytest.mark.chaos
+async def test_gateways_share_the_port_and_one_that_is_killed_comes_back(run_dir, monkeypatch):
+    monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.05)
+    async with running(run_dir, gateways=2) as up:
+        assert await up.ready()
+        first, second = (up.cluster._supervised[f"gateway-{i}"].pid for i in range(2))
+
+        async def served() -> set[int]:
+            url = f"http://127.0.0.1:{up.port}"
+            return {int(await asyncio.to_thread(fetch, url)) for _ in range(40)}
+
+        assert await served() == {first, second}
+        os.kill(first, signal.SIGKILL)
+        await up.shown("restarting: killed by SIGKILL")
+        await up.shown("restart 1")
+        restarted = up.cluster._supervised["gateway-0"].pid
+        await up.shown(f"ready: pid {restarted}")
+        assert await served() == {restarted, second}
+
+
+@pytest.mark.chaos
+async def test_the_death_of_the_core_takes_no_gateway_along(run_dir, monkeypatch):
+    monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.05)
+    async with running(run_dir, gateways=1) as up:
+        assert await up.ready()
+        gateway = up.cluster._supervised["gateway-0"].pid
+        os.kill(up.cluster._supervised["core"].pid, signal.SIGKILL)
+        await up.shown("restart 1")
+        await up.shown(f"core         ready: pid {up.cluster._supervised['core'].pid}")
+        assert int(await asyncio.to_thread(fetch, f"http://127.0.0.1:{up.port}")) == gateway
+
+
+@pytest.mark.chaos
 async def test_an_engine_that_keeps_dying_ends_up_with_its_log_and_last_words(run_dir, monkeypatch):
     monkeypatch.setattr("mooncake.core.supervise.BACKOFF_S_MIN", 0.01)
     async with running(run_dir, vllm_args=["die=7"]) as up:
