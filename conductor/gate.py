@@ -33,6 +33,8 @@ with all of it 0.2 to 0.4 % more requests miss their objective (simulator, conve
 
 URGENT_LOOK_S = 0.25
 """So often it is asked whether jobs would be late: four thousand of them take half a millisecond."""
+LOOK_S = 0.5
+"""Jobs are promoted so much earlier: somebody looks four times a second, more seldom on a busy machine."""
 _LOAD = frozenset({Reason.QUEUE_FULL, Reason.TBT_SLO, Reason.PREFILL_LOAD, Reason.DECODE_LOAD})
 """Why the scheduler turns away what it would take later: batch work goes on waiting."""
 
@@ -94,12 +96,12 @@ class Gate:
             if (best is None or best > terms.slo_class.rank) and self._is_open(now_s):
                 return place(now_s), []
         needs = work()
+        if rejection := self._too_late(now_s, request_id, terms, needs):
+            return rejection, []
         if is_batch and best is None and self._idle.has_room(now_s, needs):
             answer = place(now_s)
             if not _may_wait(answer):
                 return answer, []
-        if rejection := self._too_late(now_s, request_id, terms, needs):
-            return rejection, []
         one = self._waiting(now_s, request_id, terms, needs)
         own: Rejection | None = None
         others: list[Outcome] = []
@@ -184,7 +186,7 @@ class Gate:
         elif is_batch and terms.job_s is not None:
             limit_s, end_s = terms.job_s - needs.answer_s, now_s + terms.job_s
             # it does not begin at once then either, and predictions are no promises
-            needed_s = JOB_MARGIN * (work_s + needs.answer_s) + self._ahead_s(now_s, PROMOTED)
+            needed_s = JOB_MARGIN * (work_s + needs.answer_s) + self._ahead_s(now_s, PROMOTED) + LOOK_S
             promote_s = end_s - needed_s
         wait_s = max(limit_s - work_s, limit_s * SHARE_MIN)
         return Waiting(

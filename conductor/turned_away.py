@@ -8,6 +8,7 @@ from conductor.vllm_seam import Unavailable
 _STATUS = {
     Reason.NO_INSTANCE_FITS: HTTPStatus.BAD_REQUEST,
     Reason.TTFT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
+    Reason.JOB_TIME: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.TBT_SLO: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.PREFILL_LOAD: HTTPStatus.TOO_MANY_REQUESTS,
     Reason.DECODE_LOAD: HTTPStatus.TOO_MANY_REQUESTS,

@@ -8,11 +8,15 @@ import test_http
 from conftest import make_request
 from test_http import CHAT
 
+from conductor.cost import CostModel
+from conductor.gate import GateConfig
 from conductor.tenants import Quotas, Tenant, Tenants
 from conductor.terms import CLASSES, Terms
+from conductor.vllm_seam import Unavailable
 
 configured, site, sdk = test_http.configured, test_http.site, test_http.sdk  # fixtures
 PROMPT = list(range(10, 23))
+BATCH = Terms(slo_class=CLASSES["batch"])
 COMPLETION = {"model": "tiny", "prompt": "x", "max_tokens": 4}
 
 
@@ -164,3 +168,59 @@ async def test_the_flood_of_one_tenant_is_lowered_to_what_it_may_have(make_world
     for one in terms:
         await world.finish(world.add(make_request(PROMPT), one))
     assert priorities(engine) == [100, -200]
+
+
+def slow() -> CostModel:
+    """Until a prompt was measured, one is expected to take ten seconds."""
+    return CostModel(prefill_prior=(10.0, 1e-9, 1e-12))
+
+
+async def test_a_tenant_is_served_next_whatever_flood_another_has_sent_before(make_world) -> None:
+    world = make_world(gate=GateConfig(hold_s=1e-6), cost=slow(), quotas=Quotas(Tenants({"calm": Tenant()})))
+    prefill = await world.engine("p0", "prefill")
+    await world.engine("d0", "decode")
+    flood = [world.add(make_request([n, *PROMPT]), Terms(tenant="flood")) for n in range(60)]
+    calm = [world.add(make_request([n, *PROMPT]), Terms(tenant="calm")) for n in range(100, 104)]
+    for rid in (*calm, *flood):
+        assert len(await world.finish(rid)) == 8
+    order = [request.prompt_token_ids[0] for request in prefill.received]
+    assert max(order.index(n) for n in range(100, 104)) < 12
+
+
+async def test_batch_work_waits_in_the_gateway_for_idle_engines_and_is_passed_by_others(make_world) -> None:
+    world = make_world(cost=slow())
+    prefill = await world.engine("p0", "prefill", step_s=0.05)
+    await world.engine("d0", "decode")
+    batch = [world.add(make_request([n, *PROMPT]), BATCH) for n in range(6)]
+    assert world.metric("mooncake_requests_waiting") == 5
+    others = [world.add(make_request([n, *PROMPT])) for n in range(100, 103)]
+    assert world.metric("mooncake_requests_waiting") == 5
+    for rid in (*batch, *others):
+        assert len(await world.finish(rid)) == 8
+    order = [request.prompt_token_ids[0] for request in prefill.received]
+    assert order[:4] == [0, 100, 101, 102]
+    await world.until(lambda: world.dispatcher.in_flight == 0)
+    assert world.view.charged == 0
+
+
+async def test_a_job_that_would_be_late_reaches_engines_as_an_interactive_request(make_world) -> None:
+    world = make_world(cost=CostModel(prefill_prior=(0.1, 1e-9, 1e-12)))
+    prefill = await world.engine("p0", "prefill", step_s=3600.0)  # the first step is free, then it is busy
+    await world.engine("d0", "decode")
+    await world.finish(world.add(make_request(PROMPT)))
+    world.add(make_request(PROMPT))
+    soon = Terms(slo_class=CLASSES["batch"], job_s=3.0)
+    world.add(make_request([7, *PROMPT], max_tokens=2), soon)
+    assert world.metric("mooncake_requests_waiting") == 1
+    await world.until(lambda: len(prefill.received) == 3)
+    assert priorities(prefill) == [0, 0, CLASSES["interactive"].priority]
+
+
+async def test_a_job_without_enough_time_is_refused_with_429_and_why(make_world) -> None:
+    world = make_world(cost=slow())
+    await world.engine("b0", "both")
+    with pytest.raises(Unavailable, match="the job cannot be done in its time: predicted 10") as caught:
+        world.add(make_request(PROMPT), Terms(slo_class=CLASSES["batch"], job_s=5.0))
+    assert (caught.value.http_status, caught.value.retry_after_s) == (429, 0.0)
+    reason = "the job cannot be done in its time"
+    assert world.metric("mooncake_rejections_total", reason=reason, slo_class="batch") == 1

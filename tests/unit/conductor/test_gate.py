@@ -252,6 +252,8 @@ def test_a_job_that_cannot_be_done_in_its_time_is_refused_at_once_with_why():
     assert answer.reason is Reason.JOB_TIME
     assert "predicted 7.0 s, of which 2.0 s others'; the job has 6.0 s" in answer.detail
     assert answer.retry_after_s == 1.0
+    assert world.offer("longer", job(60.0)) == (None, [])
+    assert isinstance(World().offer("at once", job(0.5))[0], Rejection), "engines that do nothing are no help"
     answer, _ = world.offer("never", job(4.5))
     assert answer.retry_after_s == 0.0, "it is no use to ask again"
     assert world.offer("possible", job(7.5)) == (None, [])
@@ -275,7 +277,7 @@ def test_a_job_that_would_be_late_goes_as_an_interactive_request():
     world = World(hold_s=0.0)
     world.offer("runs", prompt_len=1)
     assert world.offer("job", job(30.0)) == (None, [])
-    world.now_s = 26.0
+    world.now_s = 26.0  # of 30: a second of work twice, one of others', and a look
     assert world.gate.pump(world.now_s) == []
     world.now_s = 28.0
     (outcome,) = world.gate.pump(world.now_s)
