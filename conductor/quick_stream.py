@@ -141,7 +141,7 @@ def _plain(serving: Any, request: Any) -> bool:
         request.n in (None, 1)
         and not request.echo
         and not request.return_token_ids
-        and not serving.enable_log_outputs
+        and not getattr(serving, "enable_log_outputs", False)  # chats alone have it
         and not serving.enable_force_include_usage
         and (options is None or not options.continuous_usage_stats)
     )
