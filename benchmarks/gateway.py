@@ -16,9 +16,10 @@ left out without.
 
 import argparse
 import itertools
-import json
 import random
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,7 +27,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.gateway_peers import load
-from benchmarks.gateway_peers.paths import Way, serving
+from benchmarks.gateway_peers.paths import Way, Ways, serving, tree_cpu_s
 
 STEP_S = 0.025
 FORM = argparse.RawDescriptionHelpFormatter
@@ -91,6 +92,60 @@ def streaming(way: Way, count: int, tokens: int) -> dict[str, float]:
     for connection in connections:
         connection.close()
     return {"cpu": cpu_s / made * 1e6, "wall": made / wall_s, "tokens_per_event": made / events}
+
+
+def spread(ways: Ways, fronts: int, count: int, tokens: int) -> dict[str, float]:
+    """Stream `count` answers over so many gateways; return CPU per token of the busiest, and of the core."""
+    payloads = [
+        load.body([{"role": "user", "content": text(200, next(_fresh))}], tokens, stream=True)
+        for _ in range(count)
+    ]
+    used = ways.fronts[:fronts]
+    connections = [load.Connection(used[i % fronts].port) for i in range(count)]
+    before_s, core_s, began_s = [way.cpu_s() for way in used], tree_cpu_s(ways.core_pid), time.perf_counter()
+    made, events = load.streams(connections, payloads)
+    wall_s = time.perf_counter() - began_s
+    spent_s = [way.cpu_s() - before for way, before in zip(used, before_s, strict=True)]
+    core_s = tree_cpu_s(ways.core_pid) - core_s
+    for connection in connections:
+        connection.close()
+    return {
+        "busiest": max(spent_s) / made * 1e6,
+        "all": sum(spent_s) / made * 1e6,
+        "core": core_s / made * 1e6,
+        "wall": made / wall_s,
+        "events": events / wall_s,
+    }
+
+
+def gateways(ways: Ways, rounds: int, begin: Callable[[str], None], *, quick: bool) -> list[dict[str, Any]]:
+    """Compare two gateways with one, both under a decision core of their own.
+
+    Tokens a second of one core: what its busiest process allows. `flooded` asks for more than one gateway
+    can send one by one; it counts events by the clock, and needs a machine on which nothing else runs.
+    """
+    rows = []
+    loads = (("light", 32, 40),) if quick else (("light", 32, 200), ("flooded", 384, 100))
+    for name, count, tokens in loads:
+        found: list[dict[str, dict[str, float]]] = []
+        for index in range(rounds + 1):  # the first warms up
+            begin(f"{name}, 1 and 2 gateways")
+            row = {str(n): spread(ways, n, count, tokens) for n in ((1, 2) if index % 2 else (2, 1))}
+            if index:
+                found.append(row)
+        one, two = ({key: statistics.median(r[n][key] for r in found) for key in found[0][n]} for n in "12")
+        rows.append({
+            "what": f"{name}, {count} streams",
+            "CPU us/token: one": one["all"],
+            "two": two["all"],
+            "core": two["core"],
+            "capacity two / one": statistics.median(
+                r["1"]["busiest"] / max(r["2"]["busiest"], r["2"]["core"]) for r in found
+            ),
+            "events/s: one": one["events"],
+            "two ": two["events"],
+        })  # fmt: skip
+    return rows
 
 
 def answering(way: Way, make: Callable[[int], Iterator[bytes]], chars: int, count: int) -> dict[str, float]:
@@ -180,6 +235,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="scenarios whose names have this in them")
     parser.add_argument("--sglang-router", metavar="DIR", help="environment with sglang-router 0.3.2")
     parser.add_argument("--vllm-router", metavar="DIR", help="environment with vllm-router 0.1.17")
+    # `timeout` and Ctrl-C alike end through `finally`, which stops the servers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return parser.parse_args()
 
 
@@ -193,9 +250,13 @@ def main() -> None:
     rounds = 1 if args.quick else args.rounds
     todo = {name: run for name, run in scenarios(quick=args.quick).items() if args.only in name}
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in todo}
-    with serving(tiny=args.quick, gateways=1, step_s=STEP_S, venvs=venvs) as ways:
+    several = args.only in "gateways"
+    with serving(tiny=args.quick, fronts=2 if several else 0, step_s=STEP_S, venvs=venvs) as all_ways:
+        ways = all_ways.compared
         names = [way.name for way in ways]
-        with harness.progress((rounds + 1) * len(todo) * len(ways)) as begin:
+        scaling: list[dict[str, Any]] = []
+        steps = len(todo) * len(ways) + (0 if not several else 1 if args.quick else 2)
+        with harness.progress((rounds + 1) * steps) as begin:
             for index in range(rounds + 1):  # the first warms up
                 for name, run in todo.items():
                     row = {}
@@ -204,9 +265,14 @@ def main() -> None:
                         row[way.name] = run(way)
                     if index:
                         found[name].append(row)
+            if several:
+                scaling = gateways(all_ways, rounds, begin, quick=args.quick)
     rows = table(found, names)
-    show(rows, names)
-    harness.save(args.json, {"rows": rows, "rounds": json.loads(json.dumps(found))})
+    if rows:
+        show(rows, names)
+    if scaling:
+        harness.show("one gateway and two, a decision core beside them", scaling)
+    harness.save(args.json, {"rows": rows, "gateways": scaling, "rounds": found})
 
 
 if __name__ == "__main__":

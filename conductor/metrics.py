@@ -8,6 +8,8 @@ from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from conductor.quick_metrics import QuickCounter, QuickHistogram
+
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _WAIT_S = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0)
 _GAP_S = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
@@ -62,7 +64,7 @@ class GatewayMetrics:
         self.stale_outputs = Counter(
             "mooncake_stale_outputs", "Engine outputs of legs that were over.", registry=registry
         )
-        self.tokens = Counter("mooncake_tokens", "Tokens handed to clients.", registry=registry)
+        self.tokens = QuickCounter("mooncake_tokens", "Tokens handed to clients.", registry)
         self.prefix_lookup_blocks = Counter(
             "mooncake_prefix_lookup_blocks", "Full blocks of planned prompts.", registry=registry
         )
@@ -86,8 +88,8 @@ class GatewayMetrics:
             buckets=_WAIT_S,
             registry=registry,
         )
-        self.tbt_s = Histogram(
-            "mooncake_tbt_seconds", "Gap between outputs of a request.", buckets=_GAP_S, registry=registry
+        self.tbt_s = QuickHistogram(
+            "mooncake_tbt_seconds", "Gap between outputs of a request.", _GAP_S, registry
         )
         self.predicted_ttft_s = Histogram(
             "mooncake_predicted_ttft_seconds",

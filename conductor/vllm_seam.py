@@ -83,6 +83,8 @@ VLLM_SYMBOLS: Final[dict[str, str]] = {
     "vllm.v1.engine.parallel_sampling:ParentRequest": "children are '<index>_<parent id>'",
     "vllm.v1.engine.async_llm:AsyncLLM": "the front end",
     "vllm.v1.engine.output_processor:OutputProcessor": "fail_requests ends a request's stream",
+    "vllm.envs:enable_envs_cache": "settings do not change while we serve",
+    "vllm.envs:disable_envs_cache": "the same",
     "vllm.exceptions:GracefulHTTPError": "rejections with an HTTP status of our choice",
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "quick_stream.py writes its chunks",
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "the same",
@@ -281,10 +283,12 @@ async def serve(
     vLLM's serve_http would stop its engine client before the HTTP server, which cuts requests in
     flight; here the order is the other way round.
     """
+    from vllm import envs
     from vllm.entrypoints.launchers.launcher import NoSignalServer
 
     server = NoSignalServer(_server_config(asgi, args))
     app.state.server = server
+    envs.enable_envs_cache()  # as vLLM's engine does: its front end asks the environment for every token
     joined = join(args.host or "", args.port) if share_port and not args.uds else None
     serving = asyncio.create_task(server.serve(joined), name="http")
     stopping = asyncio.create_task(_stopped(server, stop, serves), name="stop")
@@ -296,6 +300,7 @@ async def serve(
         await serving
     finally:
         stopping.cancel()
+        envs.disable_envs_cache()
 
 
 def _server_config(asgi: Any, args: argparse.Namespace) -> Any:

@@ -44,6 +44,14 @@ class Way(msgspec.Struct):
         return sum(tree_cpu_s(pid) for pid in self.pids)
 
 
+class Ways(msgspec.Struct):
+    """Those that are compared, ours first; and our gateways that share a decision core, with its pid."""
+
+    compared: list[Way]
+    fronts: list[Way]
+    core_pid: int
+
+
 def tree_cpu_s(pid: int) -> float:
     """Return the CPU seconds of one process and all under it (from /proc, to 10 ms)."""
     total = 0.0
@@ -103,8 +111,8 @@ def _start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
 
 
 @contextlib.contextmanager
-def serving(*, tiny: bool, gateways: int, step_s: float, venvs: dict[str, str | None]) -> Iterator[list[Way]]:
-    """Start everything; give ours (each gateway), plain vLLM, and each router of `venvs` that is there.
+def serving(*, tiny: bool, fronts: int, step_s: float, venvs: dict[str, str | None]) -> Iterator[Ways]:
+    """Start everything; of `venvs`, the routers that are named; a decision core if there are `fronts`.
 
     Raises:
         PeerTimeout: something does not answer; the message has the end of its log.
@@ -116,21 +124,22 @@ def serving(*, tiny: bool, gateways: int, step_s: float, venvs: dict[str, str | 
         plan = Plan(
             folder=str(folder), model=str(model), vocabulary=model_folder(model, tiny=tiny),
             max_model_len=MAX_MODEL_LEN, step_s=step_s, plain_port=harness.free_port(),
-            gateway_ports=[harness.free_port() for _ in range(gateways)],
-            metadata_ports=[harness.free_port() for _ in range(gateways)],
+            gateway_port=harness.free_port(), gateway_metadata=harness.free_port(),
+            front_ports=[harness.free_port() for _ in range(fronts)], core_metadata=harness.free_port(),
         )  # fmt: skip
         (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
         argv = [sys.executable, "-m", "benchmarks.gateway_peers.stack", str(folder / "plan.json")]
         stack = _start(argv, folder / "stack.log")
         ended.callback(_stop, stack)
-        found = []
-        for index, port in enumerate(plan.gateway_ports):
-            _wait(f"http://127.0.0.1:{port}", "our gateway", folder / f"gateway-{index}.log", stack)
+        _wait(f"http://127.0.0.1:{plan.gateway_port}", "our gateway", folder / "gateway.log", stack)
+        for index, port in enumerate(plan.front_ports):
+            _wait(f"http://127.0.0.1:{port}", "our front", folder / f"front-{index}.log", stack)
         _wait(f"http://127.0.0.1:{plan.plain_port}", "plain vLLM", folder / "plain.log", stack)
         pids = json.loads((folder / "pids.json").read_text())
-        for index, port in enumerate(plan.gateway_ports):
-            found.append(Way(f"ours {index}" if index else "ours", port, [pids[f"gateway-{index}"]]))
-        found.append(Way("plain vLLM", plan.plain_port, [pids["plain"]]))
+        found = [
+            Way("ours", plan.gateway_port, [pids["gateway"]]),
+            Way("plain vLLM", plan.plain_port, [pids["plain"]]),
+        ]
         for name, program in ROUTERS.items():
             venv = venvs.get(name)
             if venv is None:
@@ -147,4 +156,8 @@ def serving(*, tiny: bool, gateways: int, step_s: float, venvs: dict[str, str | 
             ended.callback(_stop, router)
             _wait(f"http://127.0.0.1:{port}", name, log, router)
             found.append(Way(f"{name} + plain", port, [router.pid, pids["plain"]]))
-        yield found
+        own = [
+            Way(f"front {index}", port, [pids[f"front-{index}"]])
+            for index, port in enumerate(plan.front_ports)
+        ]
+        yield Ways(found, own, pids.get("core", 0))

@@ -4,7 +4,8 @@ vLLM takes 20 CPU-seconds to import, so its servers are forked from the process 
 
     null engine   RelayFronts (a prefill and a decode instance) and a CoreFront
     plain         vLLM's API server over vLLM's own AsyncMPClient, whose EngineCore is the CoreFront
-    gateway-N     ours, over the RelayFronts
+    gateway       ours, with its decision core inside, over the RelayFronts
+    front-N       gateways without one, over the same RelayFronts; "core" decides for them
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -35,8 +37,10 @@ class Plan(msgspec.Struct, frozen=True):
     max_model_len: int
     step_s: float
     plain_port: int
-    gateway_ports: list[int]
-    metadata_ports: list[int]
+    gateway_port: int
+    gateway_metadata: int
+    front_ports: list[int]
+    core_metadata: int
 
 
 def null_engine(plan: Plan) -> None:
@@ -51,7 +55,7 @@ def null_engine(plan: Plan) -> None:
     relays = [RelayFront(context, f"null-{role}", role, plan.vocabulary) for role in ("prefill", "decode")]
     fronts: list[Front] = [*relays, CoreFront(context, plan.folder, plan.vocabulary)]
     records = [relay.record(plan.model, plan.max_model_len) for relay in relays]
-    for port in plan.metadata_ports:
+    for port in (plan.gateway_metadata, *((plan.core_metadata,) if plan.front_ports else ())):
         at = f"tcp://127.0.0.1:{port}"
         threading.Thread(target=lambda at=at: asyncio.run(register(at, records, stop)), daemon=True).start()
     serve(fronts, plan.step_s, stop)
@@ -95,17 +99,36 @@ def plain(plan: Plan) -> None:
     uvloop.run(main())
 
 
-def gateway(plan: Plan, index: int) -> None:
-    """Serve our gateway."""
-    from conductor import gateway as ours
+def options(plan: Plan, port: int, metadata: int, name: str) -> Any:
+    """Return the settings of one of our processes."""
     from mooncake.core.config import GatewayOptions
 
-    options = GatewayOptions(
-        model=plan.model, run_dir=plan.folder, port=plan.gateway_ports[index], served_name="m",
-        metadata_endpoint=f"tcp://127.0.0.1:{plan.metadata_ports[index]}", block_size=32,
-        max_model_len=plan.max_model_len,
+    return GatewayOptions(
+        model=plan.model, run_dir=plan.folder, port=port, served_name="m", name=name,
+        metadata_endpoint=f"tcp://127.0.0.1:{metadata}", block_size=32, max_model_len=plan.max_model_len,
     )  # fmt: skip
-    ours.main(options)
+
+
+def gateway(plan: Plan) -> None:
+    """Serve our gateway, decision core included."""
+    from conductor import gateway as ours
+
+    ours.main(options(plan, plan.gateway_port, plan.gateway_metadata, "gateway"))
+
+
+def core(plan: Plan) -> None:
+    """Decide for the fronts."""
+    from conductor import processes
+
+    processes.main(options(plan, plan.gateway_port, plan.core_metadata, "core"))
+
+
+def front(plan: Plan, index: int) -> None:
+    """Serve one of several gateways."""
+    from conductor import gateway as ours
+
+    made = options(plan, plan.front_ports[index], plan.core_metadata, f"front-{index}")
+    ours.main(made, alone=False)
 
 
 def forked(plan: Plan, name: str, run: Callable[[], None]) -> int:
@@ -143,8 +166,11 @@ def main() -> None:
 
     pids = {"null engine": forked(plan, "null", lambda: null_engine(plan))}
     pids["plain"] = forked(plan, "plain", lambda: plain(plan))
-    for index in range(len(plan.gateway_ports)):
-        pids[f"gateway-{index}"] = forked(plan, f"gateway-{index}", partial(gateway, plan, index))
+    pids["gateway"] = forked(plan, "gateway", lambda: gateway(plan))
+    if plan.front_ports:
+        pids["core"] = forked(plan, "core", lambda: core(plan))
+    for index in range(len(plan.front_ports)):
+        pids[f"front-{index}"] = forked(plan, f"front-{index}", partial(front, plan, index))
     (Path(plan.folder) / "pids.json").write_bytes(msgspec.json.encode(pids))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
