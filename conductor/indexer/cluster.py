@@ -186,5 +186,5 @@ class _OwnNaming:
         self._size = block_size
         self.identity = self._root
 
-    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
-        return chain_packed(parent or self._root, packed, self._size)
+    def span(self, parent: bytes | None, packed: bytes) -> bytes:
+        return b"".join(chain_packed(parent or self._root, packed, self._size))

@@ -14,6 +14,7 @@ import msgspec
 from conductor.index import BLOCKS_MAX, PrefixIndex
 from conductor.indexer.hashes import (
     After,
+    Keys,
     LazyKeys,
     Naming,
     Own,
@@ -23,7 +24,7 @@ from conductor.indexer.hashes import (
     VllmV1,
     Xxh3,
     Xxh3Naming,
-    key_of,
+    blob_of,
 )
 from conductor.prompt_keys import KeyMemo
 from mooncake.core.errors import CapacityError, RequestError
@@ -107,7 +108,7 @@ class _Layout(msgspec.Struct, frozen=True):
     pools: dict[Tier, list[str]]
 
 
-Look = tuple[PrefixIndex, Sequence[bytes]]
+Look = tuple[PrefixIndex, Keys]
 """An index, and a prompt's names in it."""
 
 
@@ -197,7 +198,7 @@ class Context:
         """
         size, profile = self.key.block_size, self.profile
         own = (self.tokens, LazyKeys(self._naming(salt), packed, size, self._memo))
-        pooled = [own]
+        pooled: list[Look] = [own]
         if isinstance(profile, VllmV1):
             pooled = []
             if any(self._layout().pools.values()):
@@ -207,7 +208,7 @@ class Context:
 
     def by_hashes(self, hashes: Sequence[int], instance: str | None) -> dict[str, InstanceHits]:
         """Return the same of names that the context's profile makes."""
-        own = (self.hashes, list(map(key_of, hashes)))
+        own = (self.hashes, Keys(blob_of(hashes), len(hashes)))
         return self._hits(own, [own], instance)
 
     def _xxh3(self, salt: Salt) -> Naming:

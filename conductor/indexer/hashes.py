@@ -32,6 +32,8 @@ _TWO = struct.Struct("<QQ").pack
 KEY_BYTES = 32
 FRAME_BYTES = 64 << 10
 """A frame of pickle's ends with the first object beyond."""
+PACKED_MAX = 128
+"""Names up to which struct is quicker than numpy, by five times at 32; it remembers a hundred formats."""
 SPELLED_MAX = 1 << 18
 """Token ids whose spelling is remembered: a vocabulary."""
 
@@ -52,37 +54,30 @@ def low64(block_hash: int | bytes) -> int:
 
 def blob_of(names: Sequence[int]) -> bytes:
     """Return key_of of every name, in a row."""
+    if len(names) <= PACKED_MAX:
+        return struct.pack("<" + "Q24x" * len(names), *names)
     keys = np.zeros((len(names), KEY_BYTES // 8), "<u8")
     keys[:, 0] = names
     return keys.tobytes()
 
 
 class Naming(Protocol):
-    """How a prompt's blocks are named; keys as PrefixIndex takes them."""
+    """How a prompt's blocks are named; keys as PrefixIndex takes them, in a row."""
 
     identity: bytes
     """Of all that names depend on besides tokens."""
 
-    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+    def span(self, parent: bytes | None, packed: bytes) -> bytes:
         """Return the keys of blocks that follow one with key `parent`; None = of a prompt's first blocks."""
 
 
-class LazyKeys(Sequence[bytes]):
-    """Keys that are made when they are looked at: most prompts end to be known long before they end.
+class Keys(Sequence[bytes]):
+    """Keys in a row. A slice has them in one piece: who looks them up would join the pieces."""
 
-    Spans are remembered by a quick hash of all tokens up to their end, as conversations send the same prefix
-    again with every turn.
-    """
-
-    def __init__(self, naming: Naming, packed: bytes, block_size: int, memo: KeyMemo) -> None:
-        """`packed`: tokens as little-endian u32."""
-        self._naming = naming
-        self._packed = packed
-        self._span_bytes = 4 * block_size * SPAN_BLOCKS
-        self._count = len(packed) // (4 * block_size)
-        self._memo = memo
-        self._made: list[bytes] = []
-        self._prefix = xxh3_128(naming.identity + block_size.to_bytes(4))
+    def __init__(self, row: bytes, count: int) -> None:
+        """`count` keys, of which `row` has the first ones."""
+        self._row = bytearray(row)
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
@@ -92,36 +87,54 @@ class LazyKeys(Sequence[bytes]):
     @overload
     def __getitem__(self, at: slice) -> list[bytes]: ...
     def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
-        """Make what is missing up to there."""
+        """Return one key, or a list of one piece that is all keys of the slice."""
         if not isinstance(at, slice):
             at = range(self._count)[at]
-            self._make(at + 1)
-            return self._made[at]
+            return self[at : at + 1][0]
         wanted = range(self._count)[at]
-        if wanted:
-            self._make(max(wanted[0], wanted[-1]) + 1)
-        if wanted.step == 1:
-            return self._made[wanted.start : wanted.stop]
-        return [self._made[one] for one in wanted]
+        assert wanted.step == 1
+        self._make(wanted.stop)
+        return [bytes(self._row[KEY_BYTES * wanted.start : KEY_BYTES * wanted.stop])]
 
     def _make(self, count: int) -> None:
-        made = self._made
-        while len(made) < count:
-            begin = len(made) // SPAN_BLOCKS * self._span_bytes
-            packed = self._packed[begin : begin + self._span_bytes]
+        """Have so many."""
+
+
+class LazyKeys(Keys):
+    """Keys that are made when they are looked at: most prompts end to be known long before they end.
+
+    Spans are remembered by a quick hash of all tokens up to their end, as conversations send the same prefix
+    again with every turn.
+    """
+
+    def __init__(self, naming: Naming, packed: bytes, block_size: int, memo: KeyMemo) -> None:
+        """`packed`: tokens as little-endian u32."""
+        super().__init__(b"", len(packed) // (4 * block_size))
+        self._naming = naming
+        self._packed = packed
+        self._span_bytes = 4 * block_size * SPAN_BLOCKS
+        self._memo = memo
+        self._begin = 0
+        self._prefix = xxh3_128(naming.identity + block_size.to_bytes(4))
+
+    def _make(self, count: int) -> None:
+        row = self._row
+        while len(row) < KEY_BYTES * count:
+            packed = self._packed[self._begin : self._begin + self._span_bytes]
+            self._begin += self._span_bytes
             self._prefix.update(packed)
             prefix = self._prefix.digest()
             span = self._memo.find(prefix)
             if span is None:
-                span = tuple(self._naming.span(made[-1] if made else None, packed))
+                span = (self._naming.span(bytes(row[-KEY_BYTES:]) or None, packed),)
                 self._memo.add(prefix, span)
-            made += span
+            row += span[0]
 
 
 class After(Sequence[bytes]):
     """Keys from a place on."""
 
-    def __init__(self, keys: Sequence[bytes], start: int) -> None:
+    def __init__(self, keys: Keys, start: int) -> None:
         """`keys` beginning with number `start`."""
         self._keys, self._start = keys, start
 
@@ -131,13 +144,13 @@ class After(Sequence[bytes]):
     @overload
     def __getitem__(self, at: int) -> bytes: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[bytes]: ...
-    def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:
-        """See Sequence."""
+    def __getitem__(self, at: slice) -> list[bytes]: ...
+    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
+        """See Keys."""
         wanted = range(len(self))[at]
         if isinstance(wanted, int):
             return self._keys[wanted + self._start]
-        return self._keys[wanted.start + self._start : wanted.stop + self._start : wanted.step]
+        return self._keys[wanted.start + self._start : wanted.stop + self._start]
 
 
 # ---------------------------------------------------------------- XXH3
@@ -178,10 +191,10 @@ class Xxh3Naming:
         self._root = xxh3_root(salt, seed)
         self.identity = f"xxh3 {seed} {self._root}".encode()
 
-    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+    def span(self, parent: bytes | None, packed: bytes) -> bytes:
         """See Naming."""
         before = self._root if parent is None else int.from_bytes(parent[:8], "little")
-        return list(map(key_of, xxh3_names(before, packed, self._size, self._seed)))
+        return blob_of(xxh3_names(before, packed, self._size, self._seed))
 
 
 # ---------------------------------------------------------------- vLLM: how values are spelled
@@ -376,10 +389,11 @@ class VllmNaming:
         self._profile, self._size, self._form = profile, block_size, form
         self.identity = repr((profile, form)).encode()
 
-    def span(self, parent: bytes | None, packed: bytes) -> list[bytes]:
+    def span(self, parent: bytes | None, packed: bytes) -> bytes:
         """See Naming."""
         before = None if parent is None else parent[::-1]
-        return [one[::-1] for one in self._profile.digests(before, packed, self._size, *self._form)]
+        made = self._profile.digests(before, packed, self._size, *self._form)
+        return b"".join(one[::-1] for one in made)
 
 
 def _extra(
