@@ -31,7 +31,7 @@ from mooncake.model import resolve_model
 from tests.tiny_model import make_tiny_llama
 
 SHAPE = Shape()
-TEACH_REQUESTS, TEACH_AT_ONCE = 40, 8
+TEACH_REQUESTS, TEACH_AT_ONCE = 24, 6
 RAMP = (0.5, 0.7, 0.85, 1.0, 1.2)
 """Of the closed loop's rate, which has no objectives and batches best."""
 BASE, OVER = 0.5, 2.0
@@ -58,7 +58,7 @@ class Load(NamedTuple):
     over_s: float
 
 
-SMOL = Load(128, 16, 5.0, 0.6, step_s=20.0, base_s=30.0, over_s=60.0)
+SMOL = Load(128, 16, 5.0, 0.6, step_s=15.0, base_s=20.0, over_s=45.0)
 TINY = Load(128, 16, 1.0, 0.3, step_s=5.0, base_s=8.0, over_s=15.0)
 
 Stretch = tuple[float, float]
