@@ -209,5 +209,6 @@ def scheduler_config(options: GatewayOptions) -> SchedulerConfig:
         admission=AdmissionMode(options.admission),
         decode_s=options.decode_s or None,
         inline=options.inline,
+        append=options.inline or options.tbt_slo_s > 0,  # its batch has an objective that it keeps
         session_bonus_s=SESSION_BONUS_S,
     )

@@ -172,6 +172,8 @@ class Dispatcher:
         if plan.promoted:
             client.request.priority = CLASSES["interactive"].priority
         client.due_s = client.heard_s + plan.predicted_ttft_s
+        if client.fate is not None and client.fate.turn is not None:
+            client.fate.turn.planned(client.heard_s, client.prompt.facts, plan)
         client.machine = RequestMachine(client.prompt.facts, client.family.shared)
         self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
         self._run(client.machine.start(plan))

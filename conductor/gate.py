@@ -195,7 +195,7 @@ class Gate:
             rank=terms.slo_class.rank,
             work=work_s,
             deadline_s=now_s + wait_s,
-            patient_s=now_s + wait_s * PATIENCE,
+            patient_s=patient_until(now_s, wait_s, terms),
             sheddable=is_batch,
             priority=terms.priority,
             promote_s=promote_s,
@@ -239,6 +239,16 @@ class Gate:
 
 def _may_wait(answer: Plan | Rejection) -> bool:
     return isinstance(answer, Rejection) and answer.reason in _LOAD
+
+
+def patient_until(now_s: float, wait_s: float, terms: Terms) -> float:
+    """Return until when a request that may wait for `wait_s` lets shorter ones pass.
+
+    A turn of an agent's program is as patient as if it had come with the first one (Continuum's first come,
+    first served by program), but never goes before those that have waited longer than their patience.
+    """
+    since_s = now_s if terms.since_s is None else min(terms.since_s, now_s)
+    return max(now_s, since_s + wait_s * PATIENCE)
 
 
 def _rejection(request_id: str, reason: Reason, detail: str, retry_after_s: float) -> Rejection:

@@ -18,11 +18,14 @@ import msgspec
 import structlog
 
 from conductor import vllm_seam
+from conductor.agents import Agents
 from conductor.core import Core
 from conductor.core_client import ClusterCoreClient
+from conductor.cost import CostModel
 from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
 from conductor.http import RejectionMiddleware
+from conductor.keeper import Keeper, KeeperMetrics
 from conductor.metrics import process_metrics
 from conductor.processes import (
     joined_metadata,
@@ -61,14 +64,19 @@ class Cluster:
             self.members, self.core.decider, metrics, first_token=options.first_token
         )
         self.client = ClusterCoreClient(self.dispatcher, self.members)
+        cost = self.core.cost if isinstance(self.core, Core) else CostModel()  # compares contexts only
+        self.agents = Agents(cost, self.view)
+        self.keeper = Keeper(self.agents, self.view, KeeperMetrics(metrics.registry))
 
     def start(self, llm: Any) -> None:
         """Begin, under the AsyncLLM that was made over `client`."""
         self.client.bind(llm, vllm_seam.fail_requests)
         self.core.start(self.dispatcher)
+        self.keeper.start()
 
     async def close(self) -> None:
         """End what `start` began."""
+        await self.keeper.close()
         await self.core.close()
 
     async def drain(self, limit_s: float = vllm_seam.CLOSE_S) -> None:
@@ -214,7 +222,9 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
         stack.push_async_callback(registration.close)
         key = next(iter(api_keys(args)), "")
-        front = RejectionMiddleware(app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless)
+        front = RejectionMiddleware(
+            app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents
+        )
         serves = registration.start if not alone else lambda: None
         await vllm_seam.serve(app, front, args, stop, cluster.drain, options.share_port, serves)
 

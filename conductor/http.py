@@ -11,12 +11,15 @@ tier as `service_tier` where vLLM's response has that field (not in streams).
 
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
+from conductor.agents import Agents, Turn
+from conductor.programs import calls_tools
 from conductor.tenants import Quotas, Tenants
 from conductor.terms import CLASS_HEADER, DEFAULT_TERMS, Terms
 from conductor.vllm_seam import Unavailable
@@ -51,6 +54,13 @@ class HttpFate:
     def __init__(self, terms: Terms = DEFAULT_TERMS) -> None:
         self.terms = terms
         self.error: Unavailable | None = None
+        self.turn: Turn | None = None  # of an agent's program
+
+    def begin(self, agents: Agents) -> None:
+        """All that it says is known."""
+        self.turn = agents.came(time.monotonic(), self.terms)
+        if self.turn is not None:
+            self.terms = self.turn.terms
 
 
 FATE: ContextVar[HttpFate | None] = ContextVar("mooncake_http_fate", default=None)
@@ -67,15 +77,18 @@ class RejectionMiddleware:
         api_key: str = "",
         *,
         hopeless: Callable[[Terms], Unavailable | None] = lambda _: None,
+        agents: Agents | None = None,
     ) -> None:
         """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own.
 
         `hopeless`: what to tell those who cannot be served whatever they ask, before it is parsed.
+        `agents` hear of turns; None: nobody does.
         """
         self._app = app
         self._hopeless = hopeless
         self._quotas = Quotas() if quotas is None else quotas
         self._api_key = api_key
+        self._agents = agents
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -98,6 +111,8 @@ class RejectionMiddleware:
         try:
             if body is not None and scope["path"] in ANSWERED_PATHS and await body.read():
                 fate.error = self._hopeless(fate.terms)
+                if fate.error is None and self._agents is not None:
+                    fate.begin(self._agents)
             if fate.error is not None:
                 told = fate.error
                 await _answer(send, told.http_status, told.message, _retry_after(told))
@@ -105,6 +120,8 @@ class RejectionMiddleware:
                 await self._app(scope, receive, _Held(fate, send))
         finally:
             FATE.reset(token)
+            if fate.turn is not None:
+                fate.turn.ended(time.monotonic(), served=fate.error is None)
 
 
 class _Body:
@@ -170,6 +187,9 @@ class _Held:
             elif self._fate.terms.says_class or self._fate.terms.tier:
                 message = _told(self._fate.terms, start, message)
             await self._send(start)
+        turn = self._fate.turn
+        if turn is not None and turn.terms.tools and calls_tools(message.get("body", b"")):
+            turn.calls_tools = True
         await self._send(message)
 
     async def _reject(self, error: Unavailable) -> None:

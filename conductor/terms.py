@@ -6,6 +6,10 @@
     x-slo-job-ms          batch: the answer is worth something until so long after its arrival
     x-session-id          its conversation: instances that served it last are preferred, all else equal;
                           without it, prompt_cache_key of the OpenAI API, in the body, says the same
+                          (vLLM's session_id, in the body, comes before that)
+    x-program-id          the run of an agent that it is a turn of (or program_id in the body); without it,
+                          its session; see conductor.programs
+    x-cache-ttl-s         for how long its context is worth keeping (or cache_ttl_s in the body)
     x-mooncake-tenant     whose work it is; a name, no authentication: let your ingress set it
 
     service_tier          of OpenAI's API, in the body: the class of a request without x-slo-class (TIERS)
@@ -28,11 +32,17 @@ TPOT_HEADER = b"x-slo-tpot-ms"
 JOB_HEADER = b"x-slo-job-ms"
 TENANT_HEADER = b"x-mooncake-tenant"
 SESSION_HEADER = b"x-session-id"
-MARKS = (b'"prompt_cache_key"', b'"service_tier"')
+PROGRAM_HEADER = b"x-program-id"
+TTL_HEADER = b"x-cache-ttl-s"
+MARKS = (
+    b'"prompt_cache_key"', b'"service_tier"', b'"session_id"', b'"program_id"', b'"cache_ttl_s"', b'"tools"'
+)  # fmt: skip
 """A body without any of them says nothing here: most bodies are not read twice."""
 OWN_MAX = 49
 """Of a request's own priority, which stays within its class: those of engines lie CLASS_STEP apart."""
 CLASS_STEP = 100
+TTL_S_MAX = 24 * 3600.0
+"""Of a context: as stores have it for pins; what is given is bounded again (conductor.programs)."""
 MS_MAX = 7 * 24 * 3600 * 1000
 """A week: an objective beyond it is a mistake."""
 NAME_CHARS_MAX = 128
@@ -75,6 +85,9 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     asked: the class it asked for, where its tenant may not have it. says_class: it has x-slo-class; tier: the
     service_tier it asks for. priority: its own, within its class; may_rise: that may be below 0, because its
     tenant may have a better class anyway.
+
+    tools, cache_ttl_s: its answer may call tools; for how long it wants its context kept. since_s: when the
+    first turn of its program came, once that is known. See conductor.programs.
     """
 
     slo_class: SloClass = CLASSES["default"]
@@ -85,6 +98,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     may_rise: bool = True
     tenant: str = ""
     session: str = ""
+    program: str = ""
+    tools: bool = False
+    cache_ttl_s: float | None = None
+    since_s: float | None = None
     ttft_slo_s: float | None = None
     tbt_slo_s: float | None = None
     job_s: float | None = None
@@ -93,6 +110,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     def affinity(self) -> str:
         """Key of what it belongs to: no two tenants have one in common; "" = nothing."""
         return f"{self.tenant}\n{self.session}" if self.session else ""  # names have no line breaks
+
+    @property
+    def run(self) -> str:
+        """Key of the agent's run it is a turn of, as `affinity`: its conversation's, if nobody says one."""
+        return f"{self.tenant}\n\n{self.program}" if self.program else self.affinity
 
     @property
     def engine_priority(self) -> int:
@@ -132,6 +154,8 @@ def terms_of(headers: Iterable[tuple[bytes, bytes]]) -> Terms:
         says_class=CLASS_HEADER in found,
         tenant=_name(found, TENANT_HEADER),
         session=_name(found, SESSION_HEADER),
+        program=_name(found, PROGRAM_HEADER),
+        cache_ttl_s=_ttl_s(found),
         ttft_slo_s=_seconds(found, TTFT_HEADER),
         tbt_slo_s=_seconds(found, TPOT_HEADER),
         job_s=_seconds(found, JOB_HEADER),
@@ -143,6 +167,10 @@ class Said(msgspec.Struct):
 
     prompt_cache_key: str | None = None
     service_tier: str | None = None
+    session_id: str | None = None
+    program_id: str | None = None
+    cache_ttl_s: float | None = None
+    tools: msgspec.Raw = msgspec.Raw()
 
 
 def said_in(body: bytes) -> Said:
@@ -160,11 +188,15 @@ NOTHING_SAID = Said()
 
 def with_body(terms: Terms, said: Said) -> Terms:
     """Return `terms` with a body's session and class, where the headers name none; not bounded again."""
-    key = "" if terms.session else said.prompt_cache_key or ""
-    if key and (len(key) > NAME_CHARS_MAX or not key.isprintable()):
-        key = sha256(key.encode()).hexdigest()  # clients may put anything there
-    if key:
-        terms = msgspec.structs.replace(terms, session=key)
+    session = terms.session or _short(said.session_id or said.prompt_cache_key or "")
+    program = terms.program or _short(said.program_id or "")
+    ttl_s, tools = terms.cache_ttl_s, len(said.tools) > len(b"null")
+    if ttl_s is None and said.cache_ttl_s is not None and 0 < said.cache_ttl_s <= TTL_S_MAX:
+        ttl_s = said.cache_ttl_s
+    if (session, program, ttl_s, tools) != (terms.session, terms.program, terms.cache_ttl_s, terms.tools):
+        terms = msgspec.structs.replace(
+            terms, session=session, program=program, cache_ttl_s=ttl_s, tools=tools
+        )
     if not said.service_tier:
         return terms
     terms = msgspec.structs.replace(terms, tier=said.service_tier)
@@ -172,7 +204,17 @@ def with_body(terms: Terms, said: Said) -> Terms:
     return terms if wanted is None else msgspec.structs.replace(terms, slo_class=CLASSES[wanted], asked="")
 
 
-_HEADERS = frozenset((CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER, SESSION_HEADER))
+_HEADERS = frozenset((
+    CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, JOB_HEADER, TENANT_HEADER, SESSION_HEADER, PROGRAM_HEADER,
+    TTL_HEADER,
+))  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """Return a name of a body's: clients may put anything there."""
+    if len(name) > NAME_CHARS_MAX or not name.isprintable():
+        return sha256(name.encode(errors="replace")).hexdigest()
+    return name
 
 
 def _name(found: dict[bytes, str], header: bytes) -> str:
@@ -180,6 +222,19 @@ def _name(found: dict[bytes, str], header: bytes) -> str:
     if len(name) > NAME_CHARS_MAX or not name.isprintable():
         raise RequestError(f"{header.decode()}: up to {NAME_CHARS_MAX} printable characters")
     return name
+
+
+def _ttl_s(found: dict[bytes, str]) -> float | None:
+    text = found.get(TTL_HEADER)
+    if text is None:
+        return None
+    try:
+        ttl_s = float(text)
+    except ValueError:
+        ttl_s = -1.0
+    if not 0 < ttl_s <= TTL_S_MAX:
+        raise RequestError(f"{TTL_HEADER.decode()}: {text[:40]!r}: seconds above 0, up to {TTL_S_MAX:.0f}")
+    return ttl_s
 
 
 def _seconds(found: dict[bytes, str], header: bytes) -> float | None:

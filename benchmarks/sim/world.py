@@ -177,7 +177,10 @@ class World:
         """The host's store puts its record; its address only says that it is open to other hosts."""
         host = instance.host
         if host.node is not None:
-            self.cluster.store_up(StoreRecord(host.name, host.epoch, "", "", "", 0, 1, transfer=host.name))
+            capacity_bytes = host.capacity_blocks * self.block_bytes
+            self.cluster.store_up(
+                StoreRecord(host.name, host.epoch, "", "", "", capacity_bytes, 1, transfer=host.name)
+            )
             instance.feed.start(host.epoch)
 
     def _restart(self, instance: Instance) -> None:
