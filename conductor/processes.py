@@ -17,12 +17,13 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import structlog
+import zmq
 from prometheus_client import REGISTRY
 
 from conductor.core import Core
 from conductor.core_service import CoreService
 from conductor.metrics import process_metrics
-from mooncake.core.config import GatewayOptions
+from mooncake.core.config import GatewayOptions, fail
 from mooncake.core.messages import CORES_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
@@ -50,7 +51,11 @@ async def open_cluster_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
         async with joined_metadata(endpoint) as joined:
             yield joined
         return
-    server = MetadataServer(endpoint)
+    try:
+        server = MetadataServer(endpoint)
+    except zmq.ZMQError as error:
+        what = f"cannot serve metadata there ({error.strerror})"
+        raise fail("metadata_endpoint", endpoint, f"{what}; a standby core needs etcd://...") from error
     server.start()
     log.info("conductor.metadata", endpoint=server.endpoint)
     try:

@@ -1,5 +1,6 @@
 """The command line: instant help, exit codes that mean something, nothing secret shown."""
 
+import socket
 import subprocess
 import sys
 
@@ -89,6 +90,25 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(args, told, monkeypatch):
 
 def test_an_unknown_option_is_exit_code_2():
     assert run("up", "--nonsense").exit_code == 2
+
+
+def test_metadata_that_somebody_serves_already_is_told_with_what_a_standby_needs():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        command = [sys.executable, "-m", "mooncake", "conductor", "--gateways=0"]
+        done = subprocess.run(
+            [*command, f"--metadata-endpoint={endpoint}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert endpoint in done.stdout + done.stderr
+    assert "etcd://" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- doctor

@@ -1,0 +1,148 @@
+"""Two gateways share a port and a core; cores and gateways die, stand still and have to go, under load."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mooncake.core.process import alive
+from tests.integration.client import GREEDY
+from tests.integration.etcd_servers import NEEDS_ETCD
+from tests.integration.etcd_servers import running as etcd_running
+from tests.integration.fronts import Fronts, Load
+from tests.integration.fronts import running as fronts_running
+from tests.integration.reference import random_prompt
+
+pytestmark = [pytest.mark.integration, NEEDS_ETCD]
+
+TOKENS = 150
+"""Of a stream: it lasts some seconds beside others."""
+REBUILT_S = 10.0
+AWAY = {"kind": "core_away"}
+
+
+@pytest.fixture(scope="module")
+def fronts(model: Path, clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
+    clusters.close()  # two cores are shared by everything
+    with (
+        etcd_running(tmp_path_factory.mktemp("etcd")) as etcd,
+        fronts_running(model, f"etcd://127.0.0.1:{etcd.ports[0]}") as fronts,
+    ):
+        yield fronts
+
+
+def test_both_gateways_serve_on_one_port_and_one_core_decides_for_both(fronts: Fronts):
+    pids = set(fronts.gateways().values())
+    assert len(pids) == 2
+    assert set(fronts.views()) == pids
+    with Load(fronts) as load:
+        load.wait_answered(16)
+    assert not load.failures
+    urls = [one["metrics_url"] for one in fronts.view()["gateways"]]
+    served = [fronts.metric(url, "mooncake_requests_total", outcome="finished") for url in urls]
+    assert all(served), "the kernel deals connections out"
+    page = fronts.leader()["metrics_url"]
+    assert fronts.metric(page, "mooncake_decisions_total") >= sum(served)
+    asked = fronts.client.http.get("/mooncake/decisions").json()["decisions"]
+    assert len(asked) >= 16, "any gateway tells what the core decided for all"
+
+
+def test_the_death_of_the_core_fails_no_request_and_its_standby_knows_the_blocks(fronts: Fronts):
+    for seed in range(4):
+        fronts.client.complete(random_prompt(200, seed), max_tokens=4, **GREEDY)  # blocks to know
+    old = fronts.leader()
+    known = fronts.metric(old["metrics_url"], "mooncake_index_blocks")
+    assert known > 20
+    away = fronts.gateways_metric("mooncake_fallbacks_total", **AWAY)
+    streams = [
+        fronts.client.stream(random_prompt(60, 100 + i), max_tokens=TOKENS, **GREEDY) for i in range(3)
+    ]
+    with Load(fronts) as load:
+        for stream in streams:
+            stream.wait_tokens(5)
+        load.wait_answered(5)
+        os.kill(old["pid"], signal.SIGKILL)
+        struck_s = time.monotonic()
+        new = fronts.wait_led(after_term=old["term"])
+        taken_s = time.monotonic() - struck_s
+        fronts.wait(
+            f"{known:.0f} blocks are known again",
+            lambda: fronts.metric(new["metrics_url"], "mooncake_index_blocks") >= 0.99 * known,
+            REBUILT_S,
+        )
+        rebuilt_s = time.monotonic() - struck_s
+        load.wait_answered(10)
+    assert load.failures == []
+    for stream in streams:
+        assert len(stream.result().tokens) == TOKENS
+    assert new["pid"] != old["pid"]
+    away = fronts.gateways_metric("mooncake_fallbacks_total", **AWAY) - away
+    print(f"another core led after {taken_s:.2f} s, knew all after {rebuilt_s:.2f} s, {away:.0f} fell back")
+    assert away > 0, "what was decided without a core is counted"
+
+
+def test_a_core_that_stood_still_decides_nothing_when_it_goes_on(fronts: Fronts):
+    fronts.wait("both cores are there", lambda: len(fronts.view()["cores"]) == 2, 60.0)
+    old = fronts.leader()
+    with Load(fronts) as load:
+        load.wait_answered(3)
+        os.kill(old["pid"], signal.SIGSTOP)
+        try:
+            new = fronts.wait_led(after_term=old["term"])
+        finally:
+            os.kill(old["pid"], signal.SIGCONT)
+        decided = fronts.metric(old["metrics_url"], "mooncake_decisions_total")
+        fronts.wait(
+            "the old core stands by again",
+            lambda: old["name"] in [one["name"] for one in fronts.view()["cores"]],
+            30.0,
+        )
+        load.wait_answered(20)
+        assert fronts.metric(old["metrics_url"], "mooncake_decisions_total") == decided
+    assert load.failures == []
+    assert new["pid"] != old["pid"]
+    assert fronts.leader()["term"] == new["term"]
+
+
+def test_sigterm_of_a_gateway_under_load_drops_nothing(fronts: Fronts):
+    victim = next(iter(fronts.gateways().values()))
+    bound = fronts.bound_client(victim)
+    stream = bound.stream(random_prompt(60, 7), max_tokens=TOKENS, **GREEDY)
+    with Load(fronts, 4) as load:
+        stream.wait_tokens(5)
+        load.wait_answered(5)
+        os.kill(victim, signal.SIGTERM)
+        load.wait_answered(30)
+    assert load.failures == []
+    assert len(stream.result().tokens) == TOKENS, "it finished what it had"
+    bound.http.close()
+    fronts.wait("it ended", lambda: not alive(victim), 30.0)
+    fronts.wait_two_gateways(without=victim)
+
+
+def test_the_death_of_a_gateway_breaks_its_own_connections_and_nothing_else(fronts: Fronts):
+    victim, other = fronts.gateways().values()
+    bound, beside = fronts.bound_client(victim), fronts.bound_client(other)
+    broken = bound.stream(random_prompt(60, 8), max_tokens=TOKENS, **GREEDY)
+    kept = beside.stream(random_prompt(60, 9), max_tokens=TOKENS, **GREEDY)
+    broken.wait_tokens(5)
+    kept.wait_tokens(5)
+    os.kill(victim, signal.SIGKILL)
+    fronts.wait("it is gone", lambda: not alive(victim), 10.0)
+    with Load(fronts) as load:
+        load.wait_answered(20)
+    assert load.failures == [], "the kernel sends new connections to the one that lives"
+    assert len(kept.result().tokens) == TOKENS
+    fronts.wait("its clients see it", lambda: broken.answer.error, 30.0)
+    for client in (bound, beside):
+        client.http.close()
+    fronts.wait_two_gateways(without=victim)
+
+    def idle() -> bool:
+        loads = [row["load"] for row in fronts.view()["instances"]]
+        return not any(any(load.values()) for load in loads)
+
+    fronts.wait("the core forgets what a dead gateway had", idle, 30.0)
