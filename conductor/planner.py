@@ -2,8 +2,8 @@
 
 Arrivals are counted as they are planned; from their rate, the work of a prompt and the length of an answer
 follows, by Little's law, what a pool of n instances would feel. Answers that have grown longer end late, so
-tokens per second are never taken for fewer than what the answers that run now give. A pool's *pressure* is
-1 where it is just enough:
+decode never feels less than what the answers make it feel that run now. A pool's *pressure* is 1 where it is
+just enough:
 
     prefill   (work that arrives per second + what is queued beyond one interval, over QUEUE_S)
               / (n * BUSY_MAX)
@@ -167,7 +167,7 @@ class Planner:
         self._requests, self._work_s, self._context = _Rate(), _Rate(), _Rate()
         self._tokens = OUTPUT_TOKENS_PRIOR
         self._answers = 0
-        self._given_s, self._given_context = 0.0, 0.0  # tokens of the answers that run now
+        self._running, self._running_kv = 0, 0.0  # answers now, and KV tokens of their contexts
         self._direction = ""
         self._times = 0
         self._rested = REST  # intervals since the last switch, which was
@@ -211,7 +211,7 @@ class Planner:
             sum(one.kv_tokens_max for one in decodes) / len(decodes) * KV_MAX,
             sum(one.sequences_max for one in decodes) / len(decodes),
         )
-        self._see_answers(members, len(members) - len(prefills))
+        self._see_answers(members)
         pressures = {n: self._pressures(n, total - n, backlog_s, room) for n in range(1, total)}
         now = pressures[here]
         self.forecast = Forecast(
@@ -224,14 +224,11 @@ class Planner:
             best = here
         return self._confirmed(prefills, decodes, best - here, len(going))
 
-    def _see_answers(self, members: Sequence[Member], pool: int) -> None:
-        """Note how many tokens per second the answers give that run now, on `pool` instances."""
+    def _see_answers(self, members: Sequence[Member]) -> None:
         taken = sum(one.decode_requests for one in members)
         # a request is its decode instance's from the begin on
-        running = max(0, taken - sum(one.prefill_requests for one in members))
-        self._given_context = sum(one.decode_kv_tokens for one in members) / max(1, taken)
-        batch = running / pool
-        self._given_s = running / self._cost.tbt_s(round(batch), round(batch * self._given_context))
+        self._running = max(0, taken - sum(one.prefill_requests for one in members))
+        self._running_kv = self._running * sum(one.decode_kv_tokens for one in members) / max(1, taken)
 
     def _confirmed(
         self, prefills: list[Member], decodes: list[Member], moves: int, under_way: int
@@ -264,23 +261,25 @@ class Planner:
 
     def _pressures(self, prefills: int, decodes: int, backlog_s: float, room: _Room) -> tuple[float, float]:
         prefill = (self._work_s.ahead + backlog_s / QUEUE_S) / (prefills * BUSY_MAX)
-        decode = self._decode_pressure(self._given_s / decodes, self._given_context, room)
+        batch, kv_tokens = self._running / decodes, self._running_kv / decodes
+        tbt_s = self._cost.tbt_s(round(batch), round(kv_tokens))
+        decode = self._pressure(batch, kv_tokens, tbt_s, room) if batch else 0.0
         requests_s = self._requests.ahead
         if requests_s > 0:
             context = self._context.ahead / requests_s
-            expected = self._decode_pressure(requests_s * self._tokens / decodes, context, room)
-            decode = max(decode, expected)
+            decode = max(decode, self._expected(requests_s * self._tokens / decodes, context, room))
         return prefill, decode
 
-    def _decode_pressure(self, tokens_s: float, context: float, room: _Room) -> float:
-        """Return it of one instance that gives so many tokens per second."""
-        if tokens_s <= 0:
-            return 0.0
+    def _expected(self, tokens_s: float, context: float, room: _Room) -> float:
+        """Return the pressure of a decode instance that gives so many tokens per second."""
         step_s, request_s, kv_s = self._cost.tbt_coefficients()
         left = 1 - tokens_s * (request_s + kv_s * context)
         if left <= 0:
             return inf
         tbt_s = step_s / left
-        kv_tokens = tokens_s * tbt_s * context
+        batch = tokens_s * tbt_s
+        return self._pressure(batch, batch * context, tbt_s, room)
+
+    def _pressure(self, batch: float, kv_tokens: float, tbt_s: float, room: _Room) -> float:
         slow = tbt_s / (TBT_MAX * (self._config.tbt_slo_s or TBT_SLO_S))
-        return max(slow, kv_tokens / room.kv_tokens, tokens_s * tbt_s / room.sequences)
+        return max(slow, kv_tokens / room.kv_tokens, batch / room.sequences)
