@@ -135,7 +135,7 @@ class CoreDesk:
 
     def take(self, identity: bytes, number: int, message: FromGateway) -> None:
         """Serve one message."""
-        if isinstance(message, Join):
+        if isinstance(message, Join) and not message.more:
             self._join(identity, number, message)
             return
         gateway = self._gateways.get(identity)
@@ -152,6 +152,8 @@ class CoreDesk:
         match message:
             case Told():
                 self._told(gateway, message)
+            case Join():
+                self._take_over(gateway, message)
             case Ask():
                 self._ask(gateway, number, message)
             case Replan():
@@ -201,23 +203,28 @@ class CoreDesk:
             why = f"{GATEWAYS_MAX} gateways have joined already"
             self._send(identity, number, Refused(CapacityError.code, why))
             return
-        now_s = self._clock()
-        gateway = self._gateways[identity] = _Gateway(identity, message.gateway_id, now_s)
-        for charge in message.charges:
-            if ticket := self._core.view.take_over(now_s, charge):
-                gateway.adopted[charge.ticket] = ticket
-                gateway.tickets[ticket] = None
-        for one in message.running:
-            answer_tokens = self._core.cost.output_tokens(one.max_tokens, one.tenant, one.slo_class)
-            self._core.quotas.admit(
-                now_s, one.request_id, one.tenant, one.prompt_tokens, answer_tokens, sibling=True
-            )
-            gateway.requests[one.request_id] = one.tenant
+        gateway = self._gateways[identity] = _Gateway(identity, message.gateway_id, self._clock())
+        self._take_over(gateway, message)
         log.info(
             "core.gateway_joined",
             gateway=gateway.name, charges=len(gateway.tickets), requests=len(gateway.requests),
         )  # fmt: skip
         self._send(identity, number, Joined(self.term))
+
+    def _take_over(self, gateway: _Gateway, message: Join) -> None:
+        now_s = self._clock()
+        for charge in message.charges:
+            if ticket := self._core.view.take_over(now_s, charge):
+                gateway.adopted[charge.ticket] = ticket
+                gateway.tickets[ticket] = None
+        for one in message.running:
+            if one.request_id in gateway.requests:
+                continue  # it waited there when the gateway joined
+            answer_tokens = self._core.cost.output_tokens(one.max_tokens, one.tenant, one.slo_class)
+            self._core.quotas.admit(
+                now_s, one.request_id, one.tenant, one.prompt_tokens, answer_tokens, sibling=True
+            )
+            gateway.requests[one.request_id] = one.tenant
 
     def _forget(self, gateway: _Gateway) -> None:
         del self._gateways[gateway.identity]

@@ -116,11 +116,15 @@ class Stepped(_Part, frozen=True):
 
 
 class Join(_Message, frozen=True):
-    """A gateway comes, or comes again: this is all that it has in flight; what was known before is void."""
+    """A gateway comes, or comes again: this is all that it has in flight; what was known before is void.
+
+    more: this is only what it has planned by itself since; nothing is void, and there is no answer.
+    """
 
     gateway_id: Text
     charges: Annotated[list[Charge], msgspec.Meta(max_length=CHARGES_MAX)]
     running: Annotated[list[Running], msgspec.Meta(max_length=CHARGES_MAX)]
+    more: bool = False
     protocol: int = CORE_PROTOCOL
 
 

@@ -135,6 +135,7 @@ class RemoteCore:
         heat = Heat(self._cost, options.hot_copies)
         self._hot = HotCopies(heat, self.view, self._index, metadata, HotMetrics(metrics.registry))
         self._local.observer.listen(self._hot.planned)
+        self._local.observer.listen(self._planned_here)
         self._checks = options.admission != AdmissionMode.OBJECTIVES
         self._metrics = metrics
         self._link = CoreLink(metadata, self, metrics)
@@ -201,6 +202,13 @@ class RemoteCore:
         if answer is not None:
             later(answer)
 
+    def _planned_here(self, facts: RequestFacts, plan: Plan) -> None:
+        """Tell a core that is joined, or being joined, what was planned without it."""
+        tickets = (plan.prefill_ticket, plan.decode_ticket)
+        charges = [charge for ticket in tickets if (charge := self.view.charge(ticket))]
+        running = self._running.get(facts.request_id)
+        self._link.send(0, Join(self.name, charges, [] if running is None else [running], more=True))
+
     def _planned(self, asked: Asked, later: Answered, message: FromCore) -> None:
         assert isinstance(message, Answer)
         if message.plan is not None:
@@ -219,7 +227,12 @@ class RemoteCore:
             contexts = _context(facts, sizes.get(facts.context_root, 1))
             return Replan(_question(asked, contexts), emitted_n, list(exclude), need)
 
-        here = partial(self._local.replan, asked, emitted_n, exclude, need, then)
+        def placed_here(answer: Plan | Rejection) -> None:
+            if isinstance(answer, Plan):
+                self._planned_here(facts, answer)
+            then(answer)
+
+        here = partial(self._local.replan, asked, emitted_n, exclude, need, placed_here)
         if not self._ask(_Pending("", message, here, partial(self._replanned, then))):
             here()
 

@@ -157,19 +157,20 @@ def leader(site: Site) -> CoreService:
 
 async def test_load_that_one_gateway_causes_is_seen_in_the_plans_of_the_other(site) -> None:
     await pools(site)
-    await site.engine("p1", "prefill")
+    await site.engine("d1", "decode")
     await site.settled()
-    for engine in site.engines:
+    decodes = site.engines[1:]
+    for engine in decodes:
         engine.step_s = 3600.0  # after its first step, which is free
     first, second = site.gateways
-    for gateway in (first, second, first, second):
-        gateway.add(make_request(PROMPT, max_tokens=50))
-    await site.until(lambda: site.cores[0].core.view.charged == 8)
-    prefills = [e for e in site.engines if e.role == "prefill"]
-    assert [len(e.received) for e in prefills] == [2, 2]
-    loads = {one["instance_id"]: one["load"] for one in await second.core.instances()}
-    assert loads["d0"]["decode_requests"] == 4
-    assert second.view.load("d0").decode_requests == 2  # its own, for when it has to decide alone
+    for number, gateway in enumerate((first, first, second, second)):
+        gateway.add(make_request([number, *PROMPT], max_tokens=50))
+        await site.until(lambda sent=number + 1: sum(len(e.received) for e in decodes) == sent)
+    assert [len(engine.received) for engine in decodes] == [2, 2]
+    loads = {one["instance_id"]: one["load"]["decode_requests"] for one in await second.core.instances()}
+    assert loads == {"p0": 0, "d0": 2, "d1": 2}
+    own = [second.view.load(name).decode_requests for name in ("d0", "d1")]
+    assert own == [1, 1]  # for when it has to decide alone
 
 
 async def test_without_a_core_a_gateway_decides_by_itself_which_is_counted_and_seen(site) -> None:
@@ -267,7 +268,7 @@ async def test_a_leader_that_wakes_up_after_its_successor_has_spoken_is_not_foll
     for asleep in (old._tasks[0], old._election._task):
         asleep.cancel()
     old._election = SimpleNamespace(term=term, close=close)  # its clock stands still: it believes in its term
-    await site.until(lambda: new.gateways == ["gw-0"])
+    await site.until(lambda: gateway.core.status().get("leader") == new.name)
     await site.metadata.put(CORE_KEY, msgspec.json.encode(LeaderRecord("core-0", old.endpoint)))
     await site.until(lambda: gateway.metric("mooncake_core_refused_total") > 0)
     assert gateway.core.status()["mode"] == "fallback"
