@@ -39,6 +39,8 @@ WORDS = (
 )  # fmt: skip
 TURN_CHARS = 2000
 """Of one message of a conversation."""
+Rounds = dict[str, list[dict[str, dict[str, float]]]]
+"""Of each scenario, what each way took in each round."""
 _fresh = itertools.count()
 
 
@@ -149,9 +151,10 @@ def gateways(ways: Ways, rounds: int, begin: Callable[[str], None], *, quick: bo
 
 
 def answering(way: Way, make: Callable[[int], Iterator[bytes]], chars: int, count: int) -> dict[str, float]:
-    """Send `count` prompts, four at a time; return CPU per request."""
+    """Send `count` prompts after one, four at a time; return CPU per request."""
     connections = [load.Connection(way.port) for _ in range(4)]
-    payloads = iter(list(itertools.islice(make(chars), count)))
+    payloads = iter(list(itertools.islice(make(chars), count + 1)))
+    load.requests(connections, payloads, 1)  # the first turn of a conversation is nobody's repetition
     before_s, began_s = way.cpu_s(), time.perf_counter()
     load.requests(connections, payloads, count)
     wall_s = time.perf_counter() - began_s
@@ -188,7 +191,7 @@ def scenarios(*, quick: bool) -> dict[str, Callable[[Way], dict[str, float]]]:
         "TTFT, 1 at a time": lambda way: first_token(way, 60),
     }
     for name, make in (("fresh", fresh), ("repeated", conversation)):
-        for size, chars, count in (("4 KB", 4 << 10, 150), ("32 KB", 32 << 10, 60), ("512 KB", 512 << 10, 8)):
+        for size, chars, count in (("4 KB", 4 << 10, 100), ("32 KB", 32 << 10, 40), ("512 KB", 512 << 10, 4)):
             found[f"{size} {name}"] = partial(answering, make=make, chars=chars, count=count)
     return found
 
@@ -198,7 +201,7 @@ def ratio(rows: list[dict[str, dict[str, float]]], one: str, other: str, key: st
     return statistics.median(row[one][key] / row[other][key] for row in rows)
 
 
-def table(found: dict[str, list[dict[str, dict[str, float]]]], names: list[str]) -> list[dict[str, Any]]:
+def table(found: Rounds, names: list[str]) -> list[dict[str, Any]]:
     """Return one row per scenario."""
     rows = []
     for scenario, rounds in found.items():
@@ -240,6 +243,25 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def compare(
+    ways: list[Way], todo: dict[str, Callable[[Way], dict[str, float]]], rounds: int,
+    begin: Callable[[str], None], keep: Callable[[Rounds], None],
+) -> Rounds:  # fmt: skip
+    """Run `todo` on all ways in turns; `keep` what is there after each round."""
+    found: Rounds = {name: [] for name in todo}
+    for index in range(rounds + 1):  # the first warms up
+        for name, run in todo.items():
+            row = {}
+            for way in ways if index % 2 else reversed(ways):
+                begin(f"{name}, {way.name}")
+                row[way.name] = run(way)
+            if index:
+                found[name].append(row)
+        if index:
+            keep(found)
+    return found
+
+
 def main() -> None:
     """See the module's text."""
     args = parsed()
@@ -249,30 +271,24 @@ def main() -> None:
             print(f"without {name}: no --{name} DIR given")
     rounds = 1 if args.quick else args.rounds
     todo = {name: run for name, run in scenarios(quick=args.quick).items() if args.only in name}
-    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in todo}
     several = args.only in "gateways"
-    with serving(tiny=args.quick, fronts=2 if several else 0, step_s=STEP_S, venvs=venvs) as all_ways:
-        ways = all_ways.compared
-        names = [way.name for way in ways]
+    with serving(tiny=args.quick, fronts=2 if several else 0, step_s=STEP_S, venvs=venvs) as ways:
+        names = [way.name for way in ways.compared]
         scaling: list[dict[str, Any]] = []
-        steps = len(todo) * len(ways) + (0 if not several else 1 if args.quick else 2)
+        steps = len(todo) * len(names) + (0 if not several else 1 if args.quick else 2)
+
+        def keep(found: Rounds) -> None:
+            harness.save(args.json, {"rows": table(found, names), "gateways": scaling, "rounds": found})
+
         with harness.progress((rounds + 1) * steps) as begin:
-            for index in range(rounds + 1):  # the first warms up
-                for name, run in todo.items():
-                    row = {}
-                    for way in ways if index % 2 else reversed(ways):
-                        begin(f"{name}, {way.name}")
-                        row[way.name] = run(way)
-                    if index:
-                        found[name].append(row)
+            found = compare(ways.compared, todo, rounds, begin, keep)
             if several:
-                scaling = gateways(all_ways, rounds, begin, quick=args.quick)
-    rows = table(found, names)
-    if rows:
-        show(rows, names)
+                scaling += gateways(ways, rounds, begin, quick=args.quick)
+    if todo:
+        show(table(found, names), names)
     if scaling:
         harness.show("one gateway and two, a decision core beside them", scaling)
-    harness.save(args.json, {"rows": rows, "gateways": scaling, "rounds": found})
+    keep(found)
 
 
 if __name__ == "__main__":
