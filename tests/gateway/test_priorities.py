@@ -13,6 +13,8 @@ from conductor.gate import GateConfig
 from conductor.tenants import Quotas, Tenant, Tenants
 from conductor.terms import CLASSES, Terms
 from conductor.vllm_seam import Unavailable
+from mooncake.worker.engine import engine_arguments
+from mooncake.worker.spec import EngineSpec
 
 configured, site, sdk = test_http.configured, test_http.site, test_http.sdk  # fixtures
 PROMPT = list(range(10, 23))
@@ -224,3 +226,23 @@ async def test_a_job_without_enough_time_is_refused_with_429_and_why(make_world)
     assert (caught.value.http_status, caught.value.retry_after_s) == (429, 0.0)
     reason = "the job cannot be done in its time"
     assert world.metric("mooncake_rejections_total", reason=reason, slo_class="batch") == 1
+
+
+def test_an_engine_s_queue_is_one_of_priorities_and_among_equals_of_arrival() -> None:
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+    from vllm.v1.request import Request
+
+    spec = EngineSpec(instance_id="i", role="both", epoch="e", run_dir="/r", model="m")
+    (policy,) = (one for one in engine_arguments(spec) if one.startswith("--scheduling-policy="))
+    queue = create_request_queue(SchedulingPolicy(policy.partition("=")[2]))
+    sent = {
+        "batch": (BATCH, 1.0),
+        "second": (Terms(), 3.0),
+        "first": (Terms(), 2.0),
+        "low": (Terms(priority=1), 0.0),
+    }
+    for name, (terms, arrival_time) in sent.items():
+        request = make_request(PROMPT, rid=name, arrival_time=arrival_time)
+        request.priority = terms.engine_priority
+        queue.add_request(Request.from_engine_core_request(request, None))
+    assert [queue.pop_request().request_id for _ in sent] == ["first", "second", "low", "batch"]
