@@ -115,7 +115,9 @@ class Follower:
         """One connection; returns when it ends, or raises if there is none."""
         endpoint = await resolve(self._service.endpoint, "endpoint", self._allowed)
         socket = self._socket(zmq.SUB)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+        )
         watch = read = None
         try:
             socket.subscribe(b"")
