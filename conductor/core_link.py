@@ -82,6 +82,8 @@ class CoreLink:
         """Of the core that we have joined."""
         self.away = "no core has been found yet"
         self.address = ""
+        self.heard_s = 0.0
+        """When the core joined said anything."""
         self._metadata = metadata
         self._events = events
         self._metrics = metrics
@@ -90,7 +92,6 @@ class CoreLink:
         self._socket: CoreSocket | None = None
         self._handed_in = False
         self._join_s = 0.0
-        self._heard_s = 0.0
         self._tick_s = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -124,8 +125,8 @@ class CoreLink:
                 self._join()
             return
         if late:
-            self._heard_s = now_s  # we did not listen
-        if now_s - self._heard_s > SILENT_S:
+            self.heard_s = now_s  # we did not listen
+        if now_s - self.heard_s > SILENT_S:
             self.lose(f"the core at {self.address} is silent")
         elif not self.send(0, Ping()):
             self.lose(f"the core at {self.address} does not read")
@@ -193,7 +194,7 @@ class CoreLink:
             return
         if isinstance(message, _OF_A_TERM) and not self._admits(message):
             return
-        self._heard_s = self._clock()
+        self.heard_s = self._clock()
         if isinstance(message, Joined):
             if self.term != message.term:
                 self.term, self.away = message.term, ""

@@ -66,8 +66,8 @@ from mooncake.core.metadata import MetadataStore
 
 log = structlog.get_logger(__name__)
 
-ASK_S = 0.25
-"""To an answer, or to Waiting: a core answers within a millisecond. Then the gateway decides by itself."""
+ASK_S = 0.5
+"""To an answer, or to Waiting: a core takes milliseconds, and on a busy host waits for its turn."""
 LOST_S = 2.0
 """What waited in the gate of a core that is gone is planned by whoever leads within this time, or here."""
 PEOPLE_S = 2.0
@@ -82,7 +82,7 @@ class _Pending:
     `person`: it was a person's, who is to hear of a refusal.
     """
 
-    __slots__ = ("decide", "heard", "message", "person", "request_id", "timer", "waits")
+    __slots__ = ("asked_s", "decide", "heard", "message", "person", "request_id", "timer", "waits")
 
     def __init__(
         self,
@@ -99,6 +99,7 @@ class _Pending:
         self.decide = decide
         self.heard = heard
         self.waits = False
+        self.asked_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -340,6 +341,7 @@ class RemoteCore:
         if not self._link.send(number, pending.message()):
             return False
         self._pending[number] = pending
+        pending.asked_s = time.monotonic()
         if pending.request_id:
             self._offers[pending.request_id] = number
         pending.timer = asyncio.get_running_loop().call_later(ASK_S, self._overdue, number)
@@ -354,8 +356,9 @@ class RemoteCore:
         return pending
 
     def _overdue(self, number: int) -> None:
-        """A question was not answered: so are the others, which is to be known at once."""
-        if self._link.term is not None:
+        """A question was not answered; if nothing else was either, the core is taken for gone at once."""
+        pending = self._pending.get(number)
+        if pending is not None and self._link.heard_s < pending.asked_s:
             self._link.lose(f"no answer within {ASK_S:g} s")
         self._decide_here(number)
 
