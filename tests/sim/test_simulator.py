@@ -310,7 +310,8 @@ def test_short_prompts_inline_come_sooner_and_cost_the_batch_little() -> None:
     world = simulated(
         requests, prefill=2, decode=4, decode_host_blocks=5000, inline=True, chunk_tokens=8192, mixed=True
     )
-    inlined = [one for one in world.entries if one.plan and one.plan.decision is Decision.INLINED]
+    beside = {Decision.INLINED, Decision.APPENDED}  # the latter where decode holds most of it already
+    inlined = [one for one in world.entries if one.plan and one.plan.decision in beside]
     assert len(inlined) > 20
     same = [base.entries[entry.number].ttft_s for entry in inlined]
     assert sum(entry.ttft_s for entry in inlined) < 0.5 * sum(same)
