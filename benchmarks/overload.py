@@ -38,7 +38,7 @@ KEPT = 0.9
 """Of what is sent: where less of it is good, the peak is behind us."""
 BASE, OVER = 0.5, 2.0
 """Of the peak."""
-MEMORY = ("--kv-memory=128MiB", "--pool-size=256MiB")
+MEMORY = ("--kv-memory=128MiB", "--pool-size=256MiB", "--max-model-len=2048")
 """Little enough to be touched wholly before the load: what grows then is no cache."""
 SAMPLE_S = 1.0
 """Between looks at the memory."""
