@@ -24,7 +24,7 @@ from conductor.core_client import ClusterCoreClient
 from conductor.cost import CostModel
 from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
-from conductor.http import RejectionMiddleware
+from conductor.http import RejectionMiddleware, tenant_served
 from conductor.keeper import Keeper, KeeperMetrics
 from conductor.metrics import process_metrics
 from conductor.processes import (
@@ -210,7 +210,7 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         args, config = await asyncio.to_thread(configure, options)
         core = None if alone else RemoteCore(options, metadata, process_metrics())
         cluster = Cluster(options, metadata, core)
-        llm = vllm_seam.build_llm(args, config, cluster.client)
+        llm = vllm_seam.build_llm(args, config, cluster.client, tenant_served)
         stack.callback(llm.shutdown)
         stack.push_async_callback(cluster.close)
         app = await vllm_seam.build_app(llm, args)

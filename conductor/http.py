@@ -67,6 +67,12 @@ FATE: ContextVar[HttpFate | None] = ContextVar("mooncake_http_fate", default=Non
 """Set per HTTP request; tasks that serve it inherit the same object."""
 
 
+def tenant_served() -> str:
+    """Return the tenant whose request the running task serves; "" = not known."""
+    fate = FATE.get()
+    return "" if fate is None else fate.terms.tenant
+
+
 class RejectionMiddleware:
     """ASGI middleware; costs two attribute tests per body chunk."""
 

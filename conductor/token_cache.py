@@ -3,13 +3,14 @@
 A tokenizer cuts a text at its special tokens before anything else and encodes what is between them piece by
 piece, so the tokens of a prompt are those of its pieces, one after the other, and a chat template that puts
 special tokens between messages makes each message a piece of its own. Pieces are remembered by their text,
-not by a hash of it: what is found is what was asked for. Other tokenizers keep vLLM's way.
+not by a hash of it: what is found is what was asked for. And by tenant: when an answer begins tells nobody
+what others have sent. Other tokenizers keep vLLM's way.
 """
 
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -68,6 +69,7 @@ class Pieces(msgspec.Struct):
     texts: list[str]
     tokens: list[Sequence[int] | None]
     missing: list[int]
+    tenant: str = ""
 
 
 class TokenCache:
@@ -81,7 +83,7 @@ class TokenCache:
             text: (token,) for text in separators if (token := tokenizer.token_to_id(text)) is not None
         }
         self._bytes_max = bytes_max
-        self._known: dict[str, array[int]] = {}
+        self._known: dict[tuple[str, str], array[int]] = {}  # by tenant and text
         self.bytes = 0
 
     @classmethod
@@ -111,14 +113,15 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self._known)
 
-    def cut(self, text: str) -> Pieces:
-        """Return the pieces of `text`; those that are known have their tokens."""
+    def cut(self, text: str, tenant: str = "") -> Pieces:
+        """Return the pieces of a tenant's text; those that it has sent before have their tokens."""
         texts = [piece for piece in self._cut.split(text) if piece]
-        pieces = Pieces(texts, [], [])
+        pieces = Pieces(texts, [], [], tenant)
         for at, piece in enumerate(texts):
             tokens: Sequence[int] | None = self._separators.get(piece)
-            if tokens is None and (known := self._known.pop(piece, None)) is not None:
-                self._known[piece] = tokens = known  # the one not used for longest is forgotten first
+            key = tenant, piece
+            if tokens is None and (known := self._known.pop(key, None)) is not None:
+                self._known[key] = tokens = known  # the one not used for longest is forgotten first
             if tokens is None:
                 pieces.missing.append(at)
             pieces.tokens.append(tokens)
@@ -134,7 +137,7 @@ class TokenCache:
     def join(self, pieces: Pieces) -> list[int]:
         """Return the tokens of the whole text, and remember what was missing."""
         for at in pieces.missing:
-            self._remember(pieces.texts[at], pieces.tokens[at] or ())
+            self._remember((pieces.tenant, pieces.texts[at]), pieces.tokens[at] or ())
         whole: list[int] = []
         for tokens in pieces.tokens:
             whole += tokens or ()
@@ -147,15 +150,16 @@ class TokenCache:
             self.encode(pieces)
         return self.join(pieces)
 
-    def _remember(self, text: str, tokens: Sequence[int]) -> None:
+    def _remember(self, key: tuple[str, str], tokens: Sequence[int]) -> None:
+        text = key[1]
         size = _size(text, len(tokens))
-        if len(text) < PIECE_CHARS_MIN or size > min(PIECE_BYTES_MAX, self._bytes_max) or text in self._known:
+        if len(text) < PIECE_CHARS_MIN or size > min(PIECE_BYTES_MAX, self._bytes_max) or key in self._known:
             return
-        self._known[text] = array("I", tokens)
+        self._known[key] = array("I", tokens)
         self.bytes += size
         while self.bytes > self._bytes_max:
             oldest = next(iter(self._known))
-            self.bytes -= _size(oldest, len(self._known.pop(oldest)))
+            self.bytes -= _size(oldest[1], len(self._known.pop(oldest)))
 
 
 def _size(text: str, tokens: int) -> int:
@@ -167,10 +171,11 @@ def _whole(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def quicken(renderer: Any) -> bool:
+def quicken(renderer: Any, tenant: Callable[[], str] = str) -> bool:
     """Let vLLM's renderer ask a TokenCache first; False where its tokenizer does not allow it.
 
-    Offsets, truncation and special tokens that a tokenizer adds by itself stay vLLM's.
+    `tenant` says whose request is being rendered. Offsets, truncation and special tokens that a tokenizer
+    adds by itself stay vLLM's.
     """
     from vllm.utils.async_utils import make_async
 
@@ -185,7 +190,7 @@ def quicken(renderer: Any) -> bool:
         asked = params.get_encode_kwargs()
         if (adds and asked["add_special_tokens"]) or renderer._wants_offsets(prompt, params):
             return await whole(prompt, params)
-        pieces = cache.cut(prompt["prompt"])
+        pieces = cache.cut(prompt["prompt"], tenant())
         if pieces.missing:
             await encode(pieces)
         tokens = cache.join(pieces)

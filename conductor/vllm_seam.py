@@ -196,8 +196,13 @@ def _core_client(client: EngineCoreClient) -> Iterator[None]:
         EngineCoreClient.make_async_mp_client = original
 
 
-def build_llm(args: argparse.Namespace, config: Any, client: EngineCoreClient) -> Any:
-    """Return vLLM's AsyncLLM over `client`. Call it on the event loop that will serve."""
+def build_llm(
+    args: argparse.Namespace, config: Any, client: EngineCoreClient, tenant: Callable[[], str] = str
+) -> Any:
+    """Return vLLM's AsyncLLM over `client`. Call it on the event loop that will serve.
+
+    `tenant`: whose request the running task serves.
+    """
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with _core_client(client):
@@ -208,7 +213,7 @@ def build_llm(args: argparse.Namespace, config: Any, client: EngineCoreClient) -
             log_requests=args.enable_log_requests,
             aggregate_engine_logging=args.aggregate_engine_logging,
         )
-    token_cache.quicken(llm.renderer)
+    token_cache.quicken(llm.renderer, tenant)
     return llm
 
 

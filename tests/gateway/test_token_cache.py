@@ -64,6 +64,18 @@ def test_a_conversation_that_goes_on_encodes_its_last_message_alone(name: str) -
     ]  # fmt: skip
 
 
+def test_nobody_learns_from_the_time_of_an_answer_what_another_tenant_has_sent() -> None:
+    cache = TokenCache.of(TINY)
+    assert cache is not None
+    secret = "a message that only one of them has sent"
+    pieces = cache.cut(secret, "one")
+    cache.encode(pieces)
+    cache.join(pieces)
+    assert not cache.cut(secret, "one").missing
+    assert cache.cut(secret, "another").missing
+    assert cache.cut(secret).missing
+
+
 def test_what_was_not_used_for_longest_is_forgotten_first() -> None:
     pieces = [f"{letter}{' word' * 10}" for letter in "abc"]
     one = TokenCache.of(TINY)
