@@ -108,6 +108,7 @@ class CoreService:
         while True:
             term = await self._election.wait_leading()
             log.info("core.leads", name=self.name, endpoint=self._endpoint, term=term.number)
+            self.core.members.term = term
             self._desk = CoreDesk(self.core, term, self._say)
             self.core.act()
             await self._election.wait_over(term)

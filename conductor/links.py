@@ -200,10 +200,10 @@ class Link:
         if self.state is LinkState.UP:
             self._send(RelayOp.ENGINE, _ABORT, *self._encode(list(engine_ids)))
 
-    def take_role(self, role: str, hold_s: float) -> None:
-        """Order the relay to register with another role (see RoleOrder); its new record is the answer."""
+    def take_role(self, order: RoleOrder) -> None:
+        """Order the relay to register with another role; its new record is the answer."""
         if self.state is LinkState.UP:
-            self._send(RelayOp.ROLE, wire.encode(RoleOrder(role, hold_s)))
+            self._send(RelayOp.ROLE, wire.encode(order))
 
     async def call(self, method: str, *args: Any, deadline_s: float) -> Any:
         """Return what the engine's utility `method` returns.

@@ -29,7 +29,9 @@ from mooncake.core.messages import (
     STORES_PREFIX,
     InstanceRecord,
     Pulse,
+    RoleOrder,
     StoreRecord,
+    Term,
     gpu_node,
 )
 from mooncake.core.metadata import MetadataStore
@@ -116,6 +118,8 @@ class Members:
         self.view = view
         self._address = address
         self.links: dict[str, Link] = {}
+        self.term: Term | None = None
+        """In which orders are given; a core's last one, for relays to refuse what it says after it."""
         self._metadata = metadata
         self._feed = IndexFeed(index)
         self._gateway_id = gateway_id
@@ -347,7 +351,7 @@ class Members:
         link = self.up(order.instance_id)
         if link is None:
             return False
-        link.take_role(order.role, order.hold_s)
+        link.take_role(RoleOrder(order.role, order.hold_s, self.term))
         return True
 
     def up(self, instance_id: str) -> Link | None:

@@ -434,11 +434,13 @@ DRAINING = "draining"
 class RoleOrder(msgspec.Struct, frozen=True, array_like=True):
     """Register with this role from now on; with hold_s (seconds), for so long unless another order comes.
 
-    The new record is the answer. role: prefill | decode | both, or DRAINING.
+    The new record is the answer. role: prefill | decode | both, or DRAINING. term: of the core that orders,
+    whose successor's orders count from the first one; None: of a gateway that has no core beside it.
     """
 
     role: str
     hold_s: float = 0.0
+    term: Term | None = None
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):

@@ -20,6 +20,7 @@ import zmq
 
 from mooncake.core import rpc, wire
 from mooncake.core.config import ROLES
+from mooncake.core.election import Fence
 from mooncake.core.errors import CapacityError, MooncakeError, ProtocolError
 from mooncake.core.messages import (
     DRAINING,
@@ -75,6 +76,7 @@ class Relay:
         self._slots: list[Slot | None] = [None] * RELAY_SLOTS
         self._by_identity: dict[bytes, int] = {}
         self.ready: dict[str, Any] | None = None
+        self._fence = Fence()
         self.on_role: Callable[[RoleOrder], None] | None = None  # whose record it is; called while running
 
         self._front = self._ctx.socket(zmq.ROUTER)
@@ -203,6 +205,9 @@ class Relay:
         order = wire.decode(frames[0], RoleOrder)
         if order.role not in ORDERED or not 0 <= order.hold_s <= HOLD_S_MAX:
             raise ProtocolError(f"role {order.role!r} for {order.hold_s} s: must be {', '.join(ORDERED)}")
+        if order.term is not None and not self._fence.admits(order.term):
+            log.warning("relay.late_order", role=order.role, term=order.term.number, gateway=slot.gateway_id)
+            return
         log.info("relay.role", role=order.role, hold_s=order.hold_s, gateway=slot.gateway_id)
         if self.on_role is not None:
             self.on_role(order)

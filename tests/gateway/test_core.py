@@ -24,7 +24,7 @@ from conductor.terms import Terms
 from mooncake.core.config import GatewayOptions
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import RequestError
-from mooncake.core.messages import INSTANCES_PREFIX
+from mooncake.core.messages import DRAINING, INSTANCES_PREFIX
 from mooncake.core.metadata_memory import MemoryMetadata
 from tests.unit.conductor.make import store
 
@@ -355,6 +355,8 @@ async def test_roles_change_through_any_gateway_and_a_wrong_wish_is_told(site) -
     await site.settled()
     await gateway.core.change_role("p1", "decode")
     await site.until(lambda: bool(prefill.orders))
+    order = prefill.orders[0]  # its term tells a relay whose orders are over
+    assert (order.role, order.term.leader) == (DRAINING, site.cores[0].name)
 
 
 async def test_gateways_know_the_stores_and_do_not_follow_their_blocks(site) -> None:

@@ -22,6 +22,7 @@ from mooncake.core.messages import (
     Pulse,
     RelayOp,
     RoleOrder,
+    Term,
     Welcome,
 )
 from mooncake.worker import relay as relay_module
@@ -438,6 +439,18 @@ class TestRole:
         gateway.join("a")
         gateway.send(RelayOp.ROLE, wire.encode(order))
         assert gateway.is_refused()
+
+    def test_a_core_whose_term_is_over_orders_nothing(self, house):
+        orders: queue.SimpleQueue[RoleOrder] = queue.SimpleQueue()
+        house.relay.on_role = orders.put
+        gateway = house.gateway()
+        gateway.join("a")
+        said = [("decode", 1), ("prefill", 2), ("decode", 1), ("both", 2), ("prefill", None)]
+        for role, number in said:
+            term = None if number is None else Term("life", number, f"core-{number}")
+            gateway.send(RelayOp.ROLE, wire.encode(RoleOrder(role, 0.0, term)))
+        heard = [orders.get(timeout=WAIT_S).role for _ in range(4)]
+        assert heard == ["decode", "prefill", "both", "prefill"]
 
     def test_nobody_orders_before_hello(self, house):
         gateway = house.gateway()
