@@ -97,13 +97,13 @@ def streaming(way: Way, count: int, tokens: int) -> dict[str, float]:
 
 
 def spread(ways: Ways, fronts: int, count: int, tokens: int) -> dict[str, float]:
-    """Stream `count` answers over so many gateways; return CPU per token of the busiest, and of the core."""
+    """Stream `count` answers over each of some gateways; return CPU per token of the busiest, of the core."""
     payloads = [
         load.body([{"role": "user", "content": text(200, next(_fresh))}], tokens, stream=True)
-        for _ in range(count)
+        for _ in range(count * fronts)
     ]
     used = ways.fronts[:fronts]
-    connections = [load.Connection(used[i % fronts].port) for i in range(count)]
+    connections = [load.Connection(used[i % fronts].port) for i in range(count * fronts)]
     before_s, core_s, began_s = [way.cpu_s() for way in used], tree_cpu_s(ways.core_pid), time.perf_counter()
     made, events = load.streams(connections, payloads)
     wall_s = time.perf_counter() - began_s
@@ -123,8 +123,9 @@ def spread(ways: Ways, fronts: int, count: int, tokens: int) -> dict[str, float]
 def gateways(ways: Ways, rounds: int, begin: Callable[[str], None], *, quick: bool) -> list[dict[str, Any]]:
     """Compare two gateways with one, both under a decision core of their own.
 
-    Tokens a second of one core: what its busiest process allows. `flooded` asks for more than one gateway
-    can send one by one; it counts events by the clock, and needs a machine on which nothing else runs.
+    Each gateway gets as many streams, as where one was not enough and there are two. Capacity: tokens a
+    second that the busiest process allows, were each on a core of its own. `flooded` asks for more than one
+    gateway can send one by one; it counts events by the clock, and needs a machine where nothing else runs.
     """
     rows = []
     loads = (("light", 32, 40),) if quick else (("light", 32, 200), ("flooded", 384, 100))
@@ -137,7 +138,7 @@ def gateways(ways: Ways, rounds: int, begin: Callable[[str], None], *, quick: bo
                 found.append(row)
         one, two = ({key: statistics.median(r[n][key] for r in found) for key in found[0][n]} for n in "12")
         rows.append({
-            "what": f"{name}, {count} streams",
+            "what": f"{name}, {count} streams each",
             "CPU us/token: one": one["all"],
             "two": two["all"],
             "core": two["core"],
