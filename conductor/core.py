@@ -177,6 +177,8 @@ def build_decider(
 class _OwnSink:
     """Of a core without a dispatcher: it has no requests at engines."""
 
+    reads_outputs = False
+
     def __init__(self, decider: LocalDecider) -> None:
         self._decider = decider
 

@@ -78,6 +78,8 @@ FailRequest = Callable[[str, Exception], Sequence[str]]
 class Dispatcher:
     """Owns every request between vLLM's front end and the engines. A Sink of Members."""
 
+    reads_outputs = True
+
     def __init__(
         self, members: Members, decider: Decider, metrics: GatewayMetrics, *, first_token: bool = True
     ) -> None:

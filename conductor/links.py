@@ -89,6 +89,7 @@ class Link:
         *,
         address: str = LOOPBACK,
         relink: bool = False,
+        reads: bool = True,
     ) -> None:
         """Nothing is sent before `start`.
 
@@ -100,6 +101,7 @@ class Link:
             address: of this host, where the engine sends its tokens.
             relink: an earlier link to the same epoch was lost, and what it sent may still run
                 there, so the relay is told to abort that first.
+            reads: whether what the engine says is wanted, its statistics included: reading imports vLLM.
         """
         self.record = record
         self.instance_id = record.instance_id
@@ -109,12 +111,13 @@ class Link:
         self._gateway_id = gateway_id
         self._events = events
         self._relink = relink
+        self._reads = reads
         self._welcomes_due = 2 if relink else 1  # the BYE between two HELLOs gives up the first slot
         self._began_s = 0.0
         self._hello_s = 0.0
         self._draining: list[zmq.Socket[bytes]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._codec: tuple[MsgpackEncoder, MsgpackDecoder] | None = None  # with the first that is sent
+        self._codec: tuple[MsgpackEncoder, MsgpackDecoder] | None = None  # since it was needed
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
         self._socket = context.socket(zmq.DEALER)
@@ -289,18 +292,21 @@ class Link:
         assert self._loop is not None
         self._loop.call_soon(again)
 
-    def _encode(self, message: Any) -> Sequence[Any]:
+    def _codecs(self) -> "tuple[MsgpackEncoder, MsgpackDecoder]":
         if self._codec is None:
             from conductor.vllm_seam import EngineCoreOutputs, MsgpackDecoder, MsgpackEncoder
 
             self._codec = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
-        return self._codec[0].encode(message)
+        return self._codec
+
+    def _encode(self, message: Any) -> Sequence[Any]:
+        return self._codecs()[0].encode(message)
 
     def _take_outputs(self, frames: list[bytes]) -> None:
-        if self._codec is None:
-            return  # statistics, which an engine sends to any of its clients: nothing was asked of it here
+        if not self._reads:
+            return  # statistics, which an engine sends to any of its clients
         try:
-            outputs = self._codec[1].decode(frames)
+            outputs = self._codecs()[1].decode(frames)
         except Exception as error:  # msgspec, torch and numpy all have a say here
             raise ProtocolError(f"undecodable engine output: {type(error).__name__}: {error}") from error
         if outputs.utility_output is not None:

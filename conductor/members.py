@@ -54,6 +54,9 @@ enough that a false alarm costs little."""
 class Sink(Protocol):
     """Whoever dispatches requests."""
 
+    reads_outputs: bool
+    """Whether `on_outputs` is wanted: reading what engines say imports vLLM."""
+
     def on_outputs(self, link: Link, outputs: "EngineCoreOutputs") -> None:
         """An engine said something."""
         ...
@@ -252,7 +255,11 @@ class Members:
     def _link(self, record: InstanceRecord, relink: bool) -> None:
         if self._closed:
             return
-        link = Link(self._context, record, self._gateway_id, self, address=self._address, relink=relink)
+        assert self._sink is not None
+        link = Link(
+            self._context, record, self._gateway_id, self,
+            address=self._address, relink=relink, reads=self._sink.reads_outputs,
+        )  # fmt: skip
         self.links[record.instance_id] = link
         link.start()
 

@@ -8,9 +8,11 @@ import pytest
 import zmq
 from conftest import make_request
 from fake_engine import FakeEngine
+from vllm.v1.metrics.stats import SchedulerStats
 
 from conductor import links
 from conductor.links import Link, LinkState
+from conductor.vllm_seam import EngineCoreOutputs, MsgpackEncoder
 from mooncake.core.errors import PeerGone, ProtocolError
 from mooncake.core.messages import Failure, RelayOp
 
@@ -71,6 +73,18 @@ async def test_hello_is_answered_with_the_slot_and_pings_with_pulses(context, en
     assert 0 <= owner.pulses[0] < 1
     link.close()
     assert owner.lost == []
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_what_an_engine_says_is_heard_before_anything_was_asked_of_it(context, engine, reads) -> None:
+    owner = Owner()
+    link = Link(context, engine.record, "gw", owner, reads=reads)
+    link.start()
+    await until(lambda: bool(owner.ups))
+    idle = EngineCoreOutputs(outputs=[], scheduler_stats=SchedulerStats(num_running_reqs=0))
+    link._take_outputs(MsgpackEncoder().encode(idle))  # the end of what another link had sent
+    assert len(owner.outputs) == int(reads)  # a decision core has no use for it, and no vLLM
+    link.close()
 
 
 async def test_another_epoch_behind_the_endpoint_is_refused(context, engine) -> None:
