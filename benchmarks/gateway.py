@@ -27,10 +27,10 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.gateway_peers import load
-from benchmarks.gateway_peers.paths import Way, Ways, serving, tree_cpu_s
+from benchmarks.gateway_peers.paths import Way, Ways, serving
+from benchmarks.processes import tree_cpu_s
 
 STEP_S = 0.025
-FORM = argparse.RawDescriptionHelpFormatter
 SYSTEM = "You answer briefly."
 WORDS = (
     "the", "engine", "of", "a", "prompt", "block", "token", "cache", "that", "serves", "many",

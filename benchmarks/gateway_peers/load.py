@@ -15,7 +15,6 @@ from mooncake.core.errors import PeerTimeout, ProtocolError
 ROUND_S_MAX = 120.0
 SWEEP_S = 0.02
 READ_BYTES = 1 << 18
-TAIL_BYTES = 16
 END_OF_CHUNKS = b"\r\n0\r\n\r\n"
 
 

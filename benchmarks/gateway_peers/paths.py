@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 import msgspec
-import psutil
 
 from benchmarks import harness
 from benchmarks.gateway_peers.stack import Plan
+from benchmarks.processes import tree_cpu_s
 from mooncake.core.errors import PeerTimeout
 from mooncake.model import resolve_model
 
@@ -50,17 +50,6 @@ class Ways(msgspec.Struct):
     compared: list[Way]
     fronts: list[Way]
     core_pid: int
-
-
-def tree_cpu_s(pid: int) -> float:
-    """Return the CPU seconds of one process and all under it (from /proc, to 10 ms)."""
-    total = 0.0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        for one in (root, *root.children(recursive=True)):
-            times = one.cpu_times()
-            total += float(times.user + times.system)
-    return total
 
 
 def model_folder(target: Path, *, tiny: bool) -> int:
