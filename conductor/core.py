@@ -125,7 +125,7 @@ def telling(planner: Planner, cost: CostModel) -> Planned:
 
     def planned(facts: RequestFacts, plan: Plan) -> None:
         answer_tokens = cost.output_tokens(facts.max_tokens, facts.tenant, facts.slo_class)
-        planner.planned(plan, facts.prompt_len, answer_tokens)
+        planner.planned(plan, facts.prompt_len, answer_tokens, facts.max_tokens)
 
     return planned
 

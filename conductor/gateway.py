@@ -216,7 +216,7 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         app = await vllm_seam.build_app(llm, args)
         add_routes(app, cluster, args, metadata)
         cluster.start(llm)
-        url = await stack.enter_async_context(serving_metrics(options.metrics_port))
+        url = await stack.enter_async_context(serving_metrics(options.admin_port))
         record = front_record(options, args, url)
         value = msgspec.json.encode(record)
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)

@@ -165,6 +165,9 @@ class Planner:
         self._config = config
         self._cost = cost
         self._requests, self._work_s, self._context = _Rate(), _Rate(), _Rate()
+        self._whole = (
+            _Rate()
+        )  # requests that may have an answer of the usual length; a part of one that may not
         self._tokens = OUTPUT_TOKENS_PRIOR
         self._answers = 0
         self._running, self._running_kv = 0, 0.0  # answers now, and KV tokens of their contexts
@@ -186,16 +189,18 @@ class Planner:
         # a true mean first: the moving mean of few answers is noise, and short ones end first
         self._tokens += (tokens - self._tokens) * max(ANSWER_MEMORY, 1 / (self._answers + ANSWERS_PRIOR))
 
-    def planned(self, plan: Plan, prompt_tokens: int, answer_tokens: int) -> None:
-        """A request was taken, with so many tokens expected of its answer."""
+    def planned(self, plan: Plan, prompt_tokens: int, answer_tokens: int, answer_tokens_max: int) -> None:
+        """A request was taken, with so many tokens expected of its answer, and so many allowed."""
         self._requests.add(1)
+        # what a client allows is known at once; that answers have grown shorter, when fifty have ended
+        self._whole.add(min(1.0, answer_tokens_max / self._tokens))
         if plan.decision not in BESIDE_ANSWERS:  # that is no work of the prefill instances
             self._work_s.add(plan.predicted_prefill_s)
         self._context.add(prompt_tokens + answer_tokens / 2)  # on average, over its answer's time
 
     def step(self, members: Sequence[Member]) -> list[Switch]:
         """Close an interval; return who is to change its role now."""
-        for rate in (self._requests, self._work_s, self._context):
+        for rate in (self._requests, self._work_s, self._context, self._whole):
             rate.close(self._config.interval_s)
         prefills = [one for one in members if one.role == "prefill"]
         decodes = [one for one in members if one.role == "decode"]
@@ -267,7 +272,7 @@ class Planner:
         requests_s = self._requests.ahead
         if requests_s > 0:
             context = self._context.ahead / requests_s
-            decode = max(decode, self._expected(requests_s * self._tokens / decodes, context, room))
+            decode = max(decode, self._expected(self._whole.ahead * self._tokens / decodes, context, room))
         return prefill, decode
 
     def _expected(self, tokens_s: float, context: float, room: _Room) -> float:

@@ -123,7 +123,7 @@ async def run_core(options: GatewayOptions) -> None:
         service = CoreService(core, metadata, bind, f"{name}-{secrets.token_hex(4)}")  # another at each start
         stack.push_async_callback(service.close)
         await service.start()
-        url = await stack.enter_async_context(serving_metrics(options.metrics_port))
+        url = await stack.enter_async_context(serving_metrics(options.admin_port))
         record = FrontRecord(name, os.getpid(), "", url)
         await stack.enter_async_context(registered(metadata, CORES_PREFIX, record))
         log.info("core.serves", name=name, endpoint=service.endpoint)

@@ -85,7 +85,7 @@ def up(
     plan_roles: PlanRoles = False,
     tenants: Tenants = None,
     gateways: Gateways = None,
-    metrics_port: Annotated[
+    admin_port: Annotated[
         int, typer.Option(help="First loopback port of the store's and engines' metrics; 0 = any free.")
     ] = 0,
     cores: Annotated[str, typer.Option(help="auto, or the cores to use, e.g. 0-3.")] = "auto",
@@ -100,7 +100,7 @@ def up(
         from mooncake.core.config import parse_cores, parse_size_bytes
         from mooncake.core.cpu import resolve_dtype
         from mooncake.core.shared_port import check_port
-        from mooncake.up.metrics import with_metrics_ports
+        from mooncake.up.metrics import with_admin_ports
         from mooncake.up.plan import UpOptions, make_plan
         from mooncake.up.run import default_run_dir, tenant_keys
         from mooncake.up.run import up as run_up
@@ -127,7 +127,7 @@ def up(
         draft = UpOptions(model="checked later", served_name="m", run_dir="/r", **wish)
         make_plan(draft, [0], api_key, tenant_keys(draft.tenants))
         check_port(host, port)
-        with_metrics_ports(draft, metrics_port)
+        with_admin_ports(draft, admin_port)
         ref = resolve(model)
         folder = str(run_dir.resolve()) if run_dir else str(default_run_dir())
         options = UpOptions(
@@ -137,7 +137,7 @@ def up(
             run_dir=folder,
             **wish,
         )
-        raise typer.Exit(run_up(options, api_key, console(), zygote, metrics_port))
+        raise typer.Exit(run_up(options, api_key, console(), zygote, admin_port))
 
 
 def _use_cores(cores: list[int]) -> None:
@@ -219,7 +219,7 @@ Name = Annotated[str, typer.Option(help="Name of the instance; must be unique.")
 Node = Annotated[str, typer.Option(help="Node name of the store on this host.")]
 Cores = Annotated[str, typer.Option(help="Cores to bind, e.g. 0 or 0-3; empty = none.")]
 Pool = Annotated[bool, typer.Option(help="Share KV blocks through the pool.")]
-MetricsPort = Annotated[int, typer.Option(help="Loopback port of Prometheus metrics; 0 = none.")]
+AdminPort = Annotated[int, typer.Option(help="Loopback port of Prometheus metrics; 0 = none.")]
 
 
 @app.command()
@@ -237,7 +237,7 @@ def prefill(
     block_size: BlockSize = 32,
     both: Annotated[bool, typer.Option("--both", help="An aggregated instance: decodes too.")] = False,
     pool: Pool = True,
-    metrics_port: MetricsPort = 0,
+    admin_port: AdminPort = 0,
     run_dir: RunDir = None,
     log_level: LogLevel = "info",
     vllm_args: VllmArgs = None,
@@ -246,7 +246,7 @@ def prefill(
     _worker(
         "both" if both else "prefill", name, model, dtype, kv_memory, cores, run_dir,
         metadata=metadata, node=node, address=address, max_model_len=max_model_len, load_mode=load_mode,
-        block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
+        block_size=block_size, use_pool=pool, admin_port=admin_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def decode(
     load_mode: LoadMode = "async",
     block_size: BlockSize = 32,
     pool: Pool = True,
-    metrics_port: MetricsPort = 0,
+    admin_port: AdminPort = 0,
     run_dir: RunDir = None,
     log_level: LogLevel = "info",
     vllm_args: VllmArgs = None,
@@ -274,7 +274,7 @@ def decode(
     _worker(
         "decode", name, model, dtype, kv_memory, cores, run_dir,
         metadata=metadata, node=node, address=address, max_model_len=max_model_len, load_mode=load_mode,
-        block_size=block_size, use_pool=pool, metrics_port=metrics_port, log_level=log_level,
+        block_size=block_size, use_pool=pool, admin_port=admin_port, log_level=log_level,
         vllm_args=vllm_args or [],
     )  # fmt: skip
 
@@ -293,7 +293,7 @@ def store(
         str, typer.Option(help="HOST:PORT where other stores copy KV blocks; empty = ADDRESS, any port.")
     ] = "",
     run_dir: RunDir = None,
-    metrics_port: MetricsPort = 0,
+    admin_port: AdminPort = 0,
     log_level: LogLevel = "info",
 ) -> None:
     """Run the KV pool's node of this host."""
@@ -303,7 +303,7 @@ def store(
 
         options = StoreOptions(
             node=node, capacity_bytes=parse_size_bytes(capacity, "capacity"), run_dir=run_dir_of(run_dir),
-            metadata=metadata, metrics_port=metrics_port, log_level=log_level, address=address,
+            metadata=metadata, admin_port=admin_port, log_level=log_level, address=address,
             transfer=transfer, ssd_path=str(ssd.resolve()) if ssd else "",
             ssd_bytes=parse_size_bytes(ssd_size, "ssd_size"), eviction=eviction,
             hugepages=hugepages,

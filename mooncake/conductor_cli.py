@@ -67,7 +67,7 @@ def conductor(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
     block_size: BlockSize = 32,
-    metrics_port: Annotated[
+    admin_port: Annotated[
         int, typer.Option(help="First loopback port of the core's and gateways' metrics; 0 = any free.")
     ] = 0,
     run_dir: RunDir = None,
@@ -107,11 +107,11 @@ def conductor(
         ).checked()  # fmt: skip
         if not gateways:
             role = "conductor" if gateways is None else "core"
-            options = msgspec.structs.replace(options, metrics_port=metrics_port if role == "core" else 0)
+            options = msgspec.structs.replace(options, admin_port=admin_port if role == "core" else 0)
             run_role(role, log_level, lambda: launch.ROLES[role][1](options))
         from mooncake.up.conductor import conductor as run_group
 
-        raise typer.Exit(run_group(options, gateways, ref.is_local, console(), zygote, metrics_port))
+        raise typer.Exit(run_group(options, gateways, ref.is_local, console(), zygote, admin_port))
 
 
 def gateway(
@@ -128,7 +128,7 @@ def gateway(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = 0,
     block_size: BlockSize = 32,
-    metrics_port: Annotated[int, typer.Option(help="Loopback port of its metrics; 0 = /metrics alone.")] = 0,
+    admin_port: Annotated[int, typer.Option(help="Loopback port of its metrics; 0 = /metrics alone.")] = 0,
     run_dir: RunDir = None,
     log_level: LogLevel = "info",
     vllm_args: VllmArgs = None,
@@ -149,7 +149,7 @@ def gateway(
         options = GatewayOptions(
             model=ref.path_or_name, served_name=ref.served_name, host=host, port=port, name=name,
             metadata_endpoint=metadata, address=address, aggregated=aggregated, first_token=first_token,
-            tenants=str(tenants.resolve()) if tenants else "", metrics_port=metrics_port,
+            tenants=str(tenants.resolve()) if tenants else "", admin_port=admin_port,
             api_key=api_key, dtype=resolve_dtype(dtype), max_model_len=max_model_len, block_size=block_size,
             run_dir=run_dir_of(run_dir), log_level=log_level, vllm_args=vllm_args or [],
         ).checked()  # fmt: skip

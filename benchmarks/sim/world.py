@@ -302,7 +302,7 @@ class World:
         self.hot.planned(entry.keys, answer)
         if self.planner is not None:
             answer_tokens = self.cost.output_tokens(MAX_TOKENS)
-            self.planner.planned(answer, entry.trace.input_tokens, answer_tokens)
+            self.planner.planned(answer, entry.trace.input_tokens, answer_tokens, MAX_TOKENS)
         self._execute(entry, entry.machine.start(answer))
 
     def _pump(self) -> None:

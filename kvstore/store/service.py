@@ -98,7 +98,7 @@ class StoreService:
         self.requests = Requests(self.node, config.node, self.epoch, clock, self._recheck.report)
 
     @property
-    def metrics_port(self) -> int | None:
+    def admin_port(self) -> int | None:
         """The port that is served, once started."""
         return self._metrics.port if self._metrics else None
 
@@ -153,8 +153,8 @@ class StoreService:
             requests.outside.serve(
                 self.node, config.node, requests.handle, self._metadata, self._clock, requests.names
             )
-        if config.metrics_port is not None:
-            self._metrics = self._serve_metrics(config.metrics_port)
+        if config.admin_port is not None:
+            self._metrics = self._serve_metrics(config.admin_port)
         record = StoreRecord(
             node=config.node,
             epoch=self.epoch,
@@ -163,7 +163,7 @@ class StoreService:
             fd_path=str(Path(run_dir) / f"store-{config.node}.sock"),
             capacity_bytes=self._capacity_bytes,
             pid=os.getpid(),
-            metrics_url=metrics_url(self.metrics_port or 0),
+            metrics_url=metrics_url(self.admin_port or 0),
             transfer=requests.outside.engine.name if requests.outside else "",
             segment_address=requests.outside.address if requests.outside else 0,
             door=str(Path(run_dir) / f"store-{config.node}.door"),

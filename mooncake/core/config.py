@@ -6,7 +6,9 @@ settings: they come from the environment (`MOONCAKE_API_KEY`), never on a comman
 """
 
 import ipaddress
+import os
 import re
+from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -15,6 +17,12 @@ from mooncake.core.errors import ConfigError
 from mooncake.core.rpc import check_endpoint
 
 API_KEY_ENV = "MOONCAKE_API_KEY"
+ADMIN_TOKEN_ENV = "MOONCAKE_ADMIN_TOKEN"
+ADMIN_TOKEN_FILE_ENV = "MOONCAKE_ADMIN_TOKEN_FILE"
+ADMIN_TOKEN_HINT = f"set {ADMIN_TOKEN_ENV} or {ADMIN_TOKEN_FILE_ENV}"
+DRAIN_S = 60.0
+"""Answers of a thousand tokens at 50 ms between them, and some; longer ones are handed over."""
+DRAIN_S_MAX = 86_400.0
 ROLES = ("prefill", "decode", "both")
 LOAD_MODES = ("async", "layerwise")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -42,6 +50,7 @@ KV_BYTES_MIN = 16 << 20
 API_KEY_CHARS_MIN = 16
 """Below this a key can be guessed; `python -c 'import secrets; print(secrets.token_urlsafe())'`."""
 
+LOOPBACK = "127.0.0.1"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", re.IGNORECASE | re.ASCII)
@@ -102,9 +111,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-LOOPBACK = "127.0.0.1"
-
-
 class _Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all options share."""
 
@@ -142,7 +148,9 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
     max_num_seqs: int = 16
     max_num_batched_tokens: int = STEP_TOKENS
     use_pool: bool = True  # False: no KV blocks are shared (a plain engine, for comparison)
-    metrics_port: int = 0  # 0 = none
+    admin_host: str = LOOPBACK  # of metrics, health and drain; others than loopback need MOONCAKE_ADMIN_TOKEN
+    admin_port: int = 0  # 0 = none
+    drain_s: float = DRAIN_S  # SIGTERM: in-flight work gets so long
     log_level: str = "info"
     vllm_args: list[str] = []
 
@@ -154,7 +162,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
         _metadata(self.metadata)
         _address(self.address)
         _engine_sizes(self.block_size, self.max_model_len, self.kv_memory_bytes)
-        _between("metrics_port", self.metrics_port, 0, 65535)
+        _admin(self.admin_host, self.admin_port, self.drain_s)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         _between("max_num_batched_tokens", self.max_num_batched_tokens, self.block_size, MODEL_LEN_MAX)
         if not self.model:
@@ -176,7 +184,10 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
     metadata_endpoint: str = "tcp://127.0.0.1:*"  # the core binds it, a gateway connects; or etcd://...
     name: str = ""  # among the gateways, or the cores; "" = of host and process
     share_port: bool = False  # with other gateways of this host; whoever starts them holds it
-    metrics_port: int = 0  # on loopback, of a core or of a gateway that shares its port; 0 = none
+    admin_host: str = LOOPBACK  # of metrics, health and drain; others than loopback need MOONCAKE_ADMIN_TOKEN
+    admin_port: int = 0  # 0 = none
+    drain_s: float = DRAIN_S  # SIGTERM: in-flight work gets so long
+    drain_delay_s: float = 0.0  # SIGTERM: it is not ready for so long before it stops listening
     served_name: str = ""  # "" = model
     aggregated: bool = False
     first_token: bool = False
@@ -203,13 +214,13 @@ class GatewayOptions(_Options, frozen=True, kw_only=True):
 
     def _check(self) -> None:
         _between("port", self.port, 1, 65535)
-        _between("metrics_port", self.metrics_port, 0, 65535)
+        _admin(self.admin_host, self.admin_port, self.drain_s)
         if self.name:
             _name("name", self.name)
         _choice("dtype", self.dtype, DTYPES)
         _choice("policy", self.policy, POLICIES)
         _choice("admission", self.admission, ADMISSIONS)
-        for key in ("ttft_slo_s", "tbt_slo_s", "hold_s", "decode_s"):
+        for key in ("ttft_slo_s", "tbt_slo_s", "hold_s", "decode_s", "drain_delay_s"):
             if not 0.0 <= getattr(self, key) <= SLO_S_MAX:  # also refuses NaN
                 raise fail(key, getattr(self, key), f"seconds up to {SLO_S_MAX:g}; 0 = none")
         _between("hot_copies", self.hot_copies, 0, HOT_COPIES_MAX)
@@ -234,12 +245,14 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
     hugepages: str = HUGEPAGES[0]
     ssd_path: str = ""  # folder of the SSD tier; "" = none
     ssd_bytes: int = SSD_BYTES
-    metrics_port: int = 0  # 0 = none
+    admin_host: str = LOOPBACK  # of metrics, health and drain; others than loopback need MOONCAKE_ADMIN_TOKEN
+    admin_port: int = 0  # 0 = none
+    drain_s: float = DRAIN_S  # SIGTERM: in-flight work gets so long
     log_level: str = "info"
 
     def _check(self) -> None:
         _name("node", self.node)
-        _between("metrics_port", self.metrics_port, 0, 65535)
+        _admin(self.admin_host, self.admin_port, self.drain_s)
         _metadata(self.metadata)
         _address(self.address)
         _choice("eviction", self.eviction, EVICTIONS)
@@ -251,7 +264,9 @@ class StoreOptions(_Options, frozen=True, kw_only=True):
             raise fail("ssd_size", format_size(self.ssd_bytes), f"must be at least {least}")
 
 
-def check_host(host: str, api_key: str) -> None:
+def check_host(
+    host: str, api_key: str, key: str = "host", hint: str = f"set --api-key or {API_KEY_ENV}"
+) -> None:
     """Refuse to serve a network without authentication.
 
     Raises:
@@ -260,9 +275,34 @@ def check_host(host: str, api_key: str) -> None:
     if is_loopback(host):
         return
     if not api_key:
-        raise fail("host", host, f"others can reach it: set --api-key or {API_KEY_ENV}, or bind 127.0.0.1")
+        raise fail(key, host, f"others can reach it: {hint}, or bind {LOOPBACK}")
     if len(api_key) < API_KEY_CHARS_MIN:
-        raise ConfigError(f"api key: at least {API_KEY_CHARS_MIN} characters on a reachable address")
+        raise fail(key, host, f"others can reach it: {hint} to at least {API_KEY_CHARS_MIN} characters")
+
+
+def admin_token() -> str:
+    """Return what callers of an admin server show, from the environment; "" = nobody needs to.
+
+    Raises:
+        ConfigError: the file of the token cannot be read or is empty.
+    """
+    if not (path := os.environ.get(ADMIN_TOKEN_FILE_ENV, "")):
+        return os.environ.get(ADMIN_TOKEN_ENV, "").strip()
+    try:
+        token = Path(path).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(ADMIN_TOKEN_FILE_ENV, path, f"cannot be read: {error}") from error
+    if not token:
+        raise fail(ADMIN_TOKEN_FILE_ENV, path, "is empty; write the token there")
+    return token
+
+
+def _admin(host: str, port: int, drain_s: float) -> None:
+    _between("admin_port", port, 0, 65535)
+    if port:
+        check_host(host, admin_token(), "admin_host", ADMIN_TOKEN_HINT)
+    if not 0.0 <= drain_s <= DRAIN_S_MAX:  # also refuses NaN
+        raise fail("drain_s", drain_s, f"seconds up to {DRAIN_S_MAX:g}")
 
 
 def _metadata(text: str) -> None:

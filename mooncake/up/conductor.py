@@ -17,7 +17,7 @@ from mooncake.core.config import GatewayOptions
 from mooncake.core.scrape import LOOPBACK
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
-from mooncake.up.metrics import metrics_ports
+from mooncake.up.metrics import admin_ports
 from mooncake.up.plan import base_env, gateway_names, plan_conductor
 from mooncake.up.run import live, tenant_keys, url_host
 from mooncake.up.show import Board
@@ -29,11 +29,11 @@ def conductor(
     model_is_local: bool,
     console: Console,
     use_zygote: bool = True,
-    metrics_port: int = 0,
+    admin_port: int = 0,
 ) -> int:
     """Run a core and `gateways` (at least 1) until Ctrl-C or SIGTERM; return the exit code.
 
-    `metrics_port`: first of the ports of the core and the gateways; 0 = any free ones.
+    `admin_port`: first of the ports of the core and the gateways; 0 = any free ones.
 
     Raises:
         ConfigError: a setting cannot work.
@@ -45,7 +45,7 @@ def conductor(
         name = f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
         options = msgspec.structs.replace(options, name=name)
     with Held(options.host, options.port):
-        ports = metrics_ports(gateway_names(gateways), options.port, metrics_port)
+        ports = admin_ports(gateway_names(gateways), options.port, admin_port)
         keys = tenant_keys(options.tenants)
         plan = plan_conductor(options, gateways, ports, keys)
         prepare_run_dir(run_dir)

@@ -62,7 +62,7 @@ async def _store(options: StoreOptions) -> int:
         endpoint=f"tcp://{options.address}:*",
         events=f"tcp://{options.address}:*",
         transfer=transfer_config(options),
-        metrics_port=options.metrics_port or None,
+        admin_port=options.admin_port or None,
         eviction=options.eviction,
         hugepages=options.hugepages,
         ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)

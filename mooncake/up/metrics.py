@@ -18,7 +18,7 @@ CONFIG_NAME = "prometheus.yml"
 SCRAPE_S = 5
 
 
-def with_metrics_ports(options: UpOptions, base: int = 0) -> UpOptions:
+def with_admin_ports(options: UpOptions, base: int = 0) -> UpOptions:
     """Return `options` with a loopback port for the store and each engine.
 
     Args:
@@ -31,12 +31,12 @@ def with_metrics_ports(options: UpOptions, base: int = 0) -> UpOptions:
         ConfigError: a wanted port is taken or out of range, or none is free.
     """
     return msgspec.structs.replace(
-        options, metrics_ports=metrics_ports(metrics_names(options), options.port, base)
+        options, admin_ports=admin_ports(metrics_names(options), options.port, base)
     )
 
 
-def metrics_ports(names: Sequence[str], port: int, base: int = 0) -> dict[str, int]:
-    """Return a loopback port for each of `names`, see with_metrics_ports; `port` is the gateway's.
+def admin_ports(names: Sequence[str], port: int, base: int = 0) -> dict[str, int]:
+    """Return a loopback port for each of `names`, see with_admin_ports; `port` is the gateway's.
 
     Raises:
         ConfigError: a wanted port is taken or out of range, or none is free.
@@ -47,10 +47,10 @@ def metrics_ports(names: Sequence[str], port: int, base: int = 0) -> dict[str, i
 
 def _wanted(base: int, count: int) -> list[int]:
     if not 1 <= base <= PORT_MAX - count + 1:
-        raise fail("metrics_port", base, f"{count} ports from here on must fit below {PORT_MAX + 1}")
+        raise fail("admin_port", base, f"{count} ports from here on must fit below {PORT_MAX + 1}")
     for port in range(base, base + count):
         if not can_bind(port):
-            raise fail("metrics_port", base, f"{LOOPBACK}:{port} is taken; choose another base")
+            raise fail("admin_port", base, f"{LOOPBACK}:{port} is taken; choose another base")
     return list(range(base, base + count))
 
 
@@ -63,7 +63,7 @@ def _free(after: int, count: int) -> list[int]:
             found.append(port)
         if len(found) == count:
             return found
-    raise fail("metrics_port", 0, f"no {count} free ports above {after}; name a base")
+    raise fail("admin_port", 0, f"no {count} free ports above {after}; name a base")
 
 
 def can_bind(port: int) -> bool:
@@ -83,7 +83,7 @@ def write_prometheus_config(options: UpOptions, gateway: str) -> None:
     Of several gateways any may answer there: each has a port of its own for its metrics.
     """
     targets = [("gateway", gateway)] if options.gateways is None else []
-    targets += [(name, f"{LOOPBACK}:{port}") for name, port in options.metrics_ports.items()]
+    targets += [(name, f"{LOOPBACK}:{port}") for name, port in options.admin_ports.items()]
     (Path(options.run_dir) / CONFIG_NAME).write_text(prometheus_config(targets))
 
 
@@ -101,7 +101,7 @@ def prometheus_config(targets: Sequence[tuple[str, str]]) -> str:
 
 def metrics_text(options: UpOptions, url: str) -> str:
     """Return one line for people: who serves metrics where."""
-    others = " ".join(f"{name}:{port}" for name, port in options.metrics_ports.items())
+    others = " ".join(f"{name}:{port}" for name, port in options.admin_ports.items())
     text = "metrics:" if options.gateways is not None else f"metrics: {url}/metrics  "
     if others:
         text += f" on {LOOPBACK}: {others}   {options.run_dir}/{CONFIG_NAME}"

@@ -70,7 +70,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     plan_roles: bool = False
     tenants: str = ""  # file of shares and quotas; "" = none
     gateways: int | None = None  # so many, and a core beside them; None = one process is both
-    metrics_ports: dict[str, int] = {}  # by process name; missing = no metrics
+    admin_ports: dict[str, int] = {}  # by process name; missing = no metrics
     log_level: str = "info"
     vllm_args: list[str] = []
 
@@ -123,7 +123,7 @@ def make_plan(
         ssd_bytes=options.ssd_bytes,
         run_dir=f"{options.run_dir}/store",
         metadata=metadata,
-        metrics_port=options.metrics_ports.get("store", 0),
+        admin_port=options.admin_ports.get("store", 0),
         log_level=options.log_level,
     )
     gateway = GatewayOptions(
@@ -156,7 +156,7 @@ def make_plan(
         Process(
             name="store", role="store", options=store.checked(), heavy=False, stop_rank=2, stop_s=STORE_STOP_S
         ),
-        *plan_conductor(gateway, options.gateways, options.metrics_ports, tenant_keys),
+        *plan_conductor(gateway, options.gateways, options.admin_ports, tenant_keys),
     ]
     return plan + [
         _engine(options, name, role, pick_cores(index, len(roles), cores))
@@ -167,7 +167,7 @@ def make_plan(
 def plan_conductor(
     options: GatewayOptions,
     gateways: int | None,
-    metrics_ports: Mapping[str, int],
+    admin_ports: Mapping[str, int],
     tenant_keys: Mapping[str, str] | None = None,
 ) -> list[Process]:
     """Return the processes of a Conductor: one for all of it, or a core and `gateways` gateways.
@@ -188,7 +188,7 @@ def plan_conductor(
         name: msgspec.structs.replace(
             options,
             name=f"{options.name}-{name}" if options.name else name,
-            metrics_port=metrics_ports.get(name, 0),
+            admin_port=admin_ports.get(name, 0),
             share_port=name != CORE,
         ).checked()
         for name in gateway_names(gateways)
@@ -259,7 +259,7 @@ def _engine(options: UpOptions, name: str, role: str, cores: list[int]) -> Proce
         max_model_len=options.max_model_len,
         dtype=options.dtype,
         load_mode=options.load_mode,
-        metrics_port=options.metrics_ports.get(name, 0),
+        admin_port=options.admin_ports.get(name, 0),
         block_size=options.block_size,
         log_level=options.log_level,
         vllm_args=options.vllm_args,

@@ -15,7 +15,7 @@ from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.core.shared_port import Held, check_port
 from mooncake.up.cluster import Cluster, prepare_run_dir
-from mooncake.up.metrics import metrics_text, with_metrics_ports, write_prometheus_config
+from mooncake.up.metrics import metrics_text, with_admin_ports, write_prometheus_config
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.show import Board
 
@@ -28,11 +28,11 @@ def default_run_dir() -> Path:
 
 
 def up(
-    options: UpOptions, api_key: str, console: Console, use_zygote: bool = True, metrics_port: int = 0
+    options: UpOptions, api_key: str, console: Console, use_zygote: bool = True, admin_port: int = 0
 ) -> int:
     """Run the cluster until Ctrl-C or SIGTERM; return the exit code.
 
-    `metrics_port`: first of the ports of the store and the engines; 0 = any free ones.
+    `admin_port`: first of the ports of the store and the engines; 0 = any free ones.
 
     Raises:
         ConfigError: a setting cannot work.
@@ -44,11 +44,11 @@ def up(
             check_port(options.host, options.port)
         else:
             stack.enter_context(Held(options.host, options.port))
-        return _up(options, api_key, console, use_zygote, metrics_port)
+        return _up(options, api_key, console, use_zygote, admin_port)
 
 
-def _up(options: UpOptions, api_key: str, console: Console, use_zygote: bool, metrics_port: int) -> int:
-    options = with_metrics_ports(options, metrics_port)
+def _up(options: UpOptions, api_key: str, console: Console, use_zygote: bool, admin_port: int) -> int:
+    options = with_admin_ports(options, admin_port)
     keys = tenant_keys(options.tenants)
     plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key, keys)
     run_dir = Path(options.run_dir)

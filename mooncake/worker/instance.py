@@ -268,7 +268,7 @@ class Instance:
             max_num_batched_tokens=answer["max_num_batched_tokens"],
             block_bytes=facts.block_bytes,
             vllm_version=answer["vllm_version"],
-            metrics_url=metrics_url(self._options.metrics_port),
+            metrics_url=metrics_url(self._options.admin_port),
         )
 
     # ------------------------------------------------------------ the asyncio side
@@ -336,12 +336,12 @@ class Instance:
         return msgspec.structs.replace(record, gpu_endpoint=endpoint, gpu_events=told)
 
     def _metrics(self, spec: EngineSpec, pulse: Pulse) -> MetricsServer | None:
-        if not self._options.metrics_port:
+        if not self._options.admin_port:
             return None
         registry = CollectorRegistry()
         registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
         registry.register(self._gpu)
-        return MetricsServer(registry, self._options.metrics_port)
+        return MetricsServer(registry, self._options.admin_port)
 
     async def _refresh_store(self, metadata: MetadataStore, spec: EngineSpec) -> None:
         """Keep the store's current address where the engine's pool client looks for it."""

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
-from mooncake.up.metrics import can_bind, with_metrics_ports
+from mooncake.up.metrics import can_bind, with_admin_ports
 from mooncake.up.plan import Process, UpOptions, base_env, make_plan
 from mooncake.up.run import live
 from mooncake.up.show import Board
@@ -65,7 +65,7 @@ def main(model: str, port: str, etcd: str, run_dir: str) -> int:
         dtype="float32", block_size=BLOCK, kv_memory_bytes=256 << 20, pool_bytes=256 << 20,
     )  # fmt: skip
     with Held(options.host, options.port):
-        options = with_metrics_ports(options)
+        options = with_admin_ports(options)
         plan = [elsewhere(one, etcd) for one in make_plan(options, sorted(os.sched_getaffinity(0)))]
         prepare_run_dir(Path(run_dir))
         board = Board(Console())
@@ -95,7 +95,7 @@ class Fronts:
         (self.run_dir / "b").mkdir(mode=0o700)
         self._start(
             "standby", "-m", "mooncake", "conductor", "--gateways=0", f"--metadata-endpoint={self._etcd}",
-            f"--run-dir={self.run_dir / 'b'}", f"--metrics-port={metrics}", f"--block-size={BLOCK}",
+            f"--run-dir={self.run_dir / 'b'}", f"--admin-port={metrics}", f"--block-size={BLOCK}",
         )  # fmt: skip
 
     def _start(self, name: str, *words: str) -> None:

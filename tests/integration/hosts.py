@@ -138,7 +138,7 @@ class TwoHosts:
         """Start the store of `node`, "a" here or "b" there."""
         self.run(
             f"store-{node}", "store", f"--metadata={self.metadata}", f"--node={node}", "--capacity=256MiB",
-            f"--address={ADDRESSES[node]}", f"--metrics-port={METRICS_PORT}", there=node == "b",
+            f"--address={ADDRESSES[node]}", f"--admin-port={METRICS_PORT}", there=node == "b",
         )  # fmt: skip
 
     def run_engine(self, role: str, node: str, core: int) -> None:

@@ -61,7 +61,7 @@ class Processes(PoolProcesses):
     def ssd_store(self, node: str, ssd: Path) -> StoreRecord:
         pid = self._mooncake(
             *(node, "store", "--node", node, "--capacity", "16MiB", "--ssd", str(ssd), "--ssd-size", "1GiB"),
-            *("--run-dir", str(self.folder / f"run-{node}"), "--metrics-port", str(lasting_port())),
+            *("--run-dir", str(self.folder / f"run-{node}"), "--admin-port", str(lasting_port())),
         )
         return until(lambda: next((r for r in self.records(StoreRecord) if r.pid == pid), None))
 

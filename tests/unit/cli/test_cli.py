@@ -60,7 +60,7 @@ def test_version():
         (["up", "--eviction", "best"], "lru, lfu, length, tail"),
         (["up", "--hugepages", "on"], "auto, off, require"),
         (["up", "--ttft-slo-s", "-1"], "ttft_slo_s"),
-        (["up", "--metrics-port", "65535"], "metrics_port"),
+        (["up", "--admin-port", "65535"], "admin_port"),
         (["up", "--host", "0.0.0.0"], "MOONCAKE_API_KEY"),
         (["up", "--host", "0.0.0.0", "--api-key", "short"], "16 characters"),
         (["up", "--cores", "x"], "cores"),

@@ -82,19 +82,19 @@ def test_what_the_user_set_wins_over_our_environment():
 def test_every_process_but_the_gateway_gets_its_own_port_for_metrics():
     assert metrics_names(WISH) == ["store", "prefill-0", "decode-0"]
     ports = {"store": 8001, "prefill-0": 8002, "decode-0": 8003}
-    store, _, *engines = plan(metrics_ports=ports)
-    assert {p.name: p.options.metrics_port for p in (store, *engines)} == ports
-    assert {process.options.metrics_port for process in plan() if process.role != "conductor"} == {0}
+    store, _, *engines = plan(admin_ports=ports)
+    assert {p.name: p.options.admin_port for p in (store, *engines)} == ports
+    assert {process.options.admin_port for process in plan() if process.role != "conductor"} == {0}
 
 
 def test_gateways_and_their_core_are_processes_of_their_own():
     names = [process.name for process in plan(gateways=2)]
     assert names == ["store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0"]
-    _, core, *fronts = plan(gateways=2, metrics_ports={"core": 9001, "gateway-1": 9002}, tbt_slo_s=0.1)[:4]
+    _, core, *fronts = plan(gateways=2, admin_ports={"core": 9001, "gateway-1": 9002}, tbt_slo_s=0.1)[:4]
     assert (core.role, core.heavy, core.options.share_port) == ("core", False, False), "it imports no vLLM"
     assert [(f.role, f.heavy, f.options.share_port) for f in fronts] == [("gateway", True, True)] * 2
     assert [f.options.name for f in (core, *fronts)] == ["core", "gateway-0", "gateway-1"]
-    assert [f.options.metrics_port for f in (core, *fronts)] == [9001, 0, 9002]
+    assert [f.options.admin_port for f in (core, *fronts)] == [9001, 0, 9002]
     assert {f.options.metadata_endpoint for f in (core, *fronts)} == {plan()[1].options.metadata_endpoint}
     assert {f.options.tbt_slo_s for f in (core, *fronts)} == {0.1}, (
         "policy of the core, and for when it is away"
@@ -149,9 +149,9 @@ def test_the_eviction_policy_and_the_kind_of_pages_reach_the_store():
         ({"hugepages": "on"}, "hugepages"),
         ({"ttft_slo_s": -1.0}, "ttft_slo_s"),
         ({"tbt_slo_s": float("nan")}, "tbt_slo_s"),
-        ({"metrics_ports": {"store": 70_000}}, "metrics_port"),
-        ({"metrics_ports": {"decode-0": 70_000}}, "metrics_port"),
-        ({"gateways": 1, "metrics_ports": {"gateway-0": 70_000}}, "metrics_port"),
+        ({"admin_ports": {"store": 70_000}}, "admin_port"),
+        ({"admin_ports": {"decode-0": 70_000}}, "admin_port"),
+        ({"gateways": 1, "admin_ports": {"gateway-0": 70_000}}, "admin_port"),
         ({"gateways": 0}, "at least 1"),
         ({"gateways": -1}, "gateways"),
         ({"gateways": 65}, "gateways"),

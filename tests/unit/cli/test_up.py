@@ -20,7 +20,7 @@ from mooncake.core.errors import ConfigError, MooncakeError, PeerGone
 from mooncake.core.process import alive, wait_gone
 from mooncake.core.shared_port import check_port
 from mooncake.up.cluster import Cluster, Entry, prepare_run_dir
-from mooncake.up.metrics import with_metrics_ports
+from mooncake.up.metrics import with_admin_ports
 from mooncake.up.plan import UpOptions, base_env, make_plan
 from mooncake.up.run import ready_text
 from mooncake.up.show import Board
@@ -58,7 +58,7 @@ class Up:
         options = UpOptions(
             model="/m", served_name="m", run_dir=str(run_dir), port=self.port, pool_bytes=4 << 20, **wish
         )
-        self.options = options = with_metrics_ports(options)
+        self.options = options = with_admin_ports(options)
         self.output = io.StringIO()
         board = Board(Console(file=self.output, width=200))
         self.stop = asyncio.Event()
@@ -110,7 +110,7 @@ async def test_a_cluster_gets_ready_shows_how_and_stops_in_order(run_dir, use_zy
         shown = up.output.getvalue()
         for name in ("store", "conductor", "prefill-0", "decode-0"):
             assert f"{name:<12} ready" in shown
-        url = f"http://127.0.0.1:{up.options.metrics_ports['store']}/metrics"
+        url = f"http://127.0.0.1:{up.options.admin_ports['store']}/metrics"
         assert 'mooncake_store_capacity_bytes{node="local"}' in await asyncio.to_thread(fetch, url)
         assert up.log("conductor").startswith("key True in options False")
     ends = [float(up.log(name).split()[-1]) for name in ("conductor", "prefill-0")]

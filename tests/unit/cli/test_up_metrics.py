@@ -10,7 +10,7 @@ from mooncake.up.metrics import (
     can_bind,
     metrics_text,
     prometheus_config,
-    with_metrics_ports,
+    with_admin_ports,
     write_prometheus_config,
 )
 from mooncake.up.plan import UpOptions
@@ -27,7 +27,7 @@ def listener() -> socket.socket:
 
 
 def test_the_first_free_ports_above_the_gateways_are_taken():
-    ports = with_metrics_ports(WISH).metrics_ports
+    ports = with_admin_ports(WISH).admin_ports
     assert list(ports) == ["store", "prefill-0", "decode-0"]
     assert sorted(set(ports.values())) == list(ports.values())
     assert min(ports.values()) > WISH.port
@@ -37,18 +37,18 @@ def test_a_taken_port_is_skipped():
     with listener() as taken:
         port = taken.getsockname()[1]
         options = UpOptions(model="/m", served_name="m", run_dir="/r", port=port - 1)
-        assert port not in with_metrics_ports(options).metrics_ports.values()
+        assert port not in with_admin_ports(options).admin_ports.values()
 
 
 @pytest.mark.parametrize("port", [80, 65_535])
 def test_ports_are_never_privileged_nor_beyond_the_last(port):
     options = UpOptions(model="/m", served_name="m", run_dir="/r", port=port)
-    assert all(1024 <= found < 65_535 for found in with_metrics_ports(options).metrics_ports.values())
+    assert all(1024 <= found < 65_535 for found in with_admin_ports(options).admin_ports.values())
 
 
 def test_a_base_fixes_the_ports_in_the_order_of_start():
     base = next(p for p in range(21_000, 30_000) if all(can_bind(p + i) for i in range(3)))
-    assert with_metrics_ports(WISH, base).metrics_ports == {
+    assert with_admin_ports(WISH, base).admin_ports == {
         "store": base,
         "prefill-0": base + 1,
         "decode-0": base + 2,
@@ -57,13 +57,13 @@ def test_a_base_fixes_the_ports_in_the_order_of_start():
 
 @pytest.mark.parametrize("base", [-1, 65_534, 70_000])
 def test_a_base_out_of_range_is_refused(base):
-    with pytest.raises(ConfigError, match="metrics_port"):
-        with_metrics_ports(WISH, base)
+    with pytest.raises(ConfigError, match="admin_port"):
+        with_admin_ports(WISH, base)
 
 
 def test_a_base_whose_ports_are_taken_is_refused():
     with listener() as taken, pytest.raises(ConfigError, match="taken"):
-        with_metrics_ports(WISH, taken.getsockname()[1])
+        with_admin_ports(WISH, taken.getsockname()[1])
 
 
 def test_prometheus_scrapes_everyone():
@@ -77,7 +77,7 @@ def test_prometheus_scrapes_everyone():
 
 def test_gateways_that_share_a_port_are_scraped_at_their_own(tmp_path):
     options = UpOptions(model="/m", served_name="m", run_dir=str(tmp_path), port=20_000, gateways=2)
-    options = with_metrics_ports(options)
+    options = with_admin_ports(options)
     write_prometheus_config(options, "127.0.0.1:20000")
     (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
     names = [target["labels"]["process"] for target in job["static_configs"]]
@@ -87,7 +87,7 @@ def test_gateways_that_share_a_port_are_scraped_at_their_own(tmp_path):
 
 def test_the_ready_text_says_where_metrics_are():
     options = UpOptions(
-        model="/m", served_name="m", run_dir="/r", metrics_ports={"store": 8001, "prefill-0": 8002}
+        model="/m", served_name="m", run_dir="/r", admin_ports={"store": 8001, "prefill-0": 8002}
     )
     text = ready_text(options, 1, has_key=False)
     assert metrics_text(options, "http://127.0.0.1:8000") in text

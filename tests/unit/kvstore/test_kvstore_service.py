@@ -124,7 +124,7 @@ async def test_run_until_raises_when_a_task_of_the_service_dies(harness, monkeyp
         ({"node": "../etc"}, "node="),
         ({"node": ""}, "node="),
         ({"capacity_bytes": 100}, "capacity_bytes=100"),
-        ({"metrics_port": 70_000}, "metrics_port=70000"),
+        ({"admin_port": 70_000}, "admin_port=70000"),
     ],
 )
 def test_a_bad_setting_names_itself_before_anything_is_opened(settings, text):
@@ -313,12 +313,12 @@ async def test_hashing_never_stops_the_loop_and_is_bounded(harness, monkeypatch)
 
 
 async def test_metrics_show_the_nodes_numbers_on_loopback(harness):
-    store = await harness(metrics_port=0)
+    store = await harness(admin_port=0)
     await store.fill(1, 2)
     await store.ask(Acquire([key(1), key(2), key(3)], 5.0))
     await store.ask(Reserve("w", [key(4)], SIZE))
     await store.ask(Abandon("w", []))
-    port = store.service.metrics_port
+    port = store.service.admin_port
 
     def scrape():
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as reply:
@@ -341,8 +341,8 @@ async def test_metrics_show_the_nodes_numbers_on_loopback(harness):
 
 
 async def test_a_taken_metrics_port_does_not_keep_the_pool_from_serving(harness):
-    first = await harness(metrics_port=0)
-    second = await harness(node="n2", metrics_port=first.service.metrics_port)
+    first = await harness(admin_port=0)
+    second = await harness(node="n2", admin_port=first.service.admin_port)
     assert (await second.ask(Stats())).blocks == 0
     assert second.record.metrics_url == first.record.metrics_url
 
