@@ -47,6 +47,8 @@ SHAPE = Shape(scale=BLOCK / BLOCK_TOKENS)
 """Traces name blocks of 512 tokens, these engines have blocks of 32."""
 LONG_PROMPT, SHORT_ANSWER = 1536, 8
 SHORT_PROMPT, LONG_ANSWER = 64, 256
+POOL_SIZE = "4GiB"
+"""All that is asked for in one run: what is not found again has been lost, not evicted."""
 PROBES = 6
 """Prompts that are asked for again at the end."""
 FOLLOWED_S = PlannerConfig().interval_s * (1 + 1 / MEMORY)
@@ -248,6 +250,7 @@ def main() -> None:
     lengths_s = (15.0, 30.0) if args.quick else (60.0, 90.0, 90.0)
     server = harness.mooncake_up(
         str(model), "--prefill", "2", "--decode", "2", "--plan-roles", "--kv-memory", "256MiB",
+        "--pool-size", POOL_SIZE,
         "--", "--max-num-seqs", str(SEQUENCES_MAX),
     )  # fmt: skip
     with harness.progress(5) as begin, harness.running(begin, server):

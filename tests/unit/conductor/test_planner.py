@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from conductor.cost import CostModel
 from conductor.plan import Decision, Plan
-from conductor.planner import BUSY_MAX, CONFIRMED, REST, SHARE_MAX, Member, Planner, PlannerConfig, Switch
+from conductor.planner import (
+    BUSY_MAX,
+    CONFIRMED,
+    REST,
+    SHARE_MAX,
+    TBT_MAX,
+    TBT_SLO_S,
+    Member,
+    Planner,
+    PlannerConfig,
+    Switch,
+)
 
 INTERVAL_S = 5.0
 STEP = (0.0266, 1.5e-4, 3.1e-8)
@@ -28,13 +39,20 @@ def make(**kwargs) -> Planner:
     return Planner(PlannerConfig(interval_s=INTERVAL_S, **kwargs), CostModel(tbt_prior=STEP))
 
 
-def feed(planner: Planner, requests_s: float, work_s: float, prompt: int = 12_000, answer: int = 340) -> None:
+def feed(
+    planner: Planner,
+    requests_s: float,
+    work_s: float,
+    prompt: int = 12_000,
+    answer: int = 340,
+    answer_max: int = 4096,
+) -> None:
     """One interval of arrivals."""
     for _ in range(round(requests_s * INTERVAL_S)):
         plan = Plan(
             request_id="r", prefill="p", decode="d", decision=Decision.LEAST_LOAD, predicted_prefill_s=work_s
         )
-        planner.planned(plan, prompt, answer)
+        planner.planned(plan, prompt, answer, answer_max)
         planner.answered(answer)
 
 
@@ -245,8 +263,26 @@ def test_a_prompt_that_a_decode_instance_computes_asks_for_no_prefill_instance()
     for decision, plan in plans.items():
         planner = make()
         for _ in range(20):
-            planner.planned(plan, 500, 340)
+            planner.planned(plan, 500, 340, 4096)
         planner.step(members(2, 2))
         pressures[decision] = planner.forecast.prefill_pressure
     assert pressures[Decision.INLINED] == pressures[Decision.APPENDED] == 0.0
     assert pressures[Decision.SINGLE_TOKEN] > 0.0
+
+
+def test_answers_that_clients_keep_short_ask_for_no_decode_instance_before_any_of_them_has_ended():
+    pressures = []
+    for answer_max in (4096, 8):
+        planner = make()
+        for _ in range(20):
+            feed(planner, 4.0, 0.2, answer=400)
+            planner.step(members(2, 2))
+        for _ in range(10):
+            for _ in range(20):
+                plan = Plan(request_id="r", prefill="p", decode="d", decision=Decision.LEAST_LOAD)
+                planner.planned(plan, 12_000, min(answer_max, 400), answer_max)
+            planner.step(members(2, 2))
+        pressures.append(planner.forecast.decode_pressure)
+    idle = STEP[0] / (TBT_MAX * TBT_SLO_S)  # of a step with nobody in it
+    long, short = (pressure - idle for pressure in pressures)
+    assert 0 <= short < long / 5
