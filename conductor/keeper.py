@@ -85,14 +85,15 @@ class Keeper:
             orders.setdefault(order.node, []).append(order)
         self._metrics.contexts.set(len(self._agents.kept))
         self._metrics.blocks.set(self._agents.kept.total)
+        self._know_stores()
         if orders:
-            self._know_stores()
             await asyncio.gather(*(self._say(node, said) for node, said in orders.items()))
 
     def _know_stores(self) -> None:
         there = {record.node: record for record in self._view.stores()}
         for node in [node for node, record in self._clients.records.items() if there.get(node) != record]:
             self._clients.leave(node)
+            self._agents.kept.node_gone(node)  # a store that has started anew has no pins either
         for node, record in there.items():
             if node not in self._clients.records:
                 self._clients.join(record)

@@ -183,3 +183,19 @@ async def test_it_runs_by_itself_and_ends(site: Site) -> None:
             await asyncio.sleep(0.01)
     await site.keeper.close()
     await site.keeper.close()
+
+
+async def test_contexts_of_a_store_that_is_gone_or_has_started_anew_are_kept_no_more(site: Site) -> None:
+    for leave in (lambda: site.view.store_removed("n0"), lambda: site.open("n0")):
+        await site.ask()
+        await site.keeper.round(time.monotonic())
+        assert site.metric("mooncake_kept_contexts") == 1
+        first = site.stores["n0"]
+        leave()
+        await site.keeper.round(time.monotonic())
+        await site.keeper.round(time.monotonic())
+        assert site.metric("mooncake_kept_contexts") == site.metric("mooncake_kept_blocks") == 0
+        if site.stores["n0"] is first:
+            site.open("n0")
+        await first.server.close()
+        await site.keeper.round(time.monotonic())
