@@ -1,0 +1,70 @@
+"""What a process tells of itself."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+from prometheus_client import CollectorRegistry
+
+from mooncake.core.health import ALIVE_S, Health
+from mooncake.core.vitals import BEAT_S, VitalsCollector, beating
+
+NAMES = ("resident_bytes", "open_fds", "threads", "cpu_seconds_total")
+
+
+def value(registry: CollectorRegistry, name: str, kind: str) -> float | None:
+    return registry.get_sample_value(f"mooncake_process_{name}", {"kind": kind})
+
+
+def test_every_vital_sign_is_told_of_us():
+    registry = CollectorRegistry()
+    registry.register(VitalsCollector("store"))
+    assert all(value(registry, name, "store") > 0 for name in NAMES)
+    before = value(registry, "open_fds", "store")
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
+    assert value(registry, "open_fds", "store") == before + 7
+    for fd in opened:
+        os.close(fd)
+
+
+def test_a_child_is_told_of_until_it_is_gone():
+    registry = CollectorRegistry()
+    argv = [sys.executable, "-c", "print(flush=True), input()"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        registry.register(VitalsCollector("prefill", lambda: {"engine": child.pid}))
+        assert value(registry, "threads", "engine") == 1
+        assert value(registry, "resident_bytes", "engine") > 1 << 20
+        child.communicate(b"\n")
+    assert value(registry, "threads", "engine") is None
+    assert value(registry, "threads", "prefill") >= 1, "that one is gone says nothing of the others"
+
+
+async def test_a_blocked_loop_shows_as_lag_and_the_beat_goes_on():
+    registry, health, turned = CollectorRegistry(), Health(), asyncio.Event()
+    async with beating("gateway", registry, health, turned.set):
+        await turned.wait()
+        await asyncio.sleep(0)  # it sleeps now
+        time.sleep(4 * BEAT_S)  # noqa: ASYNC251 - that is what is measured
+        turned.clear()
+        await turned.wait()
+        assert health.alive_now(time.monotonic()).ok
+        assert not health.alive_now(time.monotonic() + ALIVE_S + 1).ok, "it has to turn from now on"
+    count = registry.get_sample_value("mooncake_process_event_loop_lag_seconds_sum", {"kind": "gateway"})
+    assert count >= 2 * BEAT_S
+    assert health.alive_now(1e9).ok, "an ended loop is not missed"
+
+
+async def test_a_look_that_fails_does_not_stop_the_beat():
+    health, looks, enough = Health(), [], asyncio.Event()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            enough.set()
+        raise ValueError("no")
+
+    async with beating("gateway", CollectorRegistry(), health, look), asyncio.timeout(10.0):
+        await enough.wait()
