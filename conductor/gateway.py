@@ -3,7 +3,8 @@
 startup     metadata (served here if the core is), vLLM's configuration (in a thread: engines register
             meanwhile), AsyncLLM over ClusterCoreClient, HTTP
 main loop   the event loop; nothing of ours blocks it
-shutdown    SIGTERM or SIGINT: take no new connections, finish what is in flight, leave
+shutdown    SIGTERM or SIGINT: not ready; after drain_delay_s take no new connections, finish what is in
+            flight (within drain_s), leave
 """
 
 import argparse
@@ -19,6 +20,7 @@ import structlog
 
 from conductor import vllm_seam
 from conductor.agents import Agents
+from conductor.announce import DrainAnnounced
 from conductor.core import Core
 from conductor.core_client import ClusterCoreClient
 from conductor.cost import CostModel
@@ -31,17 +33,20 @@ from conductor.processes import (
     joined_metadata,
     open_cluster_metadata,
     process_name,
-    serving_metrics,
-    stop_event,
 )
 from conductor.remote_core import RemoteCore
-from mooncake.core.config import GatewayOptions, check_host
+from mooncake.core.attend import attended
+from mooncake.core.config import ROLES, GatewayOptions, check_host
 from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.health import Health, Phase
 from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
 
 log = structlog.get_logger(__name__)
+
+DRAIN_LOG_S = 10.0
+"""Between two lines about what a gateway that leaves still waits for."""
 
 
 class Cluster:
@@ -79,12 +84,17 @@ class Cluster:
         await self.keeper.close()
         await self.core.close()
 
-    async def drain(self, limit_s: float = vllm_seam.CLOSE_S) -> None:
-        """Take nothing new and wait, at most `limit_s`, for what is in flight."""
+    async def drain(self) -> None:
+        """Take nothing new and wait for what is in flight; whoever asks has a limit."""
         log.info("gateway.draining", in_flight=self.dispatcher.in_flight)
         self.dispatcher.refuse("the gateway is shutting down")
-        if not await self.dispatcher.idle(limit_s):
-            log.warning("gateway.drain_deadline", in_flight=self.dispatcher.in_flight)
+        while not await self.dispatcher.idle(DRAIN_LOG_S):
+            log.warning("gateway.still_draining", in_flight=self.dispatcher.in_flight)
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether an engine is there that takes requests."""
+        return any(record.role in ROLES for record, _ in self.view.alive())
 
 
 def vllm_arguments(options: GatewayOptions) -> list[str]:
@@ -203,8 +213,11 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
     Raises:
         ConfigError: a setting cannot work.
     """
-    stop = stop_event()
     async with contextlib.AsyncExitStack() as stack:
+        own = await stack.enter_async_context(
+            attended("conductor" if alone else "gateway", options, process_metrics().registry)
+        )
+        own.leaving.on_signals()
         opened = open_cluster_metadata if alone else joined_metadata
         metadata = await stack.enter_async_context(opened(options.metadata_endpoint))
         args, config = await asyncio.to_thread(configure, options)
@@ -216,8 +229,8 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         app = await vllm_seam.build_app(llm, args)
         add_routes(app, cluster, args, metadata)
         cluster.start(llm)
-        url = await stack.enter_async_context(serving_metrics(options.admin_port))
-        record = front_record(options, args, url)
+        own.leaving.in_flight = lambda: cluster.dispatcher.in_flight
+        record = front_record(options, args, own.metrics_url)
         value = msgspec.json.encode(record)
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
         stack.push_async_callback(registration.close)
@@ -225,8 +238,32 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         front = RejectionMiddleware(
             app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents
         )
-        serves = registration.start if not alone else lambda: None
-        await vllm_seam.serve(app, front, args, stop, cluster.drain, options.share_port, serves)
+
+        def serves() -> None:
+            if not alone:
+                registration.start()
+            own.health.started()
+            own.look = lambda: tell_ready(own.health, cluster)
+
+        announced = DrainAnnounced(front, own.health)
+        serving = vllm_seam.Serving(
+            own.leaving, cluster.drain, serves, options.share_port, options.drain_delay_s
+        )
+        await vllm_seam.serve(app, announced, args, serving)
+
+
+def tell_ready(health: Health, cluster: Cluster) -> None:
+    """Say whether requests had better come here.
+
+    A gateway that has seen no engine yet would answer 503 where others can serve. Once it has, it stays
+    ready: if the engines go, an answer with Retry-After tells clients more than a closed door.
+    """
+    if health.phase is Phase.READY:
+        return
+    if cluster.can_serve:
+        health.ready()
+    else:
+        health.unready("no engine that takes requests has been seen yet")
 
 
 def front_record(options: GatewayOptions, args: argparse.Namespace, metrics_url: str) -> FrontRecord:

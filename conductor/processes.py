@@ -7,30 +7,28 @@ shutdown    SIGTERM or SIGINT: resign, so that another core leads at once, then 
 It imports no vLLM (a contract of pyproject.toml holds that): it starts in a second and needs little memory.
 """
 
-import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import socket
 from collections.abc import AsyncIterator
 
 import msgspec
 import structlog
 import zmq
-from prometheus_client import REGISTRY
 
 from conductor.core import Core
 from conductor.core_service import CoreService
 from conductor.metrics import process_metrics
+from mooncake.core.attend import attended
 from mooncake.core.config import GatewayOptions, fail
+from mooncake.core.health import Health
 from mooncake.core.messages import CORES_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd
 from mooncake.core.metadata_open import open_metadata
-from mooncake.core.metadata_registration import Registration
-from mooncake.core.scrape import MetricsServer, metrics_url
+from mooncake.core.metadata_registration import Registration, RegistrationState
 
 log = structlog.get_logger(__name__)
 
@@ -75,37 +73,17 @@ async def joined_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
 
 
 @contextlib.asynccontextmanager
-async def serving_metrics(port: int) -> AsyncIterator[str]:
-    """Serve this process's metrics on a loopback port, 0 = nowhere; give their address."""
-    if not port:
-        yield ""
-        return
-    server = MetricsServer(REGISTRY, port)
-    server.start()
-    try:
-        yield metrics_url(port)
-    finally:
-        await server.close()
-
-
-@contextlib.asynccontextmanager
-async def registered(metadata: MetadataStore, prefix: str, record: FrontRecord) -> AsyncIterator[None]:
+async def registered(
+    metadata: MetadataStore, prefix: str, record: FrontRecord
+) -> AsyncIterator[Registration]:
     """Tell the cluster of this process while it serves."""
     value = msgspec.json.encode(record)
     registration = Registration(metadata, prefix + record.name, lambda: value)
     registration.start()
     try:
-        yield
+        yield registration
     finally:
         await registration.close()
-
-
-def stop_event() -> asyncio.Event:
-    """Return what SIGTERM and SIGINT set."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
 
 
 async def run_core(options: GatewayOptions) -> None:
@@ -114,21 +92,32 @@ async def run_core(options: GatewayOptions) -> None:
     Raises:
         ConfigError: a setting cannot work.
     """
-    stop = stop_event()
     name = process_name(options, "core")
     async with contextlib.AsyncExitStack() as stack:
+        own = await stack.enter_async_context(attended("core", options, process_metrics().registry))
+        own.leaving.on_signals()
         metadata = await stack.enter_async_context(open_cluster_metadata(options.metadata_endpoint))
         core = Core(options, metadata, process_metrics())
         bind = f"tcp://{options.address}:*"
         service = CoreService(core, metadata, bind, f"{name}-{secrets.token_hex(4)}")  # another at each start
         stack.push_async_callback(service.close)
         await service.start()
-        url = await stack.enter_async_context(serving_metrics(options.admin_port))
-        record = FrontRecord(name, os.getpid(), "", url)
-        await stack.enter_async_context(registered(metadata, CORES_PREFIX, record))
-        log.info("core.serves", name=name, endpoint=service.endpoint)
-        await stop.wait()
-        await service.close()  # before the metadata hears of anything else
+        record = FrontRecord(name, os.getpid(), "", own.metrics_url)
+        async with registered(metadata, CORES_PREFIX, record) as registration:
+            own.look = lambda: tell_ready(own.health, registration)
+            log.info("core.serves", name=name, endpoint=service.endpoint)
+            await own.leaving.draining.wait()
+            await service.close()  # before the metadata hears of anything else
+        await own.leaving.told.wait()
+
+
+def tell_ready(health: Health, registration: Registration) -> None:
+    """Say whether this core can lead: one that the metadata does not know cannot."""
+    if registration.state is RegistrationState.REGISTERED:
+        health.started()
+        health.ready()
+    else:
+        health.unready("the metadata store is away")
 
 
 def main(options: GatewayOptions) -> int:

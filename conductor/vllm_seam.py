@@ -11,9 +11,9 @@ import argparse
 import asyncio
 import os
 import socket
-import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from conductor import token_cache
 from conductor.quick_stream import quick_chat, quick_completion
+from mooncake.core.drain import Leaving
 from mooncake.core.errors import ConfigError
 from mooncake.core.shared_port import join
 
@@ -59,8 +60,6 @@ VLLM_SERIES: Final = "0.32."
 STARTED_POLL_S, CLOSED_POLL_S = 0.02, 0.02
 LINGER_S: Final = 1.0
 """A client that uses its connection all the time does so within a second."""
-CLOSE_S: Final = 25.0
-"""Requests in flight get this long after SIGTERM: inside Kubernetes' default of 30 s to SIGKILL."""
 
 INSECURE_ENV: Final = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
@@ -261,26 +260,32 @@ async def build_app(llm: Any, args: argparse.Namespace) -> Any:
     return app
 
 
-async def serve(
-    app: Any,
-    asgi: Any,
-    args: argparse.Namespace,
-    stop: asyncio.Event,
-    drain: Callable[[float], Awaitable[None]],
-    share_port: bool = False,
-    serves: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve HTTP until `stop`, then take no new connections, finish what came, `drain`, and close.
+@dataclass(frozen=True)
+class Serving:
+    """How a server begins and ends.
+
+    leaving: when it drains, and when it ends.
+    drain: done when no connection is left, for what has none.
+    serves: called once connections are answered.
+    share_port: with other gateways of this host, see mooncake.core.shared_port.
+    delay_s: from the drain until it takes no more connections: balancers have seen that it is unready.
+    """
+
+    leaving: Leaving
+    drain: Callable[[], Coroutine[Any, Any, None]]
+    serves: Callable[[], None] = lambda: None
+    share_port: bool = False
+    delay_s: float = 0.0
+
+
+async def serve(app: Any, asgi: Any, args: argparse.Namespace, serving: Serving) -> None:
+    """Serve HTTP until told to leave, then take no new connections, finish what came, and close.
 
     Args:
         app: what build_app returned.
         asgi: `app`, or middleware around it (vLLM has built its own middleware stack by then).
         args: from parse_args.
-        stop: set by signal handlers.
-        drain: called when no connection is left, or after CLOSE_S; waits for what has none, at most for
-            as long as it is told.
-        share_port: with other gateways of this host, see mooncake.core.shared_port.
-        serves: called once connections are answered.
+        serving: how it begins and ends.
 
     Raises:
         ConfigError: the port is not ours to bind.
@@ -294,15 +299,19 @@ async def serve(
     server = NoSignalServer(_server_config(asgi, args))
     app.state.server = server
     envs.enable_envs_cache()  # as vLLM's engine does: its front end asks the environment for every token
-    joined = join(args.host or "", args.port) if share_port and not args.uds else None
-    serving = asyncio.create_task(server.serve(joined), name="http")
-    stopping = asyncio.create_task(_stopped(server, stop, serves), name="stop")
+    leaving = serving.leaving
+    joined = join(args.host or "", args.port) if serving.share_port and not args.uds else None
+    http = asyncio.create_task(server.serve(joined), name="http")
+    stopping = asyncio.create_task(_stopped(server, leaving, serving.serves), name="stop")
     try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            await drain(await _leave(server))
+        await asyncio.wait({http, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not http.done():
+            await leaving.pause(serving.delay_s)
+            await _leave(server, leaving.at_once)
+            await leaving.unless_at_once(serving.drain())
+            await leaving.told.wait()
             server.should_exit = True
-        await serving
+        await http
     finally:
         stopping.cancel()
         envs.disable_envs_cache()
@@ -339,38 +348,37 @@ def _server_config(asgi: Any, args: argparse.Namespace) -> Any:
     return config
 
 
-async def _stopped(server: Any, stop: asyncio.Event, serves: Callable[[], None]) -> None:
+async def _stopped(server: Any, leaving: Leaving, serves: Callable[[], None]) -> None:
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(STARTED_POLL_S)
     serves()
-    await stop.wait()
+    await leaving.draining.wait()
 
 
-async def _leave(server: Any) -> float:
-    """Take no new connections; when the open ones are done, return what is left of CLOSE_S.
+async def _leave(server: Any, at_once: asyncio.Event) -> None:
+    """Take no new connections; return when the open ones are done, or `at_once`.
 
     A client may be about to use a connection that is idle: it gets LINGER_S for that, and is told with each
     answer that the connection ends.
     """
-    state, end_s = server.server_state, time.monotonic() + CLOSE_S
+    state = server.server_state
     await _accept_rest(server)
     server.config.encoded_headers.append((b"connection", b"close"))
     state.default_headers = [*state.default_headers, (b"connection", b"close")]  # of the requests to come
     for connection in list(state.connections):
         if connection.cycle is not None and not connection.cycle.response_complete:
             connection.shutdown()  # after its answer
-    await _closed(state.connections, LINGER_S)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            await _closed(state.connections, at_once)
     for connection in list(state.connections):
         connection.shutdown()
-    await _closed(state.connections, end_s - time.monotonic())
-    return max(0.0, end_s - time.monotonic())
+    await _closed(state.connections, at_once)
 
 
-async def _closed(connections: Collection[Any], limit_s: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
-            while connections:  # noqa: ASYNC110 - nor for this
-                await asyncio.sleep(CLOSED_POLL_S)
+async def _closed(connections: Collection[Any], at_once: asyncio.Event) -> None:
+    while connections and not at_once.is_set():  # noqa: ASYNC110 - nor for this
+        await asyncio.sleep(CLOSED_POLL_S)
 
 
 async def _accept_rest(server: Any) -> None:

@@ -20,10 +20,13 @@ from conductor.http import RejectionMiddleware
 from conductor.plan import Reason
 from conductor.scheduler import Policy, SchedulerConfig
 from conductor.tenants import Tenant, Tenants
-from mooncake.core.config import ADMISSIONS, POLICIES, GatewayOptions
+from mooncake.core.config import ADMISSIONS, POLICIES
+from mooncake.core.drain import Leaving
 from mooncake.core.errors import ConfigError
+from mooncake.core.health import Health as Own
 from mooncake.core.messages import INSTANCES_PREFIX, StoreRecord
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.options import GatewayOptions
 
 KEY = "k" * 24
 ACME = "the-key-of-acme-alone"
@@ -384,10 +387,9 @@ async def test_stopping_refuses_new_connections_and_finishes_open_streams(site, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         args.port = probe.getsockname()[1]
-    stop = asyncio.Event()
-    serving = asyncio.create_task(
-        vllm_seam.serve(site.app, RejectionMiddleware(site.app), args, stop, site.cluster.drain)
-    )
+    leaving = Leaving(Own(), drain_s=60.0)
+    how = vllm_seam.Serving(leaving, site.cluster.drain)
+    serving = asyncio.create_task(vllm_seam.serve(site.app, RejectionMiddleware(site.app), args, how))
     base = f"http://127.0.0.1:{args.port}"
     async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {KEY}"}) as client:
         async with asyncio.timeout(10):
@@ -401,7 +403,7 @@ async def test_stopping_refuses_new_connections_and_finishes_open_streams(site, 
         async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
             lines = answer.aiter_lines()
             assert (await anext(lines)).startswith("data: ")
-            stop.set()
+            leaving.tell()
             await asyncio.sleep(0.2)
             async with httpx.AsyncClient(base_url=base) as late:
                 with pytest.raises(httpx.ConnectError):

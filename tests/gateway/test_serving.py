@@ -12,7 +12,10 @@ import httpx
 import pytest
 
 from conductor import vllm_seam
+from conductor.announce import DrainAnnounced
+from mooncake.core.drain import Leaving
 from mooncake.core.errors import ConfigError
+from mooncake.core.health import Health
 from mooncake.core.shared_port import Held, check_port, join
 
 
@@ -38,23 +41,26 @@ class App:
 
 
 class Served:
-    def __init__(self, name: str, port: int, share: bool) -> None:
+    def __init__(self, name: str, port: int, share: bool, delay_s: float) -> None:
         self.app = App(name)
-        self.stop = asyncio.Event()
-        self.drained: list[float] = []
+        self.health = Health()
+        self.leaving = Leaving(self.health, drain_s=60.0)
+        self.drained = 0
         self.up = asyncio.Event()
         args = vllm_seam.parse_args([f"--port={port}", "--host=127.0.0.1", "--disable-uvicorn-access-log"])
-        self.task = asyncio.create_task(
-            vllm_seam.serve(self.app, self.app, args, self.stop, self._drain, share, self.up.set)
-        )
+        serving = vllm_seam.Serving(self.leaving, self._drain, self.up.set, share, delay_s)
+        front = DrainAnnounced(self.app, self.health)
+        self.task = asyncio.create_task(vllm_seam.serve(self.app, front, args, serving))
 
-    async def _drain(self, limit_s: float) -> None:
-        self.drained.append(limit_s)
+    async def _drain(self) -> None:
+        self.drained += 1
 
 
 @contextlib.asynccontextmanager
-async def serving(port: int, *names: str, share: bool = True) -> AsyncIterator[list[Served]]:
-    served = [Served(name, port, share) for name in names]
+async def serving(
+    port: int, *names: str, share: bool = True, delay_s: float = 0.0
+) -> AsyncIterator[list[Served]]:
+    served = [Served(name, port, share, delay_s) for name in names]
     try:
         async with asyncio.timeout(20):
             for one in served:
@@ -62,7 +68,8 @@ async def serving(port: int, *names: str, share: bool = True) -> AsyncIterator[l
         yield served
     finally:
         for one in served:
-            one.stop.set()
+            if not one.leaving.told.is_set():
+                one.leaving.tell()
         async with asyncio.timeout(20):
             await asyncio.gather(*(one.task for one in served))
 
@@ -90,7 +97,7 @@ async def test_connections_to_a_shared_port_are_dealt_out_and_one_can_leave_unde
             assert set(await ask(url, 60)) == {"a", "b"}
             load = asyncio.create_task(ask(url, 300))
             await asyncio.sleep(0)
-            first.stop.set()
+            first.leaving.tell()
             answers = await load  # an error of any would be raised here
             assert len(answers) == 300
             await first.task
@@ -100,7 +107,7 @@ async def test_connections_to_a_shared_port_are_dealt_out_and_one_can_leave_unde
 
 async def test_connections_that_the_kernel_made_before_the_end_are_served(port) -> None:
     async with serving(port, "a", share=False) as (one,):
-        one.stop.set()
+        one.leaving.tell()
         waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]  # the loop sees none yet
         for connection in waiting:
             connection.setblocking(False)
@@ -122,7 +129,7 @@ async def test_an_idle_connection_can_be_used_once_more_and_is_told_to_close(por
         assert "connection" not in (await client.get(url)).headers
         slow = asyncio.create_task(client.get(f"{url}slow"))  # keeps the server up
         await client.get(url)
-        one.stop.set()
+        one.leaving.tell()
         await asyncio.sleep(0.1)
         assert (await client.get(url)).headers["connection"] == "close"
         one.app.go.set()
@@ -134,7 +141,7 @@ async def test_a_request_in_flight_is_finished_before_what_has_no_connection_is_
         url = f"http://127.0.0.1:{port}/slow"
         slow = asyncio.create_task(client.get(url))
         await one.app.asked.wait()
-        one.stop.set()
+        one.leaving.tell()
         await asyncio.sleep(0.1)
         async with httpx.AsyncClient() as late:
             with pytest.raises(httpx.ConnectError):
@@ -143,7 +150,53 @@ async def test_a_request_in_flight_is_finished_before_what_has_no_connection_is_
         one.app.go.set()
         assert (await slow).text == "a"
         await one.task
-        assert one.drained[0] <= vllm_seam.CLOSE_S
+        assert one.drained == 1
+
+
+async def test_for_a_while_it_takes_what_balancers_still_send_and_says_it_is_not_ready(
+    port,
+) -> None:
+    async with serving(port, "a", share=False, delay_s=60.0) as (one,):
+        url = f"http://127.0.0.1:{port}/"
+        async with httpx.AsyncClient(timeout=10) as client:
+            assert (await client.get(f"{url}health")).status_code == 200
+            one.leaving.tell()
+            assert (await client.get(f"{url}health")).status_code == 503
+        assert await ask(url, 3) == ["a", "a", "a"]
+        assert not one.task.done()
+        one.leaving.tell()  # again: at once
+        async with asyncio.timeout(20):
+            await one.task
+
+
+async def test_one_that_was_only_asked_to_drain_finishes_all_and_waits_to_be_told(port) -> None:
+    async with serving(port, "a", share=False) as (one,), httpx.AsyncClient(timeout=10) as client:
+        slow = asyncio.create_task(client.get(f"http://127.0.0.1:{port}/slow"))
+        await one.app.asked.wait()
+        one.leaving.ask("asked for")
+        one.app.go.set()
+        assert (await slow).text == "a"
+        async with asyncio.timeout(20):
+            while not one.drained:  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.01)
+        assert not one.task.done()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 1)
+        one.leaving.tell()
+        async with asyncio.timeout(20):
+            await one.task
+
+
+async def test_told_again_it_does_not_wait_for_what_is_in_flight(port) -> None:
+    async with serving(port, "a", share=False) as (one,), httpx.AsyncClient(timeout=10) as client:
+        slow = asyncio.create_task(client.get(f"http://127.0.0.1:{port}/slow"))
+        await one.app.asked.wait()
+        one.leaving.tell()
+        one.leaving.tell()
+        async with asyncio.timeout(20):
+            await one.task
+        with contextlib.suppress(httpx.TransportError):
+            assert (await slow).status_code == 500
 
 
 # ---------------------------------------------------------------- whose port it is
