@@ -1,0 +1,204 @@
+"""The HTTP side of the live page: GET /dashboard, its files, and what it asks for under /dashboard/api/.
+
+Files and frame are for everybody who can connect: they hold nothing of the cluster. All under /dashboard/api/
+needs the admin server's token, which the page asks for.
+"""
+
+import importlib.resources
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mooncake.core.admin import JSON, AdminServer, Answer, Asked, json_answer
+from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.live.matching import Matcher
+from mooncake.live.prometheus import Prometheus
+from mooncake.live.promql import evaluate, names_of, parsed
+from mooncake.live.ring import Ring
+from mooncake.live.samples import Array, Series
+
+ROOT = "/dashboard"
+STEPS_MAX = 720
+"""Points of a line: more than a screen has room for, and an hour at the ring's own step."""
+SERIES_MAX = 200
+"""Lines of one query; nobody can tell more apart. The answer says that some are left out."""
+AT_ONCE_MAX = 2
+"""Queries evaluated at the same time: they compete with the process's own work for the interpreter."""
+WAIT_S_MAX = 10.0
+SPAN_S_MAX = 86_400.0
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+    "txt": "text/plain; charset=utf-8",
+}
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": CSP,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+class LivePage:
+    """Answers for one process, from its ring or from a Prometheus."""
+
+    def __init__(
+        self,
+        boards: Mapping[str, Mapping[str, Any]],
+        ring: Ring,
+        prometheus: Prometheus | None = None,
+        visited: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`boards`: Grafana's JSON by uid; with a `prometheus` the ring is not asked.
+
+        `visited` is called whenever somebody with the token asks for something.
+        """
+        self._boards, self._ring, self._prometheus, self._visited = boards, ring, prometheus, visited
+        self._files = _files()
+        self._turns = threading.BoundedSemaphore(AT_ONCE_MAX)
+
+    def register(self, admin: AdminServer) -> None:
+        """Serve from now on."""
+        admin.route(ROOT, self._frame, needs_token=False)
+        admin.route(f"{ROOT}/", self._file, needs_token=False)
+        admin.route(f"{ROOT}/api/", self._api)
+
+    # ------------------------------------------------------------ files
+
+    def _frame(self, asked: Asked) -> Answer:  # noqa: ARG002
+        return Answer(200, self._files["index.html"], _TYPES["html"], _HEADERS)
+
+    def _file(self, asked: Asked) -> Answer:
+        name = asked.path.removeprefix(f"{ROOT}/") or "index.html"
+        body = self._files.get(name)  # of a fixed set: no path of a client's touches the disk
+        if body is None:
+            return Answer(404, b"no such file\n", headers=_HEADERS)
+        return Answer(200, body, _TYPES[name.rpartition(".")[2]], _HEADERS)
+
+    # ------------------------------------------------------------ data
+
+    def _api(self, asked: Asked) -> Answer:
+        path = asked.path.removeprefix(f"{ROOT}/api/")
+        self._visited()
+        try:
+            status, value = self._data(path, asked.query)
+        except RequestError as error:
+            status, value = 400, {"status": "error", "errorType": "bad_data", "error": str(error)}
+        except MooncakeError as error:
+            status, value = 503, {"status": "error", "errorType": "unavailable", "error": str(error)}
+        if isinstance(value, bytes):
+            return Answer(status, value, JSON, _API_HEADERS)
+        made = json_answer(status, value)
+        return Answer(made.status, made.body, made.content_type, _API_HEADERS)
+
+    def _data(self, path: str, query: Mapping[str, str]) -> tuple[int, object]:
+        if path == "status":
+            source = "memory" if self._prometheus is None else "prometheus"
+            return 200, {"source": source, "now_s": time.time(), **self._ring.status()}
+        if path == "boards":
+            return 200, [
+                {"uid": uid, "title": board.get("title", uid)} for uid, board in self._boards.items()
+            ]
+        if path.startswith("boards/"):
+            board = self._boards.get(path.removeprefix("boards/"))
+            return (200, board) if board is not None else (404, _bad("no such board"))
+        if path == "query_range":
+            return self._query_range(query)
+        label = path.removeprefix("label/").removesuffix("/values")
+        if path == f"label/{label}/values" and _LABEL.fullmatch(label):
+            return self._label_values(label, query)
+        return 404, _bad("no such path")
+
+    def _query_range(self, query: Mapping[str, str]) -> tuple[int, object]:
+        expression = query.get("query", "")
+        start_s, end_s, step_s = (_number(query, key) for key in ("start", "end", "step"))
+        if not 0 <= end_s - start_s <= SPAN_S_MAX or step_s <= 0 or (end_s - start_s) / step_s > STEPS_MAX:
+            raise RequestError(f"start..end must be at most {SPAN_S_MAX:.0f} s in {STEPS_MAX} steps")
+        if self._prometheus is not None:
+            return self._prometheus.query_range(expression, start_s, end_s, step_s)
+        times_s: Array = start_s + step_s * np.arange(int((end_s - start_s) / step_s) + 1, dtype=np.float64)
+        if not self._turns.acquire(timeout=WAIT_S_MAX):
+            return 503, {"status": "error", "errorType": "timeout", "error": "too many ask: try again"}
+        try:
+            found = evaluate(expression, self._ring.samples(names_of(expression)), times_s)
+        finally:
+            self._turns.release()
+        answer: dict[str, object] = {
+            "status": "success",
+            "data": {
+                "resultType": "matrix",
+                "result": [_matrix(series, times_s) for series in found[:SERIES_MAX]],
+            },
+        }
+        if len(found) > SERIES_MAX:
+            answer["warnings"] = [f"{SERIES_MAX} of {len(found)} series are shown"]
+        return 200, answer
+
+    def _label_values(self, label: str, query: Mapping[str, str]) -> tuple[int, object]:
+        selector = query.get("match[]", "")
+        if self._prometheus is not None:
+            start_s, end_s = _number(query, "start"), _number(query, "end")
+            return self._prometheus.label_values(label, selector, start_s, end_s)
+        names = names_of(selector) if selector else self._ring.names
+        samples = self._ring.samples(names, _matchers(selector) if selector else ())
+        values = {dict(labels).get(label, "") for labels in samples.labels}
+        return 200, {"status": "success", "data": sorted(values - {""})}
+
+
+def _matchers(selector: str) -> list[Matcher]:
+    node = parsed(selector)
+    if type(node).__name__ != "VectorSelector":
+        raise RequestError("match[] takes one selector")
+    return [Matcher(str(m.op).rpartition(".")[2], m.name, m.value) for m in node.matchers.matchers]
+
+
+def _matrix(series: Series, times_s: Array) -> dict[str, object]:
+    at = np.flatnonzero(series.there)
+    values = [
+        [when, _text(value)]
+        for when, value in zip(times_s[at].tolist(), series.values[at].tolist(), strict=True)
+    ]
+    return {"metric": dict(series.labels), "values": values}
+
+
+def _text(value: float) -> str:
+    """Return a number as Prometheus writes it."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return repr(value).removesuffix(".0")
+
+
+def _number(query: Mapping[str, str], key: str) -> float:
+    try:
+        value = float(query[key])
+    except (KeyError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError(f"{key} = {query.get(key, '')[:50]!r}: write seconds")
+    return value
+
+
+def _bad(text: str) -> dict[str, str]:
+    return {"status": "error", "errorType": "not_found", "error": text}
+
+
+def _files() -> dict[str, bytes]:
+    folder = importlib.resources.files("mooncake.live") / "static"
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in _TYPES
+    }

@@ -1,0 +1,151 @@
+"""Asks the parts of a cluster for their pages, round after round, in a thread of its own."""
+
+import contextlib
+import gzip
+import http.client
+import threading
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import structlog
+
+from mooncake.core.errors import MooncakeError
+from mooncake.live.ring import ROUND_S, Part, Ring
+
+log = structlog.get_logger(__name__)
+
+ANSWER_S_MAX = 2.0
+"""Per page and attempt: less than half a round, so a part that hangs delays nobody's next sample."""
+PAGE_BYTES_MAX = 8 << 20
+"""Unpacked; the page of a gateway in front of 64 engines has 4 MB."""
+FETCHES_MAX = 8
+PARTS_MAX = 256
+"""Asked by one process; a larger cluster has a Prometheus (--prometheus-url)."""
+CLOSE_S = 5.0
+
+
+class Page:
+    """One part's page over one kept connection."""
+
+    def __init__(self, url: str, token: str) -> None:
+        """Connects with the first `fetch`."""
+        parts = urllib.parse.urlsplit(url)
+        self._path = parts.path or "/"
+        self._headers = {"Accept-Encoding": "gzip"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_S_MAX)
+
+    def fetch(self) -> str | None:
+        """Return the page; None = it cannot be had. A connection that has been closed is renewed."""
+        for fresh in (self._connection.sock is None, True):
+            try:
+                self._connection.request("GET", self._path, headers=self._headers)
+                with self._connection.getresponse() as reply:  # follows no redirect: it would get the token
+                    body = reply.read(PAGE_BYTES_MAX + 1)
+                    if reply.status != 200 or len(body) > PAGE_BYTES_MAX:
+                        self.close()
+                        return None
+                    if reply.getheader("Content-Encoding") == "gzip":
+                        body = _unpacked(body)
+                    return body.decode()
+            except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
+                self.close()
+                if fresh:
+                    log.debug("live.no_page", path=self._path, error=repr(error))
+                    return None
+        return None
+
+    def close(self) -> None:
+        """Close the connection; `fetch` opens another."""
+        self._connection.close()
+
+
+def _unpacked(body: bytes) -> bytes:
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    found = unpacker.decompress(body, PAGE_BYTES_MAX)
+    if unpacker.unconsumed_tail:
+        raise gzip.BadGzipFile("larger than a page")
+    return found
+
+
+class Scraper:
+    """Fills a ring until `close`."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        own: Part,
+        own_page: Callable[[], str],
+        parts: Callable[[], Sequence[Part]],
+        token: str = "",
+    ) -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            ring: to fill.
+            own: this process.
+            own_page: its page, called in the scraper's thread.
+            parts: the others, called there too; raises a MooncakeError while nobody knows them.
+            token: shown to the others; all processes of a cluster have the same.
+        """
+        self._ring, self._own, self._own_page, self._parts, self._token = ring, own, own_page, parts, token
+        self._pages: dict[Part, Page] = {}
+        self._busy: dict[Part, Future[str | None]] = {}
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin (idempotent)."""
+        with self._lock:
+            if self._thread is None and not self._closed.is_set():
+                self._thread = threading.Thread(target=self._run, name="live scraper", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop; waits for the requests under way, each of which has a deadline."""
+        with self._lock:
+            self._closed.set()
+            thread = self._thread
+        if thread is not None:
+            thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        next_s = time.monotonic()
+        with ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="live page") as pool:
+            while not self._closed.wait(max(0.0, next_s - time.monotonic())):
+                next_s = max(next_s + ROUND_S, time.monotonic())
+                try:
+                    self.round(pool)
+                except Exception:  # the next round may work; the process serves on
+                    log.exception("live.round_failed")
+        for page in self._pages.values():
+            page.close()
+
+    def round(self, pool: ThreadPoolExecutor) -> None:
+        """Ask everybody once; for at most half a round."""
+        at_s = time.time()
+        try:
+            parts = [part for part in self._parts() if part.url and part.url != self._own.url][:PARTS_MAX]
+        except MooncakeError as error:
+            log.debug("live.parts_unknown", error=str(error))
+            parts = list(self._pages)
+        for part in [part for part in self._pages if part not in parts]:
+            self._pages.pop(part).close()
+        for part in parts:
+            page = self._pages.setdefault(part, Page(part.url, self._token))
+            if part not in self._busy:  # a part that hung is asked again when its thread is back
+                self._busy[part] = pool.submit(page.fetch)
+        pages: dict[Part, str | None] = {self._own: self._own_page()}
+        until_s = time.monotonic() + ROUND_S / 2
+        for part in parts:
+            pages[part] = None
+            with contextlib.suppress(TimeoutError):
+                pages[part] = self._busy[part].result(max(0.0, until_s - time.monotonic()))
+        self._busy = {part: future for part, future in self._busy.items() if not future.done()}
+        self._ring.add(at_s, pages)

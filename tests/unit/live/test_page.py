@@ -1,0 +1,282 @@
+"""GET /dashboard and what is under it, over a real admin server and a ring that real pages fill."""
+
+import concurrent.futures
+import http.client
+import json
+import threading
+import urllib.parse
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from mooncake.core.admin import AdminServer
+from mooncake.live import scrape
+from mooncake.live.boards import load_boards
+from mooncake.live.page import SERIES_MAX, LivePage
+from mooncake.live.prometheus import Prometheus
+from mooncake.live.ring import Part, Ring, part_of
+from mooncake.live.scrape import Scraper
+
+OWN = Part("gateway-0", "http://127.0.0.1:1/metrics", "127.0.0.1:1")
+TOKEN = "0123456789abcdef-token"
+
+
+def serve(ring: Ring, token: str = "", prometheus: Prometheus | None = None, visited=lambda: None):
+    admin = AdminServer(CollectorRegistry(), 0, token=token)
+    LivePage(load_boards(), ring, prometheus, visited).register(admin)
+    admin.start()
+    return admin
+
+
+@pytest.fixture
+def ring():
+    ring = Ring(["c_total", "up"])
+    for i in range(20):
+        ring.add(1000.0 + 5 * i, {OWN: f'c_total{{kind="<b>"}} {10 * i}\n'})
+    return ring
+
+
+@pytest.fixture
+def admin(ring):
+    admin = serve(ring)
+    yield admin
+    admin.close()
+
+
+def get(admin, path: str, headers: dict | None = None, **values):
+    connection = http.client.HTTPConnection("127.0.0.1", admin.port, timeout=10)
+    try:
+        query = f"?{urllib.parse.urlencode(values)}" if values else ""
+        connection.request("GET", path + query, headers=headers or {})
+        reply = connection.getresponse()
+        return reply, reply.read()
+    finally:
+        connection.close()
+
+
+def query(admin, expression, start=1060, end=1080, step=5):
+    reply, body = get(admin, "/dashboard/api/query_range", query=expression, start=start, end=end, step=step)
+    return reply.status, json.loads(body)
+
+
+def test_an_answer_has_the_shape_of_prometheus(admin):
+    status, answer = query(admin, "rate(c_total[20s])")
+    assert (status, answer["status"], answer["data"]["resultType"]) == (200, "success", "matrix")
+    (series,) = answer["data"]["result"]
+    assert series["metric"] == {
+        "kind": "<b>", "instance": "127.0.0.1:1", "job": "mooncake", "process": "gateway-0"
+    }  # fmt: skip
+    assert series["values"] == [[1060.0 + 5 * i, "2"] for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"query": "sum("}, "cannot parse"),
+        ({"query": "(" * 5000}, "levels"),
+        ({"query": "foo(c_total)"}, "foo"),
+        ({"step": "0"}, "steps"),
+        ({"step": "0.0001"}, "steps"),
+        ({"end": "1e18"}, "start..end"),
+        ({"start": "nan"}, "start"),
+        ({"start": ""}, "start"),
+        ({"end": "1"}, "start..end"),
+    ],
+)
+def test_a_bad_question_is_answered_with_what_is_wrong(admin, changes, says):
+    asked = {"query": "up", "start": "1000", "end": "1010", "step": "5", **changes}
+    reply, body = get(admin, "/dashboard/api/query_range", **asked)
+    answer = json.loads(body)
+    assert reply.status == 400
+    assert says in answer["error"]
+
+
+def test_more_series_than_a_chart_can_show_are_cut_and_told():
+    ring = Ring(["c_total"])
+    ring.add(1000.0, {OWN: "".join(f'c_total{{i="{i}"}} 1\n' for i in range(SERIES_MAX + 5))})
+    admin = serve(ring)
+    try:
+        _, answer = query(admin, "c_total", 1000, 1000)
+        assert len(answer["data"]["result"]) == SERIES_MAX
+        assert answer["warnings"] == [f"{SERIES_MAX} of {SERIES_MAX + 5} series are shown"]
+    finally:
+        admin.close()
+
+
+def test_values_of_labels_fill_the_menus(admin):
+    _, body = get(admin, "/dashboard/api/label/kind/values", **{"match[]": 'c_total{process=~"g.*"}'})
+    assert json.loads(body)["data"] == ["<b>"]
+    _, body = get(admin, "/dashboard/api/label/process/values")
+    assert json.loads(body)["data"] == ["gateway-0"]
+    reply, _ = get(admin, "/dashboard/api/label/no%20label/values")
+    assert reply.status == 404
+
+
+def test_the_page_comes_with_a_policy_that_lets_nothing_foreign_in(admin):
+    for path in ("/dashboard", "/dashboard/", "/dashboard/app.js", "/dashboard/style.css"):
+        reply, body = get(admin, path)
+        assert reply.status == 200
+        assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
+        assert "unsafe" not in reply.headers["Content-Security-Policy"]
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert body
+    _, frame = get(admin, "/dashboard")
+    assert b"http:" not in frame and b"https:" not in frame and b"//" not in frame  # noqa: PT018
+    assert b"style=" not in frame
+    assert b"onclick" not in frame
+
+
+@pytest.mark.parametrize(
+    "path", ["../page.py", "..%2fpage.py", "%2e%2e/page.py", "nothing", "api", "static/"]
+)
+def test_only_the_page_s_own_files_are_served(admin, path):
+    reply, body = get(admin, f"/dashboard/{path}")
+    assert reply.status == 404
+    assert b"import" not in body
+
+
+def test_scripts_never_turn_what_they_were_told_into_html(admin):
+    for name in ("app.js", "panels.js", "query.js", "units.js"):
+        _, body = get(admin, f"/dashboard/{name}")
+        for way in (
+            b"innerHTML",
+            b"outerHTML",
+            b"insertAdjacentHTML",
+            b"document.write",
+            b"eval(",
+            b"new Function",
+        ):
+            assert way not in body, (name, way)
+
+
+def test_with_a_token_the_frame_is_open_and_nothing_of_the_cluster_is(ring):
+    admin = serve(ring, TOKEN)
+    try:
+        assert get(admin, "/dashboard")[0].status == 200
+        assert get(admin, "/dashboard/app.js")[0].status == 200
+        for path in ("status", "boards", "query_range", "label/process/values"):
+            assert get(admin, f"/dashboard/api/{path}")[0].status == 401
+            assert get(admin, f"/dashboard/api/{path}", {"Authorization": "Bearer wrong"})[0].status == 401
+        reply, body = get(admin, "/dashboard/api/status", {"Authorization": f"Bearer {TOKEN}"})
+        assert (reply.status, json.loads(body)["source"]) == (200, "memory")
+    finally:
+        admin.close()
+
+
+def test_boards_are_those_that_grafana_gets(admin):
+    _, body = get(admin, "/dashboard/api/boards")
+    listed = json.loads(body)
+    assert [one["uid"] for one in listed] == list(load_boards())
+    _, board = get(admin, f"/dashboard/api/boards/{listed[0]['uid']}")
+    assert json.loads(board) == load_boards()[listed[0]["uid"]]
+    assert get(admin, "/dashboard/api/boards/nothing")[0].status == 404
+
+
+def test_the_first_question_is_noticed(ring):
+    visits = []
+    admin = serve(ring, visited=lambda: visits.append(1))
+    try:
+        get(admin, "/dashboard")
+        assert visits == []
+        get(admin, "/dashboard/api/status")
+        assert visits == [1]
+    finally:
+        admin.close()
+
+
+# ------------------------------------------------------------ the ring is filled by asking
+
+
+@pytest.fixture
+def part():
+    """Another process: its registry and its admin server."""
+    registry = CollectorRegistry()
+    counter = Counter("c", "Of something.", ["kind"], registry=registry)
+    for i in range(200):
+        counter.labels(f"kind-{i}").inc(i)  # large enough to come packed
+    admin = AdminServer(registry, 0, token=TOKEN)
+    admin.start()
+    yield registry, admin
+    admin.close()
+
+
+def one_round(scraper: Scraper) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        scraper.round(pool)
+
+
+def test_a_round_asks_all_parts_with_the_token_and_itself_directly(part):
+    registry, admin = part
+    ring = Ring(["c_total", "up"])
+    other = part_of("prefill-0", f"{admin.url}/metrics")
+    gone = part_of("prefill-1", "http://127.0.0.1:9/metrics")
+
+    def own_page() -> str:
+        return generate_latest(registry.restricted_registry(ring.names)).decode()
+
+    scraper = Scraper(ring, OWN, own_page, lambda: [OWN, other, gone, Part("nowhere")], TOKEN)
+    one_round(scraper)
+    one_round(scraper)  # over the connection that it kept
+    up = ring.samples(["up"])
+    shown = {dict(labels)["process"]: up.values[i].tolist() for i, labels in enumerate(up.labels)}
+    assert shown == {"gateway-0": [1.0, 1.0], "prefill-0": [1.0, 1.0], "prefill-1": [0.0, 0.0]}
+    assert len(ring.samples(["c_total"]).labels) == 400
+
+
+def test_a_wrong_token_or_a_page_without_end_is_no_page(part, monkeypatch):
+    _, admin = part
+    assert scrape.Page(f"{admin.url}/metrics", "wrong").fetch() is None
+    assert "c_total" in (scrape.Page(f"{admin.url}/metrics", TOKEN).fetch() or "")
+    monkeypatch.setattr(scrape, "PAGE_BYTES_MAX", 1000)  # less than it unpacks to
+    assert scrape.Page(f"{admin.url}/metrics", TOKEN).fetch() is None
+
+
+def test_it_stops_when_told():
+    ring, asked = Ring(["up"]), threading.Event()
+
+    def parts():
+        asked.set()
+        return []
+
+    scraper = Scraper(ring, OWN, lambda: "", parts)
+    scraper.start()
+    scraper.start()
+    assert asked.wait(30)
+    scraper.close()
+    assert [t for t in threading.enumerate() if t.name == "live scraper"] == []
+
+
+# ------------------------------------------------------------ a Prometheus instead
+
+
+def test_with_a_prometheus_questions_go_there_as_they_are_and_to_no_other_path(ring):
+    seen = []
+    stub = AdminServer(CollectorRegistry(), 0)
+
+    def answer(asked):
+        from mooncake.core.admin import json_answer
+
+        seen.append((asked.path, asked.query))
+        return json_answer(422 if asked.query.get("query") == "bad" else 200, {"status": "success"})
+
+    stub.route("/api/v1/", answer)
+    stub.start()
+    admin = serve(ring, prometheus=Prometheus(f"{stub.url}/"))
+    try:
+        assert query(admin, "up")[0] == 200
+        assert query(admin, "bad")[0] == 422
+        get(admin, "/dashboard/api/label/job/values", **{"match[]": "up", "start": "1", "end": "2"})
+        assert get(admin, "/dashboard/api/admin/tsdb/delete_series")[0].status == 404
+        assert [path for path, _ in seen] == ["/api/v1/query_range"] * 2 + ["/api/v1/label/job/values"]
+        assert seen[0][1]["query"] == "up"
+        assert seen[2][1] == {"match[]": "up", "start": "1.0", "end": "2.0"}
+    finally:
+        stub.close()
+        admin.close()
+    admin = serve(ring, prometheus=Prometheus(stub.url or "http://127.0.0.1:9"))
+    try:
+        status, answer = query(admin, "up")
+        assert status == 503
+        assert "does not answer" in answer["error"]
+    finally:
+        admin.close()
