@@ -7,6 +7,7 @@ from conductor.legs import Leg1Result, exact_first, two_legs_possible
 from conductor.plan import Leg, Plan, RequestFacts
 from conductor.prompt_keys import KeyMemo, PromptKeys
 from conductor.request import PrefillGroup, RequestMachine
+from conductor.spans import AnswerTrace
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
 from mooncake.core.fingerprint import AdapterNames
@@ -47,6 +48,7 @@ class Client:
         "request",
         "started_s",
         "told",
+        "trace",
         "turned_away",
     )
 
@@ -57,12 +59,14 @@ class Client:
         family: Family,
         now_s: float,
         fate: HttpFate | None,
+        trace: AnswerTrace | None = None,
     ) -> None:
         self.request = request
         self.prompt = prompt
         self.machine = RequestMachine(prompt.facts, family.shared)  # till its place is known
         self.family = family
         self.fate = fate
+        self.trace = trace
         self.plan: Plan | None = None
         self.eids: list[str] = []  # of legs that work for this request alone
         self.emitted: list[int] = []  # tokens the front end has
@@ -77,6 +81,11 @@ class Client:
         self.last_s = 0.0
         self.move_reason = ""
         self.turned_away = False
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What log lines call it."""
+        return self.prompt.names
 
     @property
     def slo_class(self) -> str:
@@ -95,8 +104,10 @@ class Prompt:
         "_shared",
         "facts",
         "is_sibling",
+        "names",
         "started_s",
         "terms",
+        "trace",
     )
 
     def __init__(
@@ -108,10 +119,14 @@ class Prompt:
         adapters: AdapterNames,
         memo: KeyMemo,
         first_token: bool,
+        names: dict[str, str] | None = None,
+        trace: str = "",
     ) -> None:
-        """`first_token`: whether leg 1's own token may be streamed at all; others: see facts_of."""
+        """`first_token`: whether leg 1's own token may be streamed at all; others: see facts_of and Asked."""
         self.terms = terms
         self.started_s = started_s
+        self.names = names or {"request_id": request.external_req_id or request.request_id}
+        self.trace = trace
         self._request = request
         self.is_sibling = bool(family.clients)
         self._shared = family.shared is not None

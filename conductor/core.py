@@ -36,6 +36,7 @@ from mooncake.core.metadata import MetadataStore
 
 if TYPE_CHECKING:
     from conductor.vllm_seam import EngineCoreOutputs
+    from mooncake.core.tracing_sdk import Tracing
 
 SESSION_BONUS_S = 0.05
 """What an engine's own cache may save of a session's next turn where the index does not know it: blocks that
@@ -53,6 +54,7 @@ class Core:
         """
         self.options = options
         self.metrics = metrics
+        self.tracing: Tracing | None = None  # of its process, where decisions get spans of their own
         self.view = ClusterView()
         self.index, self.cost = PrefixIndex(), CostModel()
         name = f"gateway-{secrets.token_hex(4)}"  # a restarted one is another one

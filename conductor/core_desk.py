@@ -7,6 +7,7 @@ gone. A gateway that comes again hands in what it has; what was known of it befo
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import msgspec
@@ -40,9 +41,13 @@ from conductor.core_messages import (
 from conductor.describe import described
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
 from conductor.terms import Terms
+from conductor.why import attributes
 from mooncake.core.errors import CapacityError, MooncakeError, ProtocolError
 from mooncake.core.keys import BlockNames
 from mooncake.core.messages import Term
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +55,9 @@ SILENT_S = 5.0
 """A gateway pings four times a second; as long as relays wait, what it had in flight counts as running."""
 GATEWAYS_MAX = 64
 """As many as that are no plan, but a loop of restarts; relays have slots for eight."""
+
+NAMED = ("request_id", "trace_id")
+"""What a log line says of a request."""
 
 Send = Callable[[bytes, int, FromCore], None]
 """To the connection of one gateway, with the number of its question."""
@@ -64,7 +72,10 @@ def first_ticket(term: Term) -> int:
 class RemoteAsked:
     """A gateway's request (an Asked)."""
 
-    __slots__ = ("_contexts", "_question", "client_id", "facts", "is_sibling", "started_s", "terms")
+    __slots__ = (
+        "_contexts", "_question", "client_id", "facts", "is_sibling", "names", "span", "started_s", "terms",
+        "trace",
+    )  # fmt: skip
 
     def __init__(self, question: Question, now_s: float) -> None:
         """`now_s`: when it came in here.
@@ -77,6 +88,9 @@ class RemoteAsked:
             one.root: (BlockNames.unpacked(one.names), one.has_tail) for one in question.contexts
         }
         self.client_id = question.client_id
+        self.names = {key: question.names[key] for key in NAMED if key in question.names}
+        self.trace = question.trace
+        self.span: Span | None = None  # of what is done here for its decision
         self.terms: Terms = question.terms
         self.is_sibling = question.sibling
         self.started_s = now_s - question.age_s
@@ -159,7 +173,7 @@ class CoreDesk:
             case Replan():
                 asked = self._asked(message.question)
                 asked.look(message.question.facts.context_root, 1)
-                placed = partial(self._placed, gateway, number)
+                placed = partial(self._placed, gateway, number, asked)
                 self._decider.replan(asked, message.emitted_n, message.exclude, message.need, placed)
             case SecondCheck():
                 self._check(gateway, number, message)
@@ -236,7 +250,10 @@ class CoreDesk:
     # ------------------------------------------------------------ decisions
 
     def _asked(self, question: Question) -> RemoteAsked:
-        return RemoteAsked(question, self._clock())
+        asked = RemoteAsked(question, self._clock())
+        if asked.trace and self._core.tracing is not None:
+            asked.span = self._core.tracing.begin("core.decide", asked.trace)
+        return asked
 
     def _ask(self, gateway: _Gateway, number: int, message: Ask) -> None:
         asked = self._asked(message.question)
@@ -254,13 +271,17 @@ class CoreDesk:
         self._answered(gateway, number, asked, answer)
 
     def _answered(self, gateway: _Gateway, number: int, asked: RemoteAsked, answer: Plan | Rejection) -> None:
-        root = asked.facts.context_root
-        self._answer(gateway, number, answer, root)
+        self._answer(gateway, number, asked, answer, asked.facts.context_root)
 
-    def _placed(self, gateway: _Gateway, number: int, answer: Plan | Rejection) -> None:
-        self._answer(gateway, number, answer, "")
+    def _placed(self, gateway: _Gateway, number: int, asked: RemoteAsked, answer: Plan | Rejection) -> None:
+        self._answer(gateway, number, asked, answer, "")
 
-    def _answer(self, gateway: _Gateway, number: int, answer: Plan | Rejection, root: str) -> None:
+    def _answer(
+        self, gateway: _Gateway, number: int, asked: RemoteAsked, answer: Plan | Rejection, root: str
+    ) -> None:
+        if asked.span is not None:
+            asked.span.set_attributes({**attributes(answer), "mooncake.term": self.term.number})
+            asked.span.end()
         if isinstance(answer, Rejection):
             self._send(gateway.identity, number, Answer(self.term, None, answer))
             return
@@ -271,7 +292,7 @@ class CoreDesk:
 
     def _check(self, gateway: _Gateway, number: int, message: SecondCheck) -> None:
         ticket = gateway.adopted.get(message.decode_ticket, message.decode_ticket)
-        asked = self._asked(message.question)
+        asked = RemoteAsked(message.question, self._clock())
         plan = Plan(
             request_id=asked.request_id, prefill=None, decode=message.decode,
             decision=Decision.MIGRATED, decode_ticket=ticket,

@@ -25,6 +25,8 @@ CONTEXTS_MAX = 4
 """Kinds of engines that a prompt's blocks are named for: a cluster has one, or two while it is upgraded."""
 NAMES_BYTES_MAX = 1 << 20
 """Of one prompt and context: 131,072 blocks, 4 M tokens in blocks of 32."""
+NAMES_MAX = 4
+"""Of a request in log lines: request_id and trace_id, and room."""
 TEXT_MAX = 1024
 """Characters of ids and names. A longer id of a client's is the gateway's to decide on."""
 CHARGES_MAX = 65_536
@@ -73,6 +75,7 @@ class Question(_Part, frozen=True, gc=True):
     """A request: what RequestFacts (without keys) and Terms say of it. sibling: of n > 1, not the first.
 
     age_s: since it came, which is what its facts' arrival_s means elsewhere. unnamed: why it has no contexts.
+    names: what log lines call it. trace: its decision's span, a W3C traceparent.
     """
 
     facts: RequestFacts
@@ -82,6 +85,8 @@ class Question(_Part, frozen=True, gc=True):
     sibling: bool
     unnamed: Text
     contexts: Annotated[list[Context], msgspec.Meta(max_length=CONTEXTS_MAX)]
+    names: Annotated[dict[Text, Text], msgspec.Meta(max_length=NAMES_MAX)] = {}
+    trace: Text = ""
 
 
 class Ended(_Part, frozen=True):

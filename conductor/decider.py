@@ -32,6 +32,16 @@ class Asked(Protocol):
         ...
 
     @property
+    def names(self) -> dict[str, str]:
+        """What log lines call it: request_id, and trace_id if there is one."""
+        ...
+
+    @property
+    def trace(self) -> str:
+        """The span of its decision (mooncake.core.tracing); "" = it is not traced."""
+        ...
+
+    @property
     def terms(self) -> Terms:
         """What it asks of its service."""
         ...

@@ -44,6 +44,7 @@ from conductor.plan import (
 )
 from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
+from conductor.spans import AnswerTrace
 from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
 from conductor.turned_away import unavailable
 from conductor.vllm_seam import (
@@ -127,8 +128,14 @@ class Dispatcher:
         if family is None:
             family = Family(family_id or request.request_id, lone=family_id is None)
             self._families[family.family_id] = family
-        prompt = Prompt(request, terms, family, now_s, self._adapters, self._memo, self._first_token)
-        client = Client(request, prompt, family, now_s, fate)
+        traced, trace = None if fate is None else fate.trace, None
+        if traced is not None:
+            trace = traced.answer(request, now_s, sibling=bool(family.clients))
+        prompt = Prompt(
+            request, terms, family, now_s, self._adapters, self._memo, self._first_token,
+            None if fate is None else fate.names, "" if trace is None else trace.deciding,
+        )  # fmt: skip
+        client = Client(request, prompt, family, now_s, fate, trace)
         answer = self._decider.offer(prompt, partial(self._answered, client))
         if isinstance(answer, Rejection):
             self._refused(client, answer)
@@ -163,6 +170,8 @@ class Dispatcher:
             self._families.pop(client.family.family_id, None)
         self._metrics.requests.labels("rejected").inc()
         self._count_rejection(client.prompt.terms, rejection)
+        if client.trace is not None:
+            client.trace.decided(time.monotonic(), rejection, len(client.prompt.facts.keys))
         error = unavailable(rejection)
         if client.fate is not None:
             client.fate.error = error
@@ -171,6 +180,8 @@ class Dispatcher:
     def _begin(self, client: Client, plan: Plan) -> None:
         client.plan = plan
         client.heard_s = time.monotonic()
+        if client.trace is not None:
+            client.trace.decided(client.heard_s, plan, len(client.prompt.facts.keys))
         if plan.promoted:
             client.request.priority = CLASSES["interactive"].priority
         client.due_s = client.heard_s + plan.predicted_ttft_s
@@ -194,6 +205,8 @@ class Dispatcher:
             return  # it left
         client.turned_away = True
         self._count_rejection(client.prompt.terms, rejection)
+        if client.trace is not None:
+            client.trace.decided(time.monotonic(), rejection, len(client.prompt.facts.keys))
         self._tell_failure(client, unavailable(rejection))
         self._run(client.machine.abort())
 
@@ -240,6 +253,7 @@ class Dispatcher:
             if not running.measured:
                 pure = False
                 self._meter.prefilled(running, output)
+                self._first_of_leg(running, output, now_s)
             client = running.clients[0]
             context_tokens += client.machine.facts.prompt_len + len(client.emitted)
             self._on_output(running, output, now_s, kept)
@@ -250,6 +264,11 @@ class Dispatcher:
         # statistics travel even when every request of the step is gone, else gauges freeze
         if kept or outputs.scheduler_stats is not None:
             self._enqueue(outputs)
+
+    def _first_of_leg(self, running: Running, output: EngineCoreOutput, now_s: float) -> None:
+        for client in running.clients:  # the one that sent it knows it
+            if client.trace is not None:
+                client.trace.output(now_s, running.eid, output)
 
     def _on_output(
         self, running: Running, output: EngineCoreOutput, now_s: float, kept: list[EngineCoreOutput]
@@ -263,8 +282,11 @@ class Dispatcher:
             for member in running.clients:
                 member.leg1, member.leg1_end_s, member.leg1_node = leg1, now_s, node
         commands = client.machine.output(running.eid, output.new_token_ids, finish)
-        if reason is not None:
+        if finish is not None:
             self._running.pop(running.eid, None)
+            for member in running.clients:
+                if member.trace is not None:
+                    member.trace.leg_ended(now_s, running.eid, finish)
         for command in commands:
             if type(command) is Deliver and command.request_id == client.request.request_id:
                 self._deliver(client, command, output, now_s)
@@ -283,6 +305,8 @@ class Dispatcher:
         # everyone is told: a request may count on the instance before it runs there
         for client in list(self._clients.values()):
             client.move_reason = label
+            if client.trace is not None:
+                client.trace.instance_lost(time.monotonic(), instance_id, label)
             self._run(client.machine.instance_lost(instance_id))
         log.warning("dispatch.instance_lost", instance=instance_id, reason=reason, legs=len(hit))
 
@@ -304,7 +328,7 @@ class Dispatcher:
         self._swept_s = now_s
         silent = [c for c in self._clients.values() if now_s - c.heard_s > REQUEST_SILENT_S_MAX]
         for client in silent:
-            log.error("dispatch.request_silent", request=client.request.request_id)
+            log.error("dispatch.request_silent", **client.names)
             self._run(client.machine.deadline())
 
     # ------------------------------------------------------------ commands
@@ -321,9 +345,7 @@ class Dispatcher:
             case Stale():
                 self._metrics.stale_outputs.inc()
             case Abort():
-                self._running.pop(command.eid, None)
-                if link := self._members.up(command.instance_id):
-                    link.abort([command.eid])
+                self._abort(client, command)
             case Send() if client is not None:
                 self._send(client, command)
             case Replan():
@@ -336,6 +358,13 @@ class Dispatcher:
                 self._done(client, command)
             case _:
                 log.debug("dispatch.command_late", command=type(command).__name__)
+
+    def _abort(self, client: Client | None, command: Abort) -> None:
+        self._running.pop(command.eid, None)
+        if client is not None and client.trace is not None:
+            client.trace.leg_lost(time.monotonic(), command.eid, "")
+        if link := self._members.up(command.instance_id):
+            link.abort([command.eid])
 
     def _send(self, client: Client, command: Send) -> None:
         shared = command.leg is Leg.PREFILL
@@ -365,15 +394,26 @@ class Dispatcher:
             return
         request, slot = client.request, link.slot
         source = self._source(client, command)
+        target = self._target(client, command) if command.leg is Leg.PREFILL else ""
+        trace = "" if client.trace is None else self._leg_span(client, client.trace, command, source, target)
         if command.leg is Leg.PREFILL:
             first = client.machine.facts.first_token
-            target = self._target(client, command)
-            link.add(legs.prefill_leg(request, command.eid, slot, source, target, first))
+            link.add(legs.prefill_leg(request, command.eid, slot, source, target, first, trace))
             return
         make = legs.decode_leg if command.leg is Leg.DECODE else legs.whole_leg
         emitted = client.emitted[: command.resume_n]
         done = client.told or client.leg1 is not None
-        link.add(make(request, command.eid, slot, emitted, done, source))
+        link.add(make(request, command.eid, slot, emitted, done, source, trace))
+
+    def _leg_span(self, client: Client, trace: AnswerTrace, command: Send, source: str, target: str) -> str:
+        record = self._members.view.record(command.instance_id)
+        where: dict[str, str | int] = {"mooncake.source_node": source, "mooncake.target_node": target}
+        if record is not None:
+            blocks = -(-client.machine.facts.prompt_len // record.block_size)
+            where["mooncake.node"] = record.node
+            where["mooncake.prompt_bytes"] = blocks * record.block_bytes
+        sent = command.eid, command.leg, command.instance_id
+        return trace.sent(time.monotonic(), *sent, where, command.resume_n)
 
     def _source(self, client: Client, command: Send) -> str:
         """Return the node whose store has what the engine's own may lack: as planned, or since leg 1."""
@@ -435,6 +475,8 @@ class Dispatcher:
                 self._metrics.migrations.labels(client.move_reason or "engine error").inc()
             else:
                 self._metrics.retries.inc()
+            if client.trace is not None:
+                client.trace.moved(client.move_reason or "engine error", command.emitted_n)
         # never inline: the machine's other commands come first
         asyncio.get_running_loop().call_later(command.delay_s, self._ask_again, client, command)
 
@@ -450,7 +492,7 @@ class Dispatcher:
 
     def _fail(self, client: Client, command: Fail) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE if command.retryable else HTTPStatus.INTERNAL_SERVER_ERROR
-        log.error("dispatch.request_failed", request=command.request_id, reason=command.reason)
+        log.error("dispatch.request_failed", **client.names, reason=command.reason)
         self._tell_failure(client, Unavailable(command.reason, 1.0, status))
 
     def _tell_failure(self, client: Client, error: Unavailable) -> None:
@@ -470,6 +512,8 @@ class Dispatcher:
         ran = client.plan is not None
         self._decider.ended(client.prompt, len(client.emitted), ran=ran, finished=finished)
         del self._clients[request_id]
+        if client.trace is not None:
+            client.trace.over(time.monotonic(), command.outcome, len(client.emitted))
         self._metrics.requests.labels("rejected" if client.turned_away else str(command.outcome)).inc()
         self._metrics.in_flight.set(len(self._clients))
         family = client.family

@@ -33,8 +33,10 @@ from conductor.processes import (
     joined_metadata,
     open_cluster_metadata,
     process_name,
+    traced,
 )
 from conductor.remote_core import RemoteCore
+from conductor.spans import Traces
 from mooncake.core.attend import attended
 from mooncake.core.config import ROLES, GatewayOptions, check_host
 from mooncake.core.errors import MooncakeError, RequestError
@@ -235,9 +237,11 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
         stack.push_async_callback(registration.close)
         key = next(iter(api_keys(args)), "")
+        tracing = traced(stack, "gateway", record.name)
         front = RejectionMiddleware(
-            app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents
-        )
+            app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents,
+            traces=None if tracing is None else Traces(tracing, served_name(args)),
+        )  # fmt: skip
 
         def serves() -> None:
             if not alone:
@@ -264,6 +268,12 @@ def tell_ready(health: Health, cluster: Cluster) -> None:
         health.ready()
     else:
         health.unready("no engine that takes requests has been seen yet")
+
+
+def served_name(args: argparse.Namespace) -> str:
+    """Return what clients call the model."""
+    names = args.served_model_name or [args.model]
+    return str(names[0])
 
 
 def front_record(options: GatewayOptions, args: argparse.Namespace, metrics_url: str) -> FrontRecord:

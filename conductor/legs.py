@@ -168,13 +168,16 @@ def _leg(
     emitted: Sequence[int],
     source: str,
     target: str = "",
+    trace: str = "",
 ) -> EngineCoreRequest:
     out = copy(request)
     out.request_id = engine_id
     out.client_index = slot
     if out.sampling_params is not None:
         prompt_len = len(out.prompt_token_ids or ())
-        kv = KvParams(leg=leg, prompt_len=prompt_len, emitted=list(emitted), source=source, target=target)
+        kv = KvParams(
+            leg=leg, prompt_len=prompt_len, emitted=list(emitted), source=source, target=target, trace=trace
+        )
         out.sampling_params = _with_kv(out.sampling_params, kv)
     return out
 
@@ -186,6 +189,7 @@ def prefill_leg(
     source: str = "",
     target: str = "",
     first: bool = False,
+    trace: str = "",
 ) -> EngineCoreRequest:
     """Return leg 1 of `request`.
 
@@ -196,8 +200,9 @@ def prefill_leg(
         source: node whose store has what the engine's own may lack; "" = none.
         target: node that is going to decode; "" = the same.
         first: keep the sampling fields, because the token goes to the client (see exact_first).
+        trace: the leg's span (mooncake.core.tracing); "" = it is not traced.
     """
-    out = _leg(request, engine_id, slot, "prefill", (), source, target)
+    out = _leg(request, engine_id, slot, "prefill", (), source, target, trace)
     params = out.sampling_params
     assert params is not None
     if first:
@@ -223,6 +228,7 @@ def decode_leg(
     emitted: Sequence[int],
     prompt_logprobs_done: bool,
     source: str = "",
+    trace: str = "",
 ) -> EngineCoreRequest:
     """Return leg 2 of `request`, or its continuation on another engine.
 
@@ -233,8 +239,9 @@ def decode_leg(
         emitted: token ids the client already has.
         prompt_logprobs_done: leg 1 delivered them, so this leg need not compute them.
         source: as in prefill_leg.
+        trace: the same.
     """
-    out = _leg(request, engine_id, slot, "decode", emitted, source)
+    out = _leg(request, engine_id, slot, "decode", emitted, source, trace=trace)
     return _without_prompt_logprobs(out) if prompt_logprobs_done else out
 
 
@@ -245,9 +252,10 @@ def whole_leg(
     emitted: Sequence[int] = (),
     prompt_logprobs_done: bool = False,
     source: str = "",
+    trace: str = "",
 ) -> EngineCoreRequest:
     """Return `request` for one engine that prefills and decodes (aggregated); see decode_leg."""
-    out = _leg(request, engine_id, slot, "whole", emitted, source)
+    out = _leg(request, engine_id, slot, "whole", emitted, source, trace=trace)
     return _without_prompt_logprobs(out) if prompt_logprobs_done else out
 
 

@@ -101,6 +101,8 @@ class Meter:
             ttft_s = now_s - client.started_s
             metrics.ttft_s.observe(ttft_s)
             metrics.class_ttft_s.labels(client.slo_class).observe(ttft_s)
+            if client.trace is not None:
+                client.trace.first(ttft_s)
             if client.plan is not None:
                 metrics.ttft_error_s.observe(ttft_s - client.plan.predicted_ttft_s)
                 self._decider.started(now_s - client.due_s)

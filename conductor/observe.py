@@ -95,14 +95,14 @@ class Observer:
             emitted_tokens=emitted_n,
             index_mode=str(self._index_mode),
         )
-        return Decided(facts.request_id, asked.client_id, why)
+        return Decided(facts.request_id, asked.client_id, why, asked.names)
 
     def decided(self, decided: Decided) -> None:
         """An answer is acted on: keep its record."""
         self.decisions.add(decided)
         if log.is_enabled_for(logging.DEBUG):
             why = msgspec.to_builtins(decided.why())
-            log.debug("conductor.decision", request=decided.request_id, why=why)
+            log.debug("conductor.decision", **decided.names, why=why)
 
     def planned(self, asked: Asked, plan: Plan) -> None:
         """A request was accepted."""
@@ -124,7 +124,7 @@ class Observer:
             cause = asked.unnamed()
             if cause not in self._unnamed:
                 self._unnamed[cause] = None
-                log.warning("conductor.keys_unknown", request=facts.request_id, reason=cause)
+                log.warning("conductor.keys_unknown", **asked.names, reason=cause)
 
     def replanned(self, now_s: float, asked: Asked, answer: Plan | Rejection, emitted_n: int) -> None:
         """A leg was placed again, or found no place."""

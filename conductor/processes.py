@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -29,6 +30,10 @@ from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
+from mooncake.core.tracing import open_tracing
+
+if TYPE_CHECKING:
+    from mooncake.core.tracing_sdk import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +91,18 @@ async def registered(
         await registration.close()
 
 
+def traced(stack: contextlib.AsyncExitStack, role: str, name: str) -> "Tracing | None":
+    """Return what makes this process's spans; None: tracing is off. It ends with `stack`.
+
+    Raises:
+        ConfigError: it is switched on and cannot be.
+    """
+    tracing = open_tracing(role, name)
+    if tracing is not None:
+        stack.callback(tracing.close)
+    return tracing
+
+
 async def run_core(options: GatewayOptions) -> None:
     """Be a candidate for leading until SIGTERM or SIGINT.
 
@@ -98,6 +115,7 @@ async def run_core(options: GatewayOptions) -> None:
         own.leaving.on_signals()
         metadata = await stack.enter_async_context(open_cluster_metadata(options.metadata_endpoint))
         core = Core(options, metadata, process_metrics())
+        core.tracing = traced(stack, "core", name)
         bind = f"tcp://{options.address}:*"
         service = CoreService(core, metadata, bind, f"{name}-{secrets.token_hex(4)}")  # another at each start
         stack.push_async_callback(service.close)

@@ -79,10 +79,10 @@ PENDING_MAX = 16_384
 class _Pending:
     """A question. `message` makes it anew, `decide` answers it here; `waits`: the core said Waiting.
 
-    `person`: it was a person's, who is to hear of a refusal.
+    `names`: what log lines call its request; empty: it was a person's, who is to hear of a refusal.
     """
 
-    __slots__ = ("asked_s", "decide", "heard", "message", "person", "request_id", "timer", "waits")
+    __slots__ = ("asked_s", "decide", "heard", "message", "names", "request_id", "timer", "waits")
 
     def __init__(
         self,
@@ -90,11 +90,10 @@ class _Pending:
         message: Callable[[], FromGateway],
         decide: Callable[[], None],
         heard: Callable[[FromCore], None],
-        *,
-        person: bool = False,
+        names: dict[str, str],
     ) -> None:
         self.request_id = request_id
-        self.person = person
+        self.names = names
         self.message = message
         self.decide = decide
         self.heard = heard
@@ -181,7 +180,8 @@ class RemoteCore:
         )
         here = partial(self._offer_here, asked, later)
         message = partial(self._asking, asked)
-        if self._ask(_Pending(facts.request_id, message, here, partial(self._planned, asked, later))):
+        heard = partial(self._planned, asked, later)
+        if self._ask(_Pending(facts.request_id, message, here, heard, asked.names)):
             return None
         answer = self._local.offer(asked, later)
         if isinstance(answer, Rejection):
@@ -234,7 +234,7 @@ class RemoteCore:
             then(answer)
 
         here = partial(self._local.replan, asked, emitted_n, exclude, need, placed_here)
-        if not self._ask(_Pending("", message, here, partial(self._replanned, then))):
+        if not self._ask(_Pending("", message, here, partial(self._replanned, then), asked.names)):
             here()
 
     def _replanned(self, then: Answered, message: FromCore) -> None:
@@ -263,7 +263,7 @@ class RemoteCore:
 
         here = partial(self._local.second_check, asked, plan, then)
         message = partial(SecondCheck, _question(asked, []), decode, ticket)
-        if not self._ask(_Pending("", message, here, heard)):
+        if not self._ask(_Pending("", message, here, heard, asked.names)):
             here()
 
     def release(self, ticket: int) -> None:
@@ -411,8 +411,8 @@ class RemoteCore:
             if isinstance(message, Answer) and message.plan is not None:  # its client has left meanwhile
                 for charge in message.charges:
                     self._telling.released(charge.ticket)
-        elif isinstance(message, Refused) and not pending.person:
-            log.warning("gateway.core_refused", request=pending.request_id, reason=message.message)
+        elif isinstance(message, Refused) and pending.names:
+            log.warning("gateway.core_refused", **pending.names, reason=message.message)
             pending.decide()
         else:
             pending.heard(message)
@@ -471,7 +471,7 @@ class RemoteCore:
             if not future.done():
                 future.set_exception(gone)
 
-        if not self._ask(_Pending("", lambda: message, here, heard, person=True)):
+        if not self._ask(_Pending("", lambda: message, here, heard, {})):
             raise gone
         try:
             async with asyncio.timeout(PEOPLE_S):
@@ -496,5 +496,5 @@ def _question(asked: Asked, contexts: list[Context]) -> Question:
     age_s = max(0.0, time.monotonic() - asked.started_s)
     return Question(
         facts, asked.terms, asked.client_id, age_s, asked.is_sibling, "" if contexts else asked.unnamed(),
-        contexts,
+        contexts, asked.names, asked.trace,
     )  # fmt: skip

@@ -144,13 +144,33 @@ def _decode_option(one: Decode, requests: int, kv_tokens: int) -> DecodeOption:
     return DecodeOption(one.worker.id, one.tbt_s, requests + 1, record.max_num_seqs, *room)
 
 
+def attributes(answer: Plan | Rejection) -> dict[str, str | int | float]:
+    """Return an answer as a span has it (conductor.spans)."""
+    if isinstance(answer, Rejection):
+        return {"mooncake.decision": "rejected", "mooncake.reason": str(answer.reason)}
+    return {
+        "mooncake.decision": str(answer.decision),
+        "mooncake.prefill": answer.prefill or "",
+        "mooncake.decode": answer.decode or "",
+        "mooncake.hit_blocks": answer.hit_blocks,
+        "mooncake.fetch_blocks": answer.fetch_blocks,
+        "mooncake.fetch_node": answer.fetch_node or "",
+        "mooncake.predicted_ttft_s": answer.predicted_ttft_s,
+        "mooncake.predicted_prefill_s": answer.predicted_prefill_s,
+        "mooncake.predicted_tbt_s": answer.predicted_tbt_s,
+    }
+
+
 class Decided:
     """A record that is written out when somebody reads it: few are."""
 
-    __slots__ = ("client_id", "request_id", "why")
+    __slots__ = ("client_id", "names", "request_id", "why")
 
-    def __init__(self, request_id: str, client_id: str, why: Callable[[], Why]) -> None:
-        """`why` makes the record; it holds no block keys either."""
+    def __init__(
+        self, request_id: str, client_id: str, why: Callable[[], Why], names: dict[str, str] | None = None
+    ) -> None:
+        """`why` makes the record; it holds no block keys either. `names`: as log lines call the request."""
+        self.names = names or {"request_id": client_id or request_id}
         self.request_id = request_id
         self.client_id = client_id
         self.why = why

@@ -482,6 +482,7 @@ class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_len: len(prompt_token_ids).
     source: node whose store has (more of) the blocks, where this engine's own store may fetch them.
     target: node that is going to decode: blocks are handed over to its store while they are computed.
+    trace: W3C traceparent of the leg's span; "" = it is not traced (mooncake.core.tracing).
     """
 
     leg: str
@@ -489,6 +490,7 @@ class KvParams(msgspec.Struct, frozen=True, omit_defaults=True):
     emitted: list[int] = []
     source: str = ""
     target: str = ""
+    trace: str = ""
 
 
 # ---------------------------------------------------------------- records in the metadata store

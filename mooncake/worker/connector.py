@@ -20,11 +20,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.engine.client import PoolClient
 from mooncake.core.errors import ConfigError
+from mooncake.core.tracing import open_tracing
 from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf
 from mooncake.worker.connector_worker import WorkerHalf
 from mooncake.worker.context import kv_context
 from mooncake.worker.pulse import Pulse
+from mooncake.worker.spans import PoolSpans
 from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_facts
 
 log = structlog.get_logger(__name__)
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from mooncake.core.tracing_sdk import Tracing
 
 
 def tells_blocks(vllm_config: "VllmConfig", spec: EngineSpec) -> bool:
@@ -72,13 +76,18 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._tracing: Tracing | None = None
         if role == KVConnectorRole.SCHEDULER:
             context = kv_context(vllm_config, kv_cache_config)
             root = context.root()
             # engines that were to share blocks and do not: compare these lines
             log.info("kv.context", root=root.hex(), **context.settings())
             block_size = vllm_config.cache_config.block_size
-            self._scheduler = SchedulerHalf(pool, root, block_size, spec.load_mode, spec.save_decoded, pulse)
+            self._tracing = open_tracing(spec.role, spec.instance_id)
+            self._scheduler = SchedulerHalf(
+                pool, root, block_size, spec.load_mode, spec.save_decoded, pulse,
+                None if self._tracing is None else PoolSpans(self._tracing),
+            )  # fmt: skip
             page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
             layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
             tells = tells_blocks(vllm_config, spec)
@@ -164,3 +173,5 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:  # noqa: D102
         if self._worker is not None:
             self._worker.close()
+        if self._tracing is not None:
+            self._tracing.close()

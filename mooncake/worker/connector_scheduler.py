@@ -21,6 +21,7 @@ from mooncake.core.messages import Acquired, Block
 from mooncake.worker.connector_meta import NOTHING, LoadJob, SaveJob, StepMeta
 from mooncake.worker.params import kv_params_of
 from mooncake.worker.pulse import Pulse
+from mooncake.worker.spans import PoolSpans
 
 log = structlog.get_logger(__name__)
 
@@ -57,21 +58,31 @@ class Tracked:
     loading: set[int] = field(default_factory=set)
     saved: int = 0  # full blocks known to be in the pool, from the start
     tail_saved: bool = False
+    trace: str = ""  # the leg's span; "" = it is not traced
+    load: tuple[float, int, int] | None = None  # of a load that is traced: start, blocks, bytes
 
 
 class SchedulerHalf:
     """See the module's text. `pool` is a kvstore PoolClient or None-like fake in tests."""
 
     def __init__(
-        self, pool: Any, root: bytes, block_size: int, load_mode: str, save_decoded: bool, pulse: Pulse
+        self,
+        pool: Any,
+        root: bytes,
+        block_size: int,
+        load_mode: str,
+        save_decoded: bool,
+        pulse: Pulse,
+        spans: PoolSpans | None = None,
     ) -> None:
-        """`root` is the engine's context root (core.keys.context_root)."""
+        """`root` is the engine's context root (core.keys.context_root); `spans` None: tracing is off."""
         self._pool = pool
         self._root = root
         self._block_size = block_size
         self._async = load_mode == "async"
         self._save_decoded = save_decoded
         self._pulse = pulse
+        self._spans = spans
         self._adapters = AdapterNames()
         self._requests: dict[str, Tracked] = {}
         self._pending_loads: list[LoadJob] = []
@@ -101,6 +112,7 @@ class SchedulerHalf:
             saves=True,
             source=str(ours.get("source", "")),
             target=str(ours.get("target", "")),
+            trace=str(ours.get("trace", "")) if self._spans is not None else "",
             # the last token is computed anyway; vLLM would ask, load and ask again for ever
             no_load=bool(request.skip_reading_prefix_cache) or len(request.prompt_token_ids) < 2,
         )
@@ -132,7 +144,7 @@ class SchedulerHalf:
 
     def _failed_lookup(self, state: Tracked, error: MooncakeError) -> None:
         self._pulse.add("pool_errors", 1)
-        log.warning("pool.lookup_failed", request=state.request.request_id, error=str(error))
+        log.warning("pool.lookup_failed", request_id=state.request.request_id, error=str(error))
         state.call = None
         state.looked_up = True
         state.no_load = True
@@ -151,12 +163,14 @@ class SchedulerHalf:
                     return False
                 self._pool.forget(state.call)
                 self._pulse.add("lookup_timeouts", 1)
+                self._looked_up(state, None)
                 state.call, state.looked_up, state.no_load = None, True, True
                 return True
             answer: Acquired = self._pool.finish_acquired(state.call, 0.0)
         except MooncakeError as error:
             self._failed_lookup(state, error)
             return True
+        self._looked_up(state, answer)
         state.call = None
         state.looked_up = True
         state.lease_id, state.found, state.leased_s = answer.lease_id, answer.blocks, time.monotonic()
@@ -168,6 +182,11 @@ class SchedulerHalf:
         if state.target and state.saved:
             self._hand_over(state)
         return True
+
+    def _looked_up(self, state: Tracked, answer: Acquired | None) -> None:
+        if state.trace and self._spans is not None:
+            wanted = len(self._wanted(state))
+            self._spans.looked_up(state.trace, state.call_s, wanted, answer, state.source)
 
     def _hand_over(self, state: Tracked) -> None:
         """What was found here is not saved again: the decoding node's store can copy it now."""
@@ -233,6 +252,8 @@ class SchedulerHalf:
         )
         state.lease_id, state.found = 0, []  # the worker half releases the lease after the load
         state.loading = set(job.block_ids)
+        if state.trace and self._async:
+            state.load = time.monotonic(), len(job.blocks), sum(block.size_bytes for block in job.blocks)
         (self._pending_loads if self._async else self._pending_sync).append(job)
         self._pulse.add("hit_tokens", extra)
 
@@ -306,7 +327,13 @@ class SchedulerHalf:
                     self._pulse.add("failed_loads", 1)
         for request_id in finished:
             if state_or_none := self._requests.get(request_id):
+                self._loaded(state_or_none, invalid_block_ids)
                 state_or_none.loading = set()
+
+    def _loaded(self, state: Tracked, invalid_block_ids: set[int]) -> None:
+        load, state.load = state.load, None
+        if load is not None and self._spans is not None:
+            self._spans.loaded(state.trace, *load, intact=not state.loading & invalid_block_ids)
 
     def finished(self, request_id: str) -> None:
         """The request left the engine."""

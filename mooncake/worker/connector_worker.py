@@ -152,7 +152,7 @@ class WorkerHalf:
             except Exception:
                 # every block of the job counts as bad: the engine recomputes them. A dead loader
                 # thread would hang every later load
-                log.exception("pool.load_failed", request=job.request_id)
+                log.exception("pool.load_failed", request_id=job.request_id)
             self._conclude(job, bad, asynchronous=True)
 
     def _loaded(self, size_bytes: int, elapsed_s: float) -> None:  # noqa: ARG002 - bytes count once good
@@ -173,7 +173,7 @@ class WorkerHalf:
         self._tell(self._pool.release, job.lease_id)
         if bad:
             self._pulse.add("bad_blocks", len(bad))
-            log.warning("pool.bad_blocks", request=job.request_id, blocks=len(bad))
+            log.warning("pool.bad_blocks", request_id=job.request_id, blocks=len(bad))
             self._tell(self._pool.report_bad, [job.keys[index] for index in bad])
         with self._lock:  # last: the engine may compute and save these blocks anew from here on
             self._invalid.update(job.block_ids[index] for index in bad)

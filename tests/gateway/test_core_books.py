@@ -37,10 +37,11 @@ def show(view: ClusterView) -> None:
 
 
 class Asked:
-    client_id, terms, is_sibling, started_s = "", DEFAULT_TERMS, False, 0.0
+    client_id, terms, is_sibling, started_s, trace = "", DEFAULT_TERMS, False, 0.0, ""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.names = {"request_id": request_id}
         self.facts = self.look("", 1)
 
     def look(self, root: str, block_size: int) -> RequestFacts:
@@ -72,7 +73,7 @@ class Leader:
         self.term = Term("life", number, f"core-{number}")
         self.wires: dict[bytes, Wire] = {}
         self.quotas = quotas
-        core = SimpleNamespace(view=self.view, decider=decider, cost=cost, quotas=quotas)
+        core = SimpleNamespace(view=self.view, decider=decider, cost=cost, quotas=quotas, tracing=None)
         self.desk = CoreDesk(core, self.term, self._say, clock=lambda: 0.0)
 
     def _say(self, identity: bytes, number: int, message: object) -> None:
