@@ -23,7 +23,8 @@ few dozen measurements decide, not the prior."""
 SPREAD_MAX = 1000.0
 """Bound of each variance: without it, identical observations blow it up under forgetting."""
 ERROR_RATIO_MAX = 4.0
-"""One observation is taken for at most this many times its prediction: a stall is not a trend."""
+"""One observation is taken for at most this many times its prediction, a stall is not a trend; and for at least
+such a part of it: errors are relative, so one of nothing would weigh more than all others together."""
 TREND = 3
 """So many beyond it in a row are one: a slow machine. Then the model is scaled up and learns afresh; bounded
 measurements alone need hundreds for a factor of 20, as relative errors give the early ones most weight."""
@@ -106,7 +107,7 @@ class _Fit:
         self.error.add(predicted, seconds)
         if self._is_trend(seconds / predicted):
             predicted = self.predict(features)
-        bounded = min(seconds, predicted * ERROR_RATIO_MAX)
+        bounded = min(max(seconds, predicted / ERROR_RATIO_MAX), predicted * ERROR_RATIO_MAX)
         # dividing a row by its own seconds makes the error relative
         row = [f * s / bounded for f, s in zip(features, self._scale, strict=True)]
         spread, size = self._spread, range(len(row))

@@ -56,6 +56,16 @@ def test_one_stall_moves_the_prediction_less_than_its_size():
     assert cost.prefill_s(900, 0) < ERROR_RATIO_MAX * before_s
 
 
+def test_steps_that_seem_to_take_no_time_do_not_outweigh_all_others():
+    cost = CostModel()
+    for step in range(300):
+        batch, kv = 1 + step % 8, 200 * (1 + step % 8)
+        cost.observe_tbt(batch, kv, 1e-5 if step % 20 == 7 else 0.02 + 1e-3 * batch)
+    for batch in (1, 8):
+        assert cost.tbt_s(batch, 200 * batch) == pytest.approx(0.02 + 1e-3 * batch, rel=0.4)
+    assert cost.tbt_s(2, 3000) < 0.05  # nor is what was never seen said to take for ever
+
+
 def test_a_machine_many_times_slower_than_expected_is_known_after_a_few_measurements():
     cost = CostModel()
     slow = 40 * cost.prefill_s(1000, 0)
