@@ -322,9 +322,6 @@ def _server_config(asgi: Any, args: argparse.Namespace) -> Any:
     from vllm import envs
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
-    extra: dict[str, Any] = {}
-    if (log_config := get_uvicorn_log_config(args)) is not None:
-        extra["log_config"] = log_config
     config = uvicorn.Config(
         asgi,
         host=args.host,
@@ -338,7 +335,7 @@ def _server_config(asgi: Any, args: argparse.Namespace) -> Any:
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
-        **extra,
+        log_config=get_uvicorn_log_config(args),  # None: uvicorn's lines go where ours do
     )
     if args.h11_max_incomplete_event_size is not None:
         config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size

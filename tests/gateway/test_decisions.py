@@ -67,7 +67,8 @@ async def test_debug_logs_have_one_line_per_answer_and_no_prompt(make_world) -> 
     with capture_logs() as lines:
         rid = await served(world)
     (line,) = [line for line in lines if line["event"] == "conductor.decision"]
-    assert (line["log_level"], line["request"], line["why"]["prefill"]) == ("debug", rid, "p0")
+    assert (line["log_level"], line["why"]["request_id"], line["why"]["prefill"]) == ("debug", rid, "p0")
+    assert line["request_id"] == line["why"]["client_id"]  # what the HTTP front end does not name otherwise
     assert str(PROMPT) not in str(line)
 
 
