@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from mooncake.core import log as logs
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.pulse import Pulse
@@ -102,6 +103,7 @@ def build_config(spec: EngineSpec) -> Any:
 
 def run(spec: EngineSpec) -> int:
     """Run the engine until SIGTERM; return the exit code."""
+    logs.setup_inherited("engine")
     refuse_insecure_serialization()
     pulse = Pulse(spec.pulse_path, create=False)
     pulse.start_beating()
