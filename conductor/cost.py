@@ -23,7 +23,7 @@ few dozen measurements decide, not the prior."""
 SPREAD_MAX = 1000.0
 """Bound of each variance: without it, identical observations blow it up under forgetting."""
 ERROR_RATIO_MAX = 4.0
-"""One observation is taken for at most this many times its prediction, a stall is not a trend; and for at least
+"""One observation is taken for at most this many times its prediction: a stall is no trend. And for at least
 such a part of it: errors are relative, so one of nothing would weigh more than all others together."""
 TREND = 3
 """So many beyond it in a row are one: a slow machine. Then the model is scaled up and learns afresh; bounded
