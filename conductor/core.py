@@ -30,9 +30,9 @@ from conductor.role_keeper import RoleKeeper, RoleMetrics
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.tenants_file import TenantsFile, follow
-from mooncake.core.config import GatewayOptions
 from mooncake.core.messages import Pulse
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.options import GatewayOptions
 
 if TYPE_CHECKING:
     from conductor.vllm_seam import EngineCoreOutputs

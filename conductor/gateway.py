@@ -38,12 +38,13 @@ from conductor.processes import (
 from conductor.remote_core import RemoteCore
 from conductor.spans import Traces
 from mooncake.core.attend import attended
-from mooncake.core.config import ROLES, GatewayOptions, check_host
+from mooncake.core.config import ROLES, check_host
 from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.core.health import Health, Phase
 from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.options import GatewayOptions
 
 log = structlog.get_logger(__name__)
 

@@ -22,7 +22,7 @@ from conductor.core import Core
 from conductor.core_service import CoreService
 from conductor.metrics import process_metrics
 from mooncake.core.attend import attended
-from mooncake.core.config import GatewayOptions, fail
+from mooncake.core.config import fail
 from mooncake.core.health import Health
 from mooncake.core.messages import CORES_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
@@ -30,6 +30,7 @@ from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
+from mooncake.core.options import GatewayOptions
 from mooncake.core.tracing import open_tracing
 
 if TYPE_CHECKING:

@@ -58,11 +58,11 @@ from conductor.modes import Fallback
 from conductor.plan import Need, Plan, Rejection, RequestFacts
 from conductor.scheduler import Policy
 from conductor.terms import Terms
-from mooncake.core.config import GatewayOptions
 from mooncake.core.errors import WIRE_ERRORS, MooncakeError, PeerGone, PeerTimeout
 from mooncake.core.keys import names_of
 from mooncake.core.messages import Pulse, Term
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.options import GatewayOptions
 
 log = structlog.get_logger(__name__)
 
@@ -136,7 +136,7 @@ class RemoteCore:
         self._hot = HotCopies(heat, self.view, self._index, metadata, HotMetrics(metrics.registry))
         self._local.observer.listen(self._hot.planned)
         self._local.observer.listen(self._planned_here)
-        self._checks = options.admission != AdmissionMode.OBJECTIVES
+        self._checks = AdmissionMode(options.admission) is not AdmissionMode.OBJECTIVES
         self._metrics = metrics
         self._link = CoreLink(metadata, self, metrics)
         self._telling = Telling(lambda told: self._link.send(0, told))

@@ -5,7 +5,7 @@ loaded, the partial tail too; decoded full blocks go back to the pool). The stat
 request spans both legs and therefore lives in the Conductor (conductor/request.py, ADR 0001).
 """
 
-from mooncake.core.config import WorkerOptions
+from mooncake.core.options import WorkerOptions
 from mooncake.worker import instance
 
 

@@ -3,39 +3,30 @@
 Imports nothing heavy before the command runs, as mooncake.cli.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from mooncake import cli_common as common
+from mooncake.cli_settings import settings_command
+
+if TYPE_CHECKING:
+    from mooncake.core.options import IndexerOptions
 
 
 def register(app: typer.Typer) -> None:
     """Add our command to `mooncake`."""
-    app.command()(indexer)
+    settings_command(app, "indexer", indexer)
 
 
-def indexer(
-    host: common.Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="HTTP port; 0 = any.")] = 13333,
-    metadata: Annotated[
-        str, typer.Option(help="Metadata of a cluster of ours whose stores and engines are indexed too.")
-    ] = "",
-    publishers: Annotated[
-        str, typer.Option(help="Networks that publishers may be in, by commas; empty = loopback, private.")
-    ] = "",
-    blocks_max: Annotated[
-        int, typer.Option(help="Blocks of a context, beyond which the oldest are dropped; 0 = 4,000,000.")
-    ] = 0,
-    xxh3_seed: Annotated[
-        int, typer.Option(help="Seed of the standard's names; 1337 as Dynamo and SMG.")
-    ] = 1337,
-    api_key: common.ApiKey = "",
-    log_level: common.LogLevel = "info",
-) -> None:
+def indexer(options: "IndexerOptions") -> None:
     """Tell routers which engine has cached how much of a prompt: upstream's indexer API."""
-    with common.errors_told():
-        from conductor.indexer.run import Settings, check, serve
+    from conductor.indexer.run import Settings, check, serve
 
-        settings = check(Settings(host, port, metadata, publishers, blocks_max, xxh3_seed, api_key))
-        common.run_role("indexer", log_level, lambda: serve(settings))
+    settings = check(
+        Settings(
+            options.host, options.port, options.metadata, options.publishers, options.blocks_max,
+            options.xxh3_seed, options.api_key,
+        )
+    )  # fmt: skip
+    common.run_role("indexer", options, lambda: serve(settings))

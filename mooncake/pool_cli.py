@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mooncake.cli_settings import settings_command
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mooncake.core.options import DirectoryOptions
     from mooncake.pool_admin import PoolAdmin
 
 REFRESH_S = 0.5
@@ -27,7 +30,6 @@ Url = Annotated[str, typer.Option(help="Admin address of any directory, e.g. htt
 TokenFile = Annotated[
     Path | None, typer.Option(help="File with the admin token; or set MOONCAKE_ADMIN_TOKEN.")
 ]
-LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 Wait = Annotated[bool, typer.Option(help="Show progress until it is done; --no-wait only starts it.")]
 Keys = Annotated[list[str], typer.Argument(help="Keys in hexadecimal.")]
 To = Annotated[str, typer.Option("--to", help="Node that shall have them.")]
@@ -43,56 +45,30 @@ pool = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add our commands to `mooncake`."""
-    app.command()(directory)
+    settings_command(app, "directory", directory)
     app.add_typer(pool)
 
 
-def directory(
-    metadata: Annotated[
-        str,
-        typer.Option(help="Address of the cluster's metadata, tcp://127.0.0.1:7700 or etcd://HOST:PORT,..."),
-    ],
-    name: Annotated[str, typer.Option(help="Name of this directory, unique; empty = host and process.")] = "",
-    address: Annotated[
-        str,
-        typer.Option(
-            help="Address of this host for the cluster; all but loopback need MOONCAKE_SECRET_FILE."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port for look-ups; 0 = any.")] = 0,
-    admin_host: Annotated[
-        str, typer.Option(help="Where the admin HTTP listens; all but loopback need a token.")
-    ] = "127.0.0.1",
-    admin_port: Annotated[int, typer.Option(help="Port of the admin HTTP and metrics; 0 = any.")] = 0,
-    admin_token_file: TokenFile = None,
-    log_level: LogLevel = "info",
-) -> None:
+def directory(options: "DirectoryOptions") -> None:
     """Run a directory of the KV pool: who holds which block. Several may run; one leads."""
-    from mooncake.cli_common import errors_told, run_role
+    from kvstore.leader.coordinator import CoordinatorConfig
+    from mooncake.cli_common import run_role
 
-    with errors_told():
-        from kvstore.leader.coordinator import CoordinatorConfig
-        from mooncake.core.config import fail
-        from mooncake.core.metadata_open import check_metadata
-        from mooncake.core.rpc import check_endpoint
+    options.checked()
+    config = CoordinatorConfig(
+        name=options.name or f"directory-{socket.gethostname().split('.')[0]}-{os.getpid()}",
+        endpoint=f"tcp://{options.address}:{options.port}",
+        admin_host=options.admin_host,
+        admin_port=options.admin_port,
+        admin_token=_token(Path(options.admin_token_file) if options.admin_token_file else None),
+    )
 
-        check_metadata(metadata)
-        if not 0 <= port < 1 << 16:
-            raise fail("port", port, "must be 0..65535")
-        config = CoordinatorConfig(
-            name=name or f"directory-{socket.gethostname().split('.')[0]}-{os.getpid()}",
-            endpoint=check_endpoint(f"tcp://{address}:{port}"),
-            admin_host=admin_host,
-            admin_port=admin_port,
-            admin_token=_token(admin_token_file),
-        )
+    def main() -> int:
+        import asyncio
 
-        def main() -> int:
-            import asyncio
+        return asyncio.run(_serve(config, options.metadata))
 
-            return asyncio.run(_serve(config, metadata))
-
-        run_role("directory", log_level, main)
+    run_role("directory", options, main)
 
 
 async def _serve(config: Any, metadata: str) -> int:

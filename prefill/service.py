@@ -5,7 +5,7 @@ blocks and the partial tail saved) and how its engine is tuned. The state machin
 both legs and therefore lives in the Conductor (conductor/request.py, ADR 0001).
 """
 
-from mooncake.core.config import WorkerOptions
+from mooncake.core.options import WorkerOptions
 from mooncake.worker import instance
 
 

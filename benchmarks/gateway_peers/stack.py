@@ -101,7 +101,7 @@ def plain(plan: Plan) -> None:
 
 def options(plan: Plan, port: int, metadata: int, name: str) -> Any:
     """Return the settings of one of our processes."""
-    from mooncake.core.config import GatewayOptions
+    from mooncake.core.options import GatewayOptions
 
     return GatewayOptions(
         model=plan.model, run_dir=plan.folder, port=port, served_name="m", name=name,

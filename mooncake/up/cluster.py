@@ -12,11 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from mooncake.core.config import GatewayOptions, StoreOptions, format_size
+from mooncake.core.config import format_size
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone, PeerTimeout
 from mooncake.core.messages import CORES_PREFIX, GATEWAYS_PREFIX, INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_follow import Removed, follow
 from mooncake.core.metadata_open import open_metadata
+from mooncake.core.options import GatewayOptions, StoreOptions
 from mooncake.core.process import open_log, spawn
 from mooncake.core.supervise import Child, Ended, GiveUp, Started, Supervised
 from mooncake.up import zygote
@@ -101,7 +102,7 @@ class Cluster:
         return self._run_dir / f"{name}.log"
 
     async def _launch(self, process: Process) -> Child:
-        data = msgspec.msgpack.encode(process.options)
+        data = process.options.encoded()
         if process.heavy and self._zygote:
             await self._zygote.wait_ready()
             self._board.set("imports", "ready", f"{self._zygote.seconds:.1f} s")

@@ -9,11 +9,10 @@ import os
 import socket
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 
 from mooncake.core import log as logs
-from mooncake.core.config import GatewayOptions
+from mooncake.core.options import ConductorOptions
 from mooncake.core.scrape import LOOPBACK
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
@@ -23,17 +22,8 @@ from mooncake.up.run import live, tenant_keys, url_host
 from mooncake.up.show import Board
 
 
-def conductor(
-    options: GatewayOptions,
-    gateways: int,
-    model_is_local: bool,
-    console: Console,
-    use_zygote: bool = True,
-    admin_port: int = 0,
-) -> int:
-    """Run a core and `gateways` (at least 1) until Ctrl-C or SIGTERM; return the exit code.
-
-    `admin_port`: first of the ports of the core and the gateways; 0 = any free ones.
+def conductor(options: ConductorOptions, model_is_local: bool, console: Console) -> int:
+    """Run a core and its gateways (at least 1) until Ctrl-C or SIGTERM; return the exit code.
 
     Raises:
         ConfigError: a setting cannot work.
@@ -43,21 +33,21 @@ def conductor(
     run_dir = Path(options.run_dir)
     if not options.name:
         name = f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
-        options = msgspec.structs.replace(options, name=name)
+        options = options.replace(name=name)
     with Held(options.host, options.port):
-        ports = admin_ports(gateway_names(gateways), options.port, admin_port)
+        ports = admin_ports(gateway_names(options.gateways), options.port, options.admin_port)
         keys = tenant_keys(options.tenants)
-        plan = plan_conductor(options, gateways, ports, keys)
+        plan = plan_conductor(options, options.gateways, ports, keys)
         prepare_run_dir(run_dir)
         board = Board(console)
         env = base_env(os.environ, model_is_local, keys)
-        cluster = Cluster(plan, run_dir, env, board, use_zygote, metadata=options.metadata_endpoint)
+        cluster = Cluster(plan, run_dir, env, board, options.zygote, metadata=options.metadata_endpoint)
         return asyncio.run(
             live(cluster, board, options.host, options.port, lambda: ready_text(options, ports))
         )
 
 
-def ready_text(options: GatewayOptions, ports: dict[str, int]) -> str:
+def ready_text(options: ConductorOptions, ports: dict[str, int]) -> str:
     """Return what to tell once requests are taken."""
     url = f"http://{url_host(options.host)}:{options.port}"
     own = " ".join(f"{name}:{port}" for name, port in ports.items())

@@ -3,7 +3,7 @@
     python -m mooncake.up.launch ROLE OPTIONS_FILE
 
 The zygote calls `run` in a forked child; everywhere else this module is the program. Options
-travel as msgpack in a private file; the API key travels in the environment and nowhere else.
+travel as JSON in a private file; the API key travels in the environment and nowhere else.
 """
 
 import asyncio
@@ -13,17 +13,19 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from mooncake.core import log as logs
-from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions, is_loopback
+from mooncake.core.config import API_KEY_ENV, is_loopback
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
 from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.options import GatewayOptions, StoreOptions, Traced, WorkerOptions
+from mooncake.core.options_base import Options
 from mooncake.core.secret import cluster_secret
 
 if TYPE_CHECKING:
@@ -137,10 +139,10 @@ def run_core(options: GatewayOptions) -> int:
 
 def _with_key(options: GatewayOptions) -> GatewayOptions:
     key = options.api_key or os.environ.get(API_KEY_ENV, "")
-    return msgspec.structs.replace(options, api_key=key).checked()
+    return options.replace(api_key=key).checked()
 
 
-ROLES: dict[str, tuple[type, Callable[..., int]]] = {
+ROLES: dict[str, tuple[type[Options], Callable[..., int]]] = {
     "store": (StoreOptions, run_store),
     "prefill": (WorkerOptions, run_prefill),
     "decode": (WorkerOptions, run_decode),
@@ -151,16 +153,20 @@ ROLES: dict[str, tuple[type, Callable[..., int]]] = {
 
 
 def run(role: str, data: bytes) -> int:
-    """Run `role` with msgpack options in this process; return its exit code."""
+    """Run `role` with encoded options in this process; return its exit code."""
     kind, main = ROLES[role]
-    options: Any = msgspec.msgpack.decode(data, type=kind)
-    return guarded(role, options.log_level, lambda: main(options))
+    options = kind.decoded(data)
+    return guarded(role, options, lambda: main(options))
 
 
-def guarded(service: str, log_level: str, main: Callable[[], int]) -> int:
+def guarded(service: str, options: Options, main: Callable[[], int]) -> int:
     """Return what `main` returns; our errors become one log line and an exit code."""
-    logs.setup(service, log_level)
+    logs.setup(service, options.log_level)
     try:
+        if isinstance(options, Traced) and options.otlp_endpoint:
+            from mooncake.core.tracing import use_endpoint
+
+            use_endpoint(options.otlp_endpoint)
         return main()
     except MooncakeError as error:
         log.error("stopped", kind=type(error).__name__, reason=str(error))

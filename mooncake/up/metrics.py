@@ -5,11 +5,10 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from mooncake.core.config import fail
+from mooncake.core.options import UpOptions
 from mooncake.core.scrape import LOOPBACK
-from mooncake.up.plan import UpOptions, metrics_names
+from mooncake.up.plan import metrics_names
 
 PORTS_TRIED_MAX = 1000
 """Beyond so many taken ports in a row something is wrong with the machine."""
@@ -18,25 +17,22 @@ CONFIG_NAME = "prometheus.yml"
 SCRAPE_S = 5
 
 
-def with_admin_ports(options: UpOptions, base: int = 0) -> UpOptions:
+def with_admin_ports(options: UpOptions) -> UpOptions:
     """Return `options` with a loopback port for the store and each engine.
 
-    Args:
-        options: what was asked for.
-        base: these ports from here on, in the order of start; 0 = the first free ones above the
-            gateway's (below the range that the kernel gives to outgoing connections, so that a
-            restarted process finds its port free).
+    `admin_port`: these ports from there on, in the order of start; 0 = the first free ones above the
+    gateway's (below the range that the kernel gives to outgoing connections, so that a restarted process
+    finds its port free).
 
     Raises:
         ConfigError: a wanted port is taken or out of range, or none is free.
     """
-    return msgspec.structs.replace(
-        options, admin_ports=admin_ports(metrics_names(options), options.port, base)
-    )
+    ports = admin_ports(metrics_names(options), options.port, options.admin_port)
+    return options.replace(admin_ports=ports)
 
 
 def admin_ports(names: Sequence[str], port: int, base: int = 0) -> dict[str, int]:
-    """Return a loopback port for each of `names`, see with_admin_ports; `port` is the gateway's.
+    """Return a loopback port for each of `names`, see with_admin_ports for `base`; `port` is the gateway's.
 
     Raises:
         ConfigError: a wanted port is taken or out of range, or none is free.

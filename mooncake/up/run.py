@@ -13,10 +13,11 @@ from rich.console import Console
 from conductor.tenants_file import TenantsFile
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
+from mooncake.core.options import UpOptions
 from mooncake.core.shared_port import Held, check_port
 from mooncake.up.cluster import Cluster, prepare_run_dir
 from mooncake.up.metrics import metrics_text, with_admin_ports, write_prometheus_config
-from mooncake.up.plan import UpOptions, base_env, make_plan
+from mooncake.up.plan import base_env, make_plan
 from mooncake.up.show import Board
 
 
@@ -27,12 +28,8 @@ def default_run_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"mooncake-{os.getuid()}-", dir=parent))  # 0700
 
 
-def up(
-    options: UpOptions, api_key: str, console: Console, use_zygote: bool = True, admin_port: int = 0
-) -> int:
+def up(options: UpOptions, console: Console) -> int:
     """Run the cluster until Ctrl-C or SIGTERM; return the exit code.
-
-    `admin_port`: first of the ports of the store and the engines; 0 = any free ones.
 
     Raises:
         ConfigError: a setting cannot work.
@@ -44,20 +41,20 @@ def up(
             check_port(options.host, options.port)
         else:
             stack.enter_context(Held(options.host, options.port))
-        return _up(options, api_key, console, use_zygote, admin_port)
+        return _up(options, console)
 
 
-def _up(options: UpOptions, api_key: str, console: Console, use_zygote: bool, admin_port: int) -> int:
-    options = with_admin_ports(options, admin_port)
+def _up(options: UpOptions, console: Console) -> int:
+    options = with_admin_ports(options)
     keys = tenant_keys(options.tenants)
-    plan = make_plan(options, sorted(os.sched_getaffinity(0)), api_key, keys)
+    plan = make_plan(options, sorted(os.sched_getaffinity(0)), keys)
     run_dir = Path(options.run_dir)
     prepare_run_dir(run_dir)
     write_prometheus_config(options, f"{url_host(options.host)}:{options.port}")
     board = Board(console)
     env = base_env(os.environ, options.model_is_local, keys)
-    cluster = Cluster(plan, run_dir, env, board, use_zygote)
-    has_key = bool(api_key)
+    cluster = Cluster(plan, run_dir, env, board, options.zygote)
+    has_key = bool(options.api_key)
     ready = lambda: ready_text(options, board.seconds, has_key)  # noqa: E731
     return asyncio.run(live(cluster, board, options.host, options.port, ready))
 

@@ -23,12 +23,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from mooncake.core.config import WorkerOptions
 from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, RoleOrder, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.options import WorkerOptions
 from mooncake.core.scrape import MetricsServer, metrics_url
 from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks, LeftOut

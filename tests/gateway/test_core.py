@@ -21,11 +21,11 @@ from conductor.dispatch import Dispatcher
 from conductor.metrics import GatewayMetrics
 from conductor.remote_core import RemoteCore
 from conductor.terms import Terms
-from mooncake.core.config import GatewayOptions
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import RequestError
 from mooncake.core.messages import DRAINING, INSTANCES_PREFIX
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.options import GatewayOptions
 from tests.unit.conductor.make import store
 
 TTL_S = 0.5
@@ -64,7 +64,7 @@ class Site:
         self.options = GatewayOptions(model="m", run_dir=str(folder))
 
     def set(self, **changes: object) -> None:
-        self.options = msgspec.structs.replace(self.options, **changes)
+        self.options = self.options.replace(**changes)
 
     async def engine(self, instance_id: str, role: str, **kwargs: object) -> FakeEngine:
         engine = FakeEngine(instance_id, role, **kwargs)

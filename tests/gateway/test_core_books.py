@@ -21,9 +21,9 @@ from conductor.remote_core import RemoteCore
 from conductor.scheduler import SchedulerConfig
 from conductor.tenants import Quotas
 from conductor.terms import DEFAULT_TERMS
-from mooncake.core.config import GatewayOptions
 from mooncake.core.messages import Term
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.options import GatewayOptions
 from tests.unit.conductor.make import record
 
 INSTANCES = (record("p0", "prefill"), record("d0", "decode"), record("d1", "decode"))

@@ -22,11 +22,12 @@ from kvstore.directory.directory import Directory
 from kvstore.directory.messages import LEADER_KEY, DirectoryRequest, KeepHot
 from kvstore.leader import term as leader_term
 from kvstore.leader.term import LeaderTerm
-from mooncake.core.config import HOT_COPIES, HOT_COPIES_MAX, GatewayOptions
+from mooncake.core.config import HOT_COPIES, HOT_COPIES_MAX
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, NotLeader
 from mooncake.core.messages import InstanceRecord, Ok, Pulled, StoreRecord, StoreStats, Term
 from mooncake.core.metadata_memory import MemoryMetadata
+from mooncake.core.options import GatewayOptions
 from mooncake.core.rpc import RpcServer
 
 BLOCK_BYTES = 4096
@@ -393,4 +394,4 @@ def test_the_option_is_bounded_by_what_a_directory_makes():
     options = GatewayOptions(model="m", run_dir="/r", metadata_endpoint="tcp://127.0.0.1:1")
     assert options.checked().hot_copies == HOT_COPIES
     with pytest.raises(ConfigError, match="hot_copies"):
-        msgspec.structs.replace(options, hot_copies=HOT_COPIES_MAX + 1).checked()
+        options.replace(hot_copies=HOT_COPIES_MAX + 1)

@@ -51,9 +51,7 @@ LOG_LINES = 40
 def elsewhere(process: Process, metadata: str) -> Process:
     """Return the process with another metadata store."""
     key = "metadata_endpoint" if hasattr(process.options, "metadata_endpoint") else "metadata"
-    return msgspec.structs.replace(
-        process, options=msgspec.structs.replace(process.options, **{key: metadata})
-    )
+    return msgspec.structs.replace(process, options=process.options.replace(**{key: metadata}))
 
 
 def main(model: str, port: str, etcd: str, run_dir: str) -> int:

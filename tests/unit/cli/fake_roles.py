@@ -12,12 +12,11 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
-
-from mooncake.core.config import API_KEY_ENV, GatewayOptions, StoreOptions, WorkerOptions
+from mooncake.core.config import API_KEY_ENV
 from mooncake.core.messages import CORES_PREFIX, GATEWAYS_PREFIX, INSTANCES_PREFIX, STORES_PREFIX
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_registration import Registration
+from mooncake.core.options import GatewayOptions, StoreOptions, WorkerOptions
 from mooncake.core.shared_port import join
 from mooncake.up import launch
 
@@ -117,17 +116,17 @@ def run(role: str, data: bytes) -> int:
     if role == "store" and FAKE_STORE_ENV not in os.environ:
         return launch.run(role, data)
     if role == "store":
-        store = msgspec.msgpack.decode(data, type=StoreOptions)
+        store = StoreOptions.decoded(data)
         asyncio.run(_registered(store.metadata, STORES_PREFIX + store.node))
         return 0
     if role == "conductor":
-        asyncio.run(_conductor(msgspec.msgpack.decode(data, type=GatewayOptions)))
+        asyncio.run(_conductor(GatewayOptions.decoded(data)))
         return 0
     if role in ("core", "gateway"):
-        front = msgspec.msgpack.decode(data, type=GatewayOptions)
+        front = GatewayOptions.decoded(data)
         asyncio.run(_core(front) if role == "core" else _gateway(front))
         return 0
-    options = msgspec.msgpack.decode(data, type=WorkerOptions)
+    options = WorkerOptions.decoded(data)
     for argument in options.vllm_args:
         name, _, value = argument.partition("=")
         if name == "die":

@@ -1,6 +1,5 @@
 """Which processes a wish means. Pure."""
 
-import msgspec
 import pytest
 
 from mooncake.core.config import API_KEY_ENV
@@ -13,7 +12,7 @@ KEY = "k" * 20
 
 
 def plan(cores=(0, 1), key="", **changes):
-    return make_plan(msgspec.structs.replace(WISH, **changes), cores, key)
+    return make_plan(WISH.replace(api_key=key, **changes), cores)
 
 
 def test_the_store_comes_first_then_the_conductor_then_engines_in_turns():
@@ -55,7 +54,7 @@ def test_everyone_meets_at_the_same_metadata_store_and_sizes_agree():
 
 def test_the_api_key_goes_to_the_conductors_environment_only():
     processes = plan(key=KEY, host="0.0.0.0")
-    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+    assert KEY.encode() not in b"".join(process.options.encoded() for process in processes)
     assert [process.name for process in processes if KEY in process.env.values()] == ["conductor"]
     assert API_KEY_ENV not in base_env({API_KEY_ENV: KEY}, True)
 
@@ -67,9 +66,9 @@ def test_keys_of_tenants_go_to_the_conductors_environment_only(tmp_path, monkeyp
     keys = tenant_keys(str(file))
     assert keys == {"ACME_KEY": KEY}
     wish = UpOptions(model="m", served_name="m", run_dir="/r", tenants=str(file))
-    processes = make_plan(wish, [0], "", keys)
+    processes = make_plan(wish, [0], keys)
     assert [process.name for process in processes if KEY in process.env.values()] == ["conductor"]
-    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+    assert KEY.encode() not in b"".join(process.options.encoded() for process in processes)
     assert base_env({"ACME_KEY": KEY, "HOME": "/h"}, False, keys).keys() & {"ACME_KEY", "HOME"} == {"HOME"}
 
 
@@ -99,7 +98,7 @@ def test_gateways_and_their_core_are_processes_of_their_own():
     assert {f.options.tbt_slo_s for f in (core, *fronts)} == {0.1}, (
         "policy of the core, and for when it is away"
     )
-    assert metrics_names(msgspec.structs.replace(WISH, gateways=2)) == [
+    assert metrics_names(WISH.replace(gateways=2)) == [
         "store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0",
     ]  # fmt: skip
 
@@ -112,11 +111,11 @@ def test_gateways_drain_before_the_core_leaves_them():
 def test_the_core_gets_no_key_for_it_serves_no_clients():
     processes = plan(key=KEY, gateways=2)
     assert [p.name for p in processes if KEY in p.env.values()] == ["gateway-0", "gateway-1"]
-    assert KEY.encode() not in b"".join(msgspec.msgpack.encode(process.options) for process in processes)
+    assert KEY.encode() not in b"".join(process.options.encoded() for process in processes)
 
 
 def test_gateways_of_several_hosts_have_different_names():
-    options = msgspec.structs.replace(plan()[1].options, name="host-12")
+    options = plan()[1].options.replace(name="host-12")
     assert [p.options.name for p in plan_conductor(options, 1, {})] == ["host-12-core", "host-12-gateway-0"]
 
 
@@ -138,7 +137,7 @@ def test_the_eviction_policy_and_the_kind_of_pages_reach_the_store():
         ({"prefill": -1}, "prefill"),
         ({"decode": 65}, "decode"),
         ({"host": "0.0.0.0"}, API_KEY_ENV),
-        ({"pool_bytes": 5}, "capacity"),
+        ({"pool_bytes": 5}, "pool_size"),
         ({"kv_memory_bytes": 5}, "kv_memory"),
         ({"block_size": 31}, "block_size"),
         ({"load_mode": "x"}, "load_mode"),
@@ -152,7 +151,7 @@ def test_the_eviction_policy_and_the_kind_of_pages_reach_the_store():
         ({"admin_ports": {"store": 70_000}}, "admin_port"),
         ({"admin_ports": {"decode-0": 70_000}}, "admin_port"),
         ({"gateways": 1, "admin_ports": {"gateway-0": 70_000}}, "admin_port"),
-        ({"gateways": 0}, "at least 1"),
+        ({"gateways": 0}, "gateways = 0: must be 1..64"),
         ({"gateways": -1}, "gateways"),
         ({"gateways": 65}, "gateways"),
     ],

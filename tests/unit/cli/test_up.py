@@ -56,13 +56,14 @@ class Up:
         prepare_run_dir(run_dir)
         self.port = free_port()
         options = UpOptions(
-            model="/m", served_name="m", run_dir=str(run_dir), port=self.port, pool_bytes=4 << 20, **wish
-        )
+            model="/m", served_name="m", run_dir=str(run_dir), port=self.port, pool_bytes=4 << 20,
+            api_key=KEY, **wish,
+        )  # fmt: skip
         self.options = options = with_admin_ports(options)
         self.output = io.StringIO()
         board = Board(Console(file=self.output, width=200))
         self.stop = asyncio.Event()
-        plan = make_plan(options, [0], KEY)
+        plan = make_plan(options, [0])
         if not real_store:
             plan[0] = msgspec.structs.replace(plan[0], heavy=True, env={FAKE_STORE_ENV: "1"})
         env = base_env(os.environ, True)

@@ -48,7 +48,7 @@ def test_ports_are_never_privileged_nor_beyond_the_last(port):
 
 def test_a_base_fixes_the_ports_in_the_order_of_start():
     base = next(p for p in range(21_000, 30_000) if all(can_bind(p + i) for i in range(3)))
-    assert with_admin_ports(WISH, base).admin_ports == {
+    assert with_admin_ports(WISH.replace(admin_port=base)).admin_ports == {
         "store": base,
         "prefill-0": base + 1,
         "decode-0": base + 2,
@@ -58,12 +58,12 @@ def test_a_base_fixes_the_ports_in_the_order_of_start():
 @pytest.mark.parametrize("base", [-1, 65_534, 70_000])
 def test_a_base_out_of_range_is_refused(base):
     with pytest.raises(ConfigError, match="admin_port"):
-        with_admin_ports(WISH, base)
+        with_admin_ports(WISH.replace(admin_port=base))
 
 
 def test_a_base_whose_ports_are_taken_is_refused():
     with listener() as taken, pytest.raises(ConfigError, match="taken"):
-        with_admin_ports(WISH, taken.getsockname()[1])
+        with_admin_ports(WISH.replace(admin_port=taken.getsockname()[1]))
 
 
 def test_prometheus_scrapes_everyone():

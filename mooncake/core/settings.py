@@ -1,0 +1,92 @@
+"""Fills a process's settings: flags > environment (MOONCAKE_KEY) > settings file > defaults."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from mooncake.core.config_file import ConfigFile, read_config
+from mooncake.core.errors import ConfigError
+from mooncake.core.options import Served
+from mooncake.core.options_base import DEFAULT, ENV_PREFIX, Options, settings_of, told
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def load(kind: type[Kind], flags: Mapping[str, Any], config: str | None = None) -> Kind:
+    """Return the settings of a process; `origins` says who said what.
+
+    Args:
+        kind: its model.
+        flags: what the command line says, by key.
+        config: path of the settings file; None: as flags or the environment say.
+
+    Raises:
+        ConfigError: tells everything that is wrong, with who said it.
+    """
+    known = settings_of(kind)
+    if config is None:
+        config = str(flags.get("config", os.environ.get(known["config"].env, "")))
+    file = read_config(config) if config else ConfigFile("", {})
+    return fill(kind, flags, file, os.path.abspath(config) if config else "")
+
+
+def fill(kind: type[Kind], flags: Mapping[str, Any], file: ConfigFile, path: str = "") -> Kind:
+    """Return the settings of a process whose settings file has been read; see `load`."""
+    known = settings_of(kind)
+    said, problems = file.of(kind.section)
+    found: dict[str, str] = {}
+
+    class Filled(BaseSettings, kind):  # type: ignore[valid-type, misc]
+        """The model of this process, as pydantic-settings fills it."""
+
+        model_config = SettingsConfigDict(
+            env_prefix=ENV_PREFIX, env_prefix_target="all", env_ignore_empty=True, enable_decoding=False
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            in_env = {key: value for key, value in env_settings().items() if key in known}
+            in_file = {key: entry.value for key, entry in said.items()}
+            found.update({key: file.origin(entry) for key, entry in said.items()})
+            found.update({key: known[key].env for key in in_env})
+            found.update({key: "--" + key.replace("_", "-") for key in flags})
+            return (
+                init_settings,
+                InitSettingsSource(settings_cls, in_env),
+                InitSettingsSource(settings_cls, in_file),
+            )
+
+        @classmethod
+        def origin(cls, key: str) -> str:
+            return found.get(key, "")
+
+    try:
+        filled = Filled(**flags)
+        values = {name: getattr(filled, name) for name in filled.model_fields_set}
+        options: Kind = kind(**{**values, "config": path, "origins": found})
+        if isinstance(options, Served):
+            options = options.with_key()  # type: ignore[assignment]
+    except ConfigError as error:
+        problems = [*problems, error]  # type: ignore[list-item]
+    if problems:
+        raise told(problems)
+    return options
+
+
+def origin_of(options: Options, key: str) -> str:
+    """Return who said the value of a setting."""
+    return options.origins.get(key, DEFAULT)
