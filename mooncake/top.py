@@ -6,33 +6,19 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from mooncake.core.config import API_KEY_ENV, fail, format_size, is_loopback
+from mooncake.core.config import API_KEY_ENV, admin_token, fail, is_loopback
 from mooncake.core.errors import MooncakeError, PeerGone, ProtocolError, RequestError
-from mooncake.top_stats import (
-    Deciding,
-    FrontRow,
-    InstanceRow,
-    Look,
-    Members,
-    Page,
-    StoreRow,
-    Totals,
-    front_rows,
-    instance_rows,
-    store_rows,
-    totals,
-)
+from mooncake.top_draw import draw
+from mooncake.top_pages import Look, Members, Page
+from mooncake.top_stats import front_rows, instance_rows, marks, store_rows, totals
 
 ANSWER_S_MAX = 2.0
 """Per page; a gateway that is busy with long prompts still answers within this."""
@@ -40,7 +26,6 @@ PAGE_BYTES_MAX = 16 << 20
 FETCHES_MAX = 16
 """Pages asked for at the same time: a stopped process must not hold up the others."""
 REFRESH_S = 1.0
-STYLES = {"alive": "green", "suspect": "yellow", "dead": "bold red"}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -53,8 +38,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Cluster:
     """Looks at one cluster through its gateway."""
 
-    def __init__(self, url: str, api_key: str = "") -> None:
-        """`url` is the gateway's, as clients use it.
+    def __init__(self, url: str, api_key: str = "", token: str = "") -> None:
+        """`url` is the gateway's, as clients use it; `token` that of the admin servers of its parts.
 
         Raises:
             ConfigError: not an http address.
@@ -63,8 +48,8 @@ class Cluster:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise fail("url", url, "write an address like http://127.0.0.1:8000")
         self._url = f"{parts.scheme}://{parts.netloc}"
-        self._key = api_key
-        # addresses of parts mean the gateway's own machine: ask them only if that is this one
+        self._key, self._token = api_key, token
+        # loopback addresses of parts mean the gateway's own machine: ask them only if that is this one
         self._is_here = is_loopback(parts.hostname)
         # no proxy: the cluster is asked as its neighbours do
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
@@ -101,10 +86,11 @@ class Cluster:
     def _part(self, url: str) -> Page:
         """Return the page of a part; of one that cannot be asked, an empty one."""
         parts = urllib.parse.urlsplit(url)
-        if not self._is_here or parts.scheme != "http" or not is_loopback(parts.hostname or ""):
+        reachable = self._is_here if is_loopback(parts.hostname or "") else bool(self._token)
+        if not reachable or parts.scheme not in ("http", "https"):
             return Page()
         try:
-            return Page(self._get(url).decode())
+            return Page(self._get(url, self._token).decode())
         except (MooncakeError, ValueError):
             return Page()
 
@@ -124,142 +110,53 @@ class Cluster:
             raise PeerGone(f"{url} does not answer ({reason}): is the cluster up? See --url") from error
 
 
-def top(url: str, console: Console, once: bool = False, refresh_s: float = REFRESH_S) -> int:
-    """Show the cluster until Ctrl-C, or once; return the exit code.
+def top(
+    url: str, console: Console, once: bool = False, refresh_s: float = REFRESH_S, as_json: bool = False
+) -> int:
+    """Show the cluster until Ctrl-C, or once, for people or as JSON; return the exit code.
 
     Raises:
         MooncakeError: the first look failed, see Cluster.
     """
-    cluster = Cluster(url, os.environ.get(API_KEY_ENV, ""))
+    cluster = Cluster(url, os.environ.get(API_KEY_ENV, ""), admin_token())
     try:
         before = cluster.look()
-        if once:
+        if once or as_json:
             time.sleep(refresh_s)  # rates need two looks
-            console.print(draw(before, cluster.look()))
+            now = cluster.look()
+            if as_json:
+                console.file.write(as_text(before, now) + "\n")
+            else:
+                console.print(draw(before, now, console.width))
             return 0
         with Live(
-            draw(before, before), console=console, auto_refresh=False, screen=console.is_terminal
+            draw(before, before, console.width),
+            console=console,
+            auto_refresh=False,
+            screen=console.is_terminal,
         ) as live:
             while True:
                 time.sleep(refresh_s)
                 try:
                     now = cluster.look()
                 except MooncakeError as error:
-                    live.update(Group(draw(before, before), Text(str(error), "bold red")), refresh=True)
+                    old = draw(before, before, console.width)
+                    live.update(Group(old, Text(str(error), "bold red")), refresh=True)
                     continue
-                live.update(draw(before, now), refresh=True)
+                live.update(draw(before, now, console.width), refresh=True)
                 before = now
     except KeyboardInterrupt:
         return 0
 
 
-def draw(before: Look, now: Look) -> RenderableType:
-    """Return the tables of two looks."""
-    fronts = front_rows(before, now)
-    return Group(
-        _summary(totals(before, now)),
-        Text(),
-        *([_fronts(fronts, now.members.core), Text()] if fronts else []),
-        _instances(instance_rows(now)),
-        Text(),
-        _stores(store_rows(now)),
-    )
-
-
-def _summary(found: Totals) -> RenderableType:
-    lines = [
-        [
-            ("in flight", f"{found.in_flight}"),
-            ("requests/s", _number(found.requests_per_s)),
-            ("tokens/s", _number(found.tokens_per_s)),
-            ("prefix hits", _percent(found.prefix_hits)),
-        ],
-        [
-            ("TTFT p50", _latency(found.ttft_p50_s)),
-            ("p95", _latency(found.ttft_p95_s)),
-            ("TBT p50", _latency(found.tbt_p50_s)),
-        ],
-    ]
-    text = Text()
-    for line in lines:
-        for name, value in line:
-            text.append(f"{name} ", "dim").append(f"{value}   ", "bold")
-        text.append("\n")
-    text.right_crop(1)
-    return text
-
-
-def _fronts(rows: Iterable[FrontRow], core: Deciding) -> RenderableType:
-    table = _table("process", "pid", "does", "in flight", "requests/s")
-    for row in rows:
-        does = Text("serves, decides alone", "bold yellow") if row.alone else Text(row.does)
-        table.add_row(
-            _plain(row.name), str(row.pid), does, _count(row.in_flight), _number(row.requests_per_s)
-        )
-    if core.mode == "fallback":
-        return Group(table, Text("no core decides: ", "bold yellow").append(_plain(core.reason)))
-    return table
-
-
-def _instances(rows: Iterable[InstanceRow]) -> RenderableType:
-    table = _table("instance", "role", "state", "running", "waiting", "KV", "hits", "bad")
-    for row in rows:
-        table.add_row(
-            _plain(row.name),
-            _plain(row.role),
-            Text(_plain(row.state).plain, STYLES.get(row.state, "")),
-            _count(row.running),
-            _count(row.waiting),
-            _percent(row.kv_use),
-            _percent(row.pool_hits),
-            _bad(row.bad_blocks),
-        )
-    return table
-
-
-def _stores(rows: Iterable[StoreRow]) -> RenderableType:
-    table = _table("pool node", "used", "capacity", "blocks", "hits", "evicted", "bad", left=1)
-    for row in rows:
-        table.add_row(
-            _plain(row.node),
-            "-" if row.used_bytes is None else format_size(int(row.used_bytes)),
-            format_size(row.capacity_bytes),
-            _count(row.blocks),
-            _percent(row.hits),
-            _count(row.evictions),
-            _bad(row.bad_blocks),
-        )
-    return table
-
-
-def _table(*names: str, left: int = 3) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
-    return table
-
-
-def _plain(text: str) -> Text:
-    return Text("".join(char if char.isprintable() else "?" for char in text))  # no terminal codes of others
-
-
-def _bad(value: float | None) -> Text:
-    return Text(_count(value), "bold red" if value else "")
-
-
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _latency(value_s: float | None) -> str:
-    if value_s is None:
-        return "-"
-    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
+def as_text(before: Look, now: Look) -> str:
+    """Return all numbers as one JSON object; null = not known, names as in mooncake.top_stats."""
+    found = {
+        "totals": totals(before, now),
+        "marks": marks(now),
+        "core": now.members.core,
+        "fronts": front_rows(before, now),
+        "instances": instance_rows(before, now),
+        "stores": store_rows(before, now),
+    }
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from mooncake import cli, top
 from mooncake.core.errors import PeerGone, ProtocolError
-from mooncake.top_stats import Look, Members, Page, front_rows, instance_rows, quantile, store_rows, totals
+from mooncake.top_draw import draw
+from mooncake.top_pages import Look, Members, Page, quantile
+from mooncake.top_stats import Mark, front_rows, instance_rows, marks, store_rows, totals
 
 GATEWAY = """\
 # HELP mooncake_tokens_total Tokens.
@@ -30,19 +32,20 @@ mooncake_ttft_seconds_bucket{{le="+Inf"}} {requests}
 # TYPE mooncake_prefix_lookup_blocks counter
 mooncake_prefix_lookup_blocks_total 8
 mooncake_prefix_hit_blocks_total 6
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{{engine="0",model_name="m"}} 2
-vllm:num_requests_running{{engine="1",model_name="m"}} 3
-# TYPE vllm:kv_cache_usage_perc gauge
-vllm:kv_cache_usage_perc{{engine="1",model_name="m"}} 0.25
 # TYPE vllm:something_else gauge
 vllm:something_else 1
 """
 WORKER = """\
+# TYPE mooncake_engine_requests_running gauge
+mooncake_engine_requests_running{instance_id="decode-0",role="decode"} 3
+mooncake_engine_requests_waiting{instance_id="decode-0",role="decode"} 1
+mooncake_engine_kv_use_ratio{instance_id="decode-0",role="decode"} 0.25
+mooncake_engine_prefix_hit_tokens_total{instance_id="decode-0",role="decode"} 5
+mooncake_engine_prefix_lookup_tokens_total{instance_id="decode-0",role="decode"} 50
 # TYPE mooncake_kv_hit_tokens counter
-mooncake_kv_hit_tokens_total{instance="decode-0",role="decode"} 30
-mooncake_kv_lookup_tokens_total{instance="decode-0",role="decode"} 40
-mooncake_kv_checksum_failures_total{instance="decode-0",role="decode"} 1
+mooncake_kv_hit_tokens_total{instance_id="decode-0",role="decode"} 30
+mooncake_kv_lookup_tokens_total{instance_id="decode-0",role="decode"} 40
+mooncake_kv_checksum_failures_total{instance_id="decode-0",role="decode"} 1
 """
 STORE = """\
 mooncake_store_used_bytes{node="local"} 1048576
@@ -139,12 +142,11 @@ def test_who_decides_and_which_gateway_has_to_do_without_is_told():
     ]
 
 
-def test_engines_of_several_gateways_show_what_was_given_to_them():
+def test_an_engine_that_cannot_be_asked_shows_what_was_given_to_it():
     engine = {"instance_id": "p", "role": "prefill", "state": "alive", "engine": 0}
     load = {"prefill_requests": 2, "decode_requests": 3, "prefill_tokens": 9}
-    (row,) = instance_rows(
-        two_gateways(1.0, gateway(), gateway(), instances=[{**engine, "load": load}])
-    )  # a statistic of an engine reaches one gateway, which one is chance
+    now = two_gateways(1.0, gateway(), gateway(), instances=[{**engine, "load": load}])
+    (row,) = instance_rows(now, now)
     assert (row.running, row.waiting, row.kv_use) == (5.0, None, None)
 
 
@@ -159,6 +161,98 @@ def test_engines_of_several_gateways_show_what_was_given_to_them():
 )
 def test_quantiles_are_estimated_as_prometheus_does(share, buckets, expected):
     assert quantile(share, buckets) == (None if expected is None else pytest.approx(expected))
+
+
+def test_queues_are_told_by_class_and_rejections_by_reason():
+    before = look(10.0, 'mooncake_rejections_total{reason="queue full",slo_class="batch"} 5\n')
+    now = look(12.0, """\
+mooncake_rejections_total{reason="queue full",slo_class="batch"} 9
+mooncake_rejections_total{reason="quota",slo_class="batch"} 0
+mooncake_requests_waiting{slo_class="batch"} 4
+mooncake_requests_waiting{slo_class="interactive"} 6
+mooncake_requests_waiting{slo_class="premium"} 0
+""")  # fmt: skip
+    found = totals(before, now)
+    assert found.rejected_per_s == {"queue full": 2.0}
+    assert (found.waiting, found.waiting_by_class) == (10.0, {"interactive": 6.0, "batch": 4.0})
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(draw(before, now, 80))
+    text = shown.file.getvalue()
+    assert "waiting 10 (interactive 6, batch 4)" in text
+    assert "rejected/s 2.0 (queue full 2.0)" in text
+
+
+def moving(at_s: float, loaded: int, over_tcp: int) -> Look:
+    known = msgspec.convert(
+        {
+            "instances": [{"instance_id": "p", "role": "prefill", "state": "alive"}],
+            "stores": [{"node": "n", "capacity_bytes": 4 << 30}],
+        },
+        Members,
+    )
+    engine = f'mooncake_kv_copy_bytes_total{{direction="load"}} {loaded}\n'
+    store = f"""\
+mooncake_transfer_bytes_total{{transport="tcp",link="n2",op="read"}} {over_tcp}
+mooncake_transfer_bytes_total{{transport="rdma",link="n3",op="read"}} {over_tcp * 100}
+mooncake_store_ssd_capacity_bytes 8589934592
+mooncake_store_ssd_live_bytes 1073741824
+mooncake_store_ssd_hits_total 1
+mooncake_store_ssd_misses_total 3
+"""
+    return Look(at_s, known, {"": Page()}, {"p": Page(engine)}, {"n": Page(store)})
+
+
+def test_bytes_are_told_by_path_and_the_ssd_beside_memory():
+    before, now = moving(10.0, 0, 0), moving(12.0, 4_000_000, 2_000_000)
+    found = totals(before, now)
+    assert (found.loaded_per_s, found.moved_per_s) == (2e6, {"rdma": 1e8, "tcp": 1e6})
+    (store,) = store_rows(before, now)
+    assert (store.ssd_used_bytes, store.ssd_hits) == (1 << 30, 0.25)
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(draw(before, now, 120))
+    text = shown.file.getvalue()
+    for word in ("2 MB/s", "101 MB/s (rdma 100 MB/s, tcp 1 MB/s)", "1 GiB", "8 GiB", "25%"):
+        assert word in text
+
+
+def test_what_an_operator_should_know_is_marked_the_grave_first():
+    state = """\
+mooncake_fallback_active{kind="index_stale"} 1
+mooncake_fallback_active{kind="core_away"} 0
+mooncake_index_mode{mode="degraded"} 1
+mooncake_index_mode{mode="exact"} 0
+"""
+    engine = {"role": "prefill", "state": "alive"}
+    instances = [
+        {"instance_id": "a", **engine, "role": "draining"},
+        {"instance_id": "b", **engine, "state": "suspect"},
+        {"instance_id": "c", **engine, "state": "dead"},
+        {"instance_id": "d", **engine},
+    ]
+    core = {"mode": "fallback", "reason": "no leader"}
+    found = marks(two_gateways(1.0, state, "", instances=instances, core=core))
+    assert found == [
+        Mark("no core decides: no leader", grave=True),
+        Mark("c is dead", grave=True),
+        Mark("a drains"),
+        Mark("b is suspect"),
+        Mark("fallback: index stale"),
+        Mark("prefix index degraded"),
+    ]
+    assert marks(look(1.0, 'mooncake_index_mode{mode="exact"} 1\n')) == []
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 140, 200])
+def test_on_a_narrow_terminal_columns_are_left_out_and_none_is_broken(width):
+    before, now = moving(10.0, 0, 0), moving(12.0, 4_000_000, 2_000_000)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(draw(before, now, width))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in console.file.getvalue()
+    (head,) = (line.split() for line in lines if line.strip().startswith("instance"))
+    assert head[:5] == ["instance", "role", "state", "running", "waiting"]
+    assert ("saves" in head) == (width >= 100)
 
 
 # ---------------------------------------------------------------- a cluster over http
@@ -215,12 +309,13 @@ def shown(url: str, **options) -> str:
 
 def test_every_row_comes_from_its_own_process(served):
     now = top.Cluster(served[0]).look()
-    first, second = instance_rows(now)
+    first, second = instance_rows(now, now)
     assert (first.name, first.running, first.kv_use, first.pool_hits, first.bad_blocks) == (
         "decode-0", 3.0, 0.25, 0.75, 1.0,
     )  # fmt: skip
-    assert (second.running, second.pool_hits) == (None, None)  # its address is not on this machine
-    (store,) = store_rows(now)
+    assert (first.waiting, first.engine_hits) == (1.0, 0.1)
+    assert (second.waiting, second.pool_hits) == (None, None)  # its address is not on this machine
+    (store,) = store_rows(now, now)
     assert (store.used_bytes, store.capacity_bytes, store.hits, store.evictions) == (1 << 20, 4 << 20, 0.9, 4)
 
 
@@ -246,9 +341,30 @@ def test_that_no_core_decides_is_told(served):
 def test_once_prints_one_table_and_exits(served):
     result = CliRunner().invoke(cli.app, ["top", "--once", "--url", served[0]])
     assert result.exit_code == 0
-    assert result.output.count("instance") == 1
+    assert result.output.count("pool node") == 1
     for word in ("in flight 5", "decode-0", "25%", "75%", "1 MiB", "4 MiB", "90%"):
         assert word in result.output
+
+
+def test_json_has_all_numbers_for_programs(served):
+    result = CliRunner().invoke(cli.app, ["top", "--json", "--url", served[0]])
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert list(found) == ["totals", "marks", "core", "fronts", "instances", "stores"]
+    assert found["totals"]["in_flight"] == 5
+    assert found["instances"][0]["kv_use"] == 0.25
+    assert found["stores"][0]["ssd_used_bytes"] is None
+
+
+def test_parts_of_other_machines_are_asked_only_with_the_token_of_their_admin_servers(served, monkeypatch):
+    asked = []
+    monkeypatch.setattr(top.Cluster, "_get", lambda self, url, key="": asked.append((url, key)) or b"")
+    top.Cluster("http://gateway:8000", "key")._part("http://10.0.0.1:9/metrics")
+    top.Cluster("http://gateway:8000", "key", "token")._part("http://127.0.0.1:9/metrics")
+    top.Cluster("http://gateway:8000", "key", "token")._part("file:///etc/passwd")
+    assert asked == []
+    top.Cluster("http://gateway:8000", "key", "token")._part("http://10.0.0.1:9/metrics")
+    assert asked == [("http://10.0.0.1:9/metrics", "token")]
 
 
 def test_names_of_others_cannot_steer_the_terminal(served):
@@ -259,7 +375,7 @@ def test_names_of_others_cannot_steer_the_terminal(served):
 
 def test_a_part_that_does_not_answer_is_a_dash(served):
     del served[1].pages["/store"]
-    assert "-" in shown(served[0]).splitlines()[-2]
+    assert "-" in shown(served[0]).splitlines()[-1].split()
 
 
 def test_the_key_comes_from_the_environment(served, monkeypatch):
