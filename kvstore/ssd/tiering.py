@@ -242,18 +242,19 @@ class Tiering:
 
     # ------------------------------------------------------------ end
 
+    async def save(self, stop: Callable[[], bool]) -> None:
+        """Copy what only DRAM has, batch by batch, until it is done, cannot be done, or must `stop`."""
+        if self._copying is not None:
+            await asyncio.wait((self._copying,), timeout=CLOSE_S)
+        while not stop() and (keys := self.behind.due(self._clock() + self.behind.limits.age_s, 1.0)):
+            await self._copy(keys)
+
     async def close(self) -> None:
         """Copy what only DRAM has, within CLOSE_S, and close the tier."""
         end_s = self._clock() + CLOSE_S
         if begun := self._fetching | self._erasing:
             await asyncio.wait(begun, timeout=CLOSE_S)
-        if self._copying is not None:
-            await asyncio.wait((self._copying,), timeout=CLOSE_S)
-        while self._clock() < end_s:
-            keys = self.behind.due(self._clock() + self.behind.limits.age_s, 1.0)
-            if not keys:
-                break
-            await self._copy(keys)
+        await self.save(lambda: self._clock() >= end_s)
         await asyncio.get_running_loop().run_in_executor(self._threads, self._shut)
         self._threads.shutdown(wait=False)
 

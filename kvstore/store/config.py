@@ -34,7 +34,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
         run_dir: private directory (0700) for the socket that hands out the memory.
         endpoint: where requests are served; loopback tcp or ipc, port 0 = any.
         events: where events are published; as `endpoint`.
-        admin_port: loopback HTTP port of Prometheus metrics; None = none, 0 = any.
+        metrics_url: where they are served, by whoever runs this; "" = nowhere.
         eviction: lru, lfu, length or tail: kvstore.node.eviction says what they mean.
         hard_pin_ratio: of the memory that blocks may hold that are never evicted.
         evict_soft_pins: whether soft pins give way, after everything else, before their time is over.
@@ -54,7 +54,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     endpoint: str = "tcp://127.0.0.1:0"
     events: str = "tcp://127.0.0.1:0"
-    admin_port: int | None = None
+    metrics_url: str = ""
     transfer: EngineConfig | None = None
     eviction: str = "lru"
     hard_pin_ratio: float = HARD_PIN_RATIO
@@ -77,8 +77,6 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"node={self.node!r}: 1 to 63 letters, digits, '.', '_' or '-'")
         if self.capacity_bytes < ALIGN_BYTES:
             raise ConfigError(f"capacity_bytes={self.capacity_bytes}: at least {ALIGN_BYTES}")
-        if self.admin_port is not None and not 0 <= self.admin_port < 65536:
-            raise ConfigError(f"admin_port={self.admin_port}: 0 to 65535, or none")
         for name in ("evict_above_ratio", "evict_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: 0 to 1")

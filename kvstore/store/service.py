@@ -1,6 +1,6 @@
 """The shell of `mooncake store`: owns the segment, the clock, the sockets; Node decides (DESIGN 4, 6).
 
-Startup: segment (touched in a thread), fd server, event socket, rpc server, metrics. Main loop: every
+Startup: segment (touched in a thread), fd server, event socket, rpc server. Main loop: every
 request (kvstore.store.requests) is one call of the node; its events go out once per turn of the loop.
 Shutdown in reverse.
 """
@@ -46,7 +46,6 @@ from mooncake.core.errors import ConfigError
 from mooncake.core.messages import StoreRecord, StoreRequest
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcServer
-from mooncake.core.scrape import MetricsServer, metrics_url
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
 from transfer.file_segment import FileSegment
@@ -92,15 +91,9 @@ class StoreService:
         self._table_server: FdServer | None = None
         self._door: Door | None = None
         self._rpc: RpcServer | None = None
-        self._metrics: MetricsServer | None = None
         self._beat: asyncio.Task[None] | None = None
         self._recheck = Recheck(self.node, self._clock, lambda: self.requests.after_change())
         self.requests = Requests(self.node, config.node, self.epoch, clock, self._recheck.report)
-
-    @property
-    def admin_port(self) -> int | None:
-        """The port that is served, once started."""
-        return self._metrics.port if self._metrics else None
 
     @property
     def tiering(self) -> Tiering | None:
@@ -153,8 +146,6 @@ class StoreService:
             requests.outside.serve(
                 self.node, config.node, requests.handle, self._metadata, self._clock, requests.names
             )
-        if config.admin_port is not None:
-            self._metrics = self._serve_metrics(config.admin_port)
         record = StoreRecord(
             node=config.node,
             epoch=self.epoch,
@@ -163,7 +154,7 @@ class StoreService:
             fd_path=str(Path(run_dir) / f"store-{config.node}.sock"),
             capacity_bytes=self._capacity_bytes,
             pid=os.getpid(),
-            metrics_url=metrics_url(self.admin_port or 0),
+            metrics_url=config.metrics_url,
             transfer=requests.outside.engine.name if requests.outside else "",
             segment_address=requests.outside.address if requests.outside else 0,
             door=str(Path(run_dir) / f"store-{config.node}.door"),
@@ -205,8 +196,8 @@ class StoreService:
         reads = self.config.ssd_reads
         return Tiering(self.node, self._segment, tier, io, limits, self._clock, self.requests.names.of, reads)
 
-    def _serve_metrics(self, port: int) -> MetricsServer:
-        registry = CollectorRegistry()
+    def register(self, registry: CollectorRegistry) -> None:
+        """Show its metrics there, once it has started."""
         if outside := self.requests.outside:
             registry.register(outside.engine.collector())
         if self.pulls:
@@ -215,9 +206,16 @@ class StoreService:
         if self.tiering:
             registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
         registry.register(StoreCollector(self.config.node, self.node, ssd))
-        server = MetricsServer(registry, port)
-        server.start()
-        return server
+
+    @property
+    def unsaved(self) -> int:
+        """Blocks that would be lost with this process although there is an SSD for them."""
+        return len(self.tiering.behind) if self.tiering else 0
+
+    async def save(self, stop: Callable[[], bool]) -> None:
+        """Copy to the SSD, if there is one, what only memory has, until it must `stop`."""
+        if self.tiering:
+            await self.tiering.save(stop)
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises if one of the service's own tasks dies."""
@@ -254,12 +252,12 @@ class StoreService:
         self._recheck.close()
         if self._segment:
             self._segment.close()
-        self._beat = self._rpc = self._fd_server = self._table_server = self._door = self._metrics = None
+        self._beat = self._rpc = self._fd_server = self._table_server = self._door = None
         self._segment = self._table = requests.segment = None
         requests.outside = requests.tiering = requests.events = None
 
     async def _close_servers(self) -> None:
-        for server in (self._rpc, self._door, self._table_server, self._fd_server, self._metrics):
+        for server in (self._rpc, self._door, self._table_server, self._fd_server):
             if server:
                 await server.close()
 

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram
 
 from mooncake.core.admin import AdminServer, metrics_url
 from mooncake.core.config import admin_token
 from mooncake.core.drain import Leaving
 from mooncake.core.health import Health
-from mooncake.core.vitals import beating
+from mooncake.core.vitals import beating, lag_histogram
 
 
 class AdminOptions(Protocol):
@@ -40,10 +40,13 @@ class AdminOptions(Protocol):
 class Attended:
     """One process, as others see it. `look` is called ten times a second on the loop, to say how it is."""
 
-    def __init__(self, health: Health, leaving: Leaving, admin: AdminServer | None, url: str) -> None:
-        """`admin` None: no port was asked for. `url`: of its metrics."""
+    def __init__(
+        self, health: Health, leaving: Leaving, lag_s: Histogram, admin: AdminServer | None, url: str
+    ) -> None:
+        """`lag_s`: by kind of loop. `admin` None: no port was asked for. `url`: of its metrics."""
         self.health = health
         self.leaving = leaving
+        self.lag_s = lag_s
         self.admin = admin
         self.metrics_url = url
         self.look: Callable[[], None] = lambda: None
@@ -67,8 +70,8 @@ async def attended(kind: str, options: AdminOptions, registry: CollectorRegistry
         admin.start()
     try:
         url = metrics_url(options.admin_port, options.admin_host, options.address)
-        own = Attended(health, leaving, admin, url)
-        async with beating(kind, registry, health, lambda: own.look()):
+        own = Attended(health, leaving, lag_histogram(registry), admin, url)
+        async with beating(kind, registry, health, own.lag_s, lambda: own.look()):
             yield own
     finally:
         if admin is not None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +25,41 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def lag_histogram(kind: str, registry: CollectorRegistry) -> Histogram:
-    """Return where a loop's lag is observed; a second one in the same registry raises."""
-    histogram = Histogram(
+def lag_histogram(registry: CollectorRegistry) -> Histogram:
+    """Return where the lag of loops is observed, by kind; a second one in the same registry raises."""
+    return Histogram(
         "mooncake_process_event_loop_lag_seconds",
         "How much later than asked for the process's loop turned, ten times a second.",
         LABELS,
         registry=registry,
         buckets=LAG_BUCKETS_S,
     )
-    return histogram.labels(kind)
 
 
 class VitalsCollector(Collector):
     """Reads /proc at scrape time. What a kernel does not tell is left out."""
 
-    def __init__(self, kind: str, others: Callable[[], Mapping[str, int]] = dict) -> None:
-        """`kind`: of this process; `others`: kind -> pid of its children that serve no metrics."""
-        self._kind, self._others = kind, others
+    def __init__(self, kind: str, pid: int = 0) -> None:
+        """`pid`: of a child that serves no metrics itself; 0 = this process."""
+        self._kind, self._pid = kind, pid or os.getpid()
 
     def collect(self) -> Any:
         """Yield one family for each vital sign."""
-        pids = {self._kind: os.getpid(), **self._others()}
         for name, text, read in (
             ("resident_bytes", "Memory in RAM, shared pages included", _resident_bytes),
             ("open_fds", "Open file descriptors", _open_fds),
             ("threads", "Threads", _threads),
         ):
             gauge = GaugeMetricFamily(f"mooncake_process_{name}", text, labels=LABELS)
-            for kind, value in _told(pids, read):
-                gauge.add_metric([kind], value)
+            self._tell(gauge, read)
             yield gauge
         cpu = CounterMetricFamily("mooncake_process_cpu_seconds", "CPU time used", labels=LABELS)
-        for kind, value in _told(pids, _cpu_s):
-            cpu.add_metric([kind], value)
+        self._tell(cpu, _cpu_s)
         yield cpu
 
-
-def _told(pids: Mapping[str, int], read: Callable[[int], float]) -> list[tuple[str, float]]:
-    found = []
-    for kind, pid in pids.items():
+    def _tell(self, family: Any, read: Callable[[int], float]) -> None:
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, or is not ours to look at
-            found.append((kind, read(pid)))
-    return found
+            family.add_metric([self._kind], read(self._pid))
 
 
 def _resident_bytes(pid: int) -> float:
@@ -94,12 +86,15 @@ def _stat(pid: int) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def beating(
-    kind: str, registry: CollectorRegistry, health: Health, look: Callable[[], None] = lambda: None
+    kind: str,
+    registry: CollectorRegistry,
+    health: Health,
+    lag_s: Histogram,
+    look: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[None]:
     """Measure the running loop's lag, keep `health` alive by it, and `look` around at each beat."""
-    lag_s = lag_histogram(kind, registry)
     registry.register(VitalsCollector(kind))
-    task = asyncio.create_task(_beat(lag_s, health, look), name="beat")
+    task = asyncio.create_task(_beat(lag_s.labels(kind), health, look), name="beat")
     try:
         yield
     finally:

@@ -9,7 +9,6 @@ travel as JSON in a private file; the API key travels in the environment and now
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry
 
 from mooncake.core import log as logs
+from mooncake.core.admin import metrics_url
+from mooncake.core.attend import attended
 from mooncake.core.config import API_KEY_ENV, is_loopback
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
+from mooncake.core.health import Health
 from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_open import open_metadata
-from mooncake.core.metadata_registration import Registration
+from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import GatewayOptions, StoreOptions, Traced, WorkerOptions
 from mooncake.core.options_base import Options
 from mooncake.core.secret import cluster_secret
@@ -54,9 +57,7 @@ async def _store(options: StoreOptions) -> int:
     from kvstore.store.config import StoreConfig
     from kvstore.store.service import StoreService
 
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    url = metrics_url(options.admin_port, options.admin_host, options.address)
     config = StoreConfig(
         node=options.node,
         capacity_bytes=options.capacity_bytes,
@@ -64,7 +65,7 @@ async def _store(options: StoreOptions) -> int:
         endpoint=f"tcp://{options.address}:*",
         events=f"tcp://{options.address}:*",
         transfer=transfer_config(options),
-        admin_port=options.admin_port or None,
+        metrics_url=url,
         eviction=options.eviction,
         hugepages=options.hugepages,
         ssd=SsdConfig(node=options.node, path=options.ssd_path, capacity_bytes=options.ssd_bytes)
@@ -72,18 +73,36 @@ async def _store(options: StoreOptions) -> int:
         else None,
     )
     async with contextlib.AsyncExitStack() as stack:
+        registry = CollectorRegistry()
+        own = await stack.enter_async_context(attended("store", options, registry))
+        own.leaving.on_signals()
         metadata = open_metadata(options.metadata)
         stack.push_async_callback(metadata.close)
         service = StoreService(config, metadata=metadata)
         record = await service.start()
         stack.push_async_callback(service.close)
+        service.register(registry)
+        own.leaving.in_flight = lambda: service.unsaved
         registration = Registration(
             metadata, STORES_PREFIX + record.node, lambda: msgspec.json.encode(record)
         )
         registration.start()
         stack.push_async_callback(registration.close)
-        await service.run_until(stop)
+        own.look = lambda: _tell_ready(own.health, registration)
+        await service.run_until(own.leaving.draining)
+        await registration.close()  # others fetch nothing more from here
+        await service.save(own.leaving.at_once.is_set)
+        await service.run_until(own.leaving.told)
     return 0
+
+
+def _tell_ready(health: Health, registration: Registration) -> None:
+    """Say whether the cluster knows this store; the engines of its host need no metadata for it."""
+    if registration.state is RegistrationState.REGISTERED:
+        health.started()
+        health.ready()
+    else:
+        health.unready("the metadata store is away")
 
 
 def transfer_config(options: StoreOptions) -> "EngineConfig | None":

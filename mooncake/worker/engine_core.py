@@ -14,6 +14,7 @@ import structlog
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import core as vllm_core
 from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -77,6 +78,7 @@ class MooncakeEngine(vllm_core.EngineCoreProc):
         self._spec = spec
         self._pulse = pulse
         super().__init__(**arguments)
+        pulse.at_beat = self._say_how_it_is
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_: Any) -> Generator[Any, None, None]:
@@ -109,9 +111,28 @@ class MooncakeEngine(vllm_core.EngineCoreProc):
                 router.attach(item)
                 continue
             slot, outputs = item
+            if outputs.scheduler_stats is not None:
+                self._count_step(outputs.scheduler_stats)
             outputs.engine_index = engine_index
             router.send(slot, encoder.encode(outputs))
         router.close()
+
+    def _count_step(self, stats: SchedulerStats) -> None:
+        """Output thread: vLLM says this once per step."""
+        pulse, found = self._pulse, stats.prefix_cache_stats
+        pulse.add("steps", 1)
+        if found.queries:
+            pulse.add("prefix_lookup_tokens", found.queries)
+            pulse.add("prefix_hit_tokens", found.hits)
+        if found.preempted_requests:
+            pulse.add("preemptions", found.preempted_requests)
+
+    def _say_how_it_is(self) -> None:
+        """Pulse thread: also when no step is made, as after everything was aborted."""
+        running, waiting = self.scheduler.get_request_counts()
+        self._pulse.set("requests_running", running)
+        self._pulse.set("requests_waiting", waiting)
+        self._pulse.set("kv_use_ratio", self.scheduler.kv_cache_manager.usage)
 
     def mooncake_attach_client(self, slot: int, endpoint: str) -> None:
         """Send the outputs of one gateway slot to `endpoint` from here on."""

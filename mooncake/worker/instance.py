@@ -1,7 +1,7 @@
 """One instance: an engine, its relay, its registration and its metrics, in the relay's process.
 
 Reads startup, main loop, shutdown. The main thread forwards frames; a second thread runs the
-asyncio side (registration, metrics, the pool's address); the engine is a child process.
+asyncio side (registration, admin server, the pool's address, the drain); the engine is a child process.
 """
 
 import asyncio
@@ -20,20 +20,22 @@ from typing import Any
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
+from mooncake.core.admin import metrics_url
+from mooncake.core.attend import Attended, attended
 from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, RoleOrder, StoreRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import open_metadata
-from mooncake.core.metadata_registration import Registration
+from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import WorkerOptions
-from mooncake.core.scrape import MetricsServer, metrics_url
+from mooncake.core.vitals import VitalsCollector
 from mooncake.worker.engine import refuse_insecure_serialization
-from mooncake.worker.gpu_blocks import GpuBlocks, LeftOut
+from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
+from mooncake.worker.leave import drained
+from mooncake.worker.metrics import GpuCollector, PulseCollector
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
 from mooncake.worker.role import HeldRole
@@ -45,90 +47,11 @@ STORE_WAIT_S = 60.0
 """A worker started before its store waits this long for it, then says so."""
 ENGINE_STOP_S = 10.0
 STORE_POLL_S = 1.0
-TRANSFERS = {  # (bytes, seconds) of each direction; same-host copies through shared memory
-    "get": ("load_bytes", "load_seconds"),
-    "put": ("save_bytes", "save_seconds"),
-}
-METRICS = {
-    "load_blocks": ("mooncake_kv_load_blocks", "Blocks loaded from the pool"),
-    "save_blocks": ("mooncake_kv_save_blocks", "Blocks committed to the pool"),
-    "late_saves": (
-        "mooncake_kv_late_saves",
-        "Blocks that were lost because a step outlasted its reservation",
-    ),
-    "bad_blocks": ("mooncake_kv_checksum_failures", "Blocks whose bytes differed from their checksum"),
-    "failed_loads": ("mooncake_kv_failed_loads", "Requests that recomputed because a load failed"),
-    "lookup_timeouts": ("mooncake_kv_lookup_timeouts", "Pool look-ups given up"),
-    "pool_errors": ("mooncake_kv_pool_errors", "Pool calls that failed"),
-    "hit_tokens": ("mooncake_kv_hit_tokens", "Prompt tokens taken from the pool"),
-    "lookup_tokens": ("mooncake_kv_lookup_tokens", "Prompt tokens looked up in the pool"),
-    "fetch_bytes": ("mooncake_kv_fetched_bytes", "Bytes the store fetched from others for look-ups here"),
-    "fetch_seconds": ("mooncake_kv_fetch_seconds", "Seconds those look-ups waited for them"),
-    "resumed_requests": ("mooncake_resumed_requests", "Requests continued from another engine"),
-}
-
-
-class PulseCollector(Collector):
-    """Turns the engine's shared counters into Prometheus metrics at scrape time."""
-
-    def __init__(self, pulse: Pulse, instance_id: str, role: str) -> None:
-        """Labels are fixed: one engine per relay."""
-        self._pulse, self._labels = pulse, [instance_id, role]
-
-    def collect(self) -> Any:
-        """Yield one family per counter."""
-        names = ["instance", "role"]
-        for field, (name, text) in METRICS.items():
-            family = CounterMetricFamily(name, text, labels=names)
-            family.add_metric(self._labels, self._pulse.read(field))
-            yield family
-        moved = [*names, "transport", "direction"]
-        size = CounterMetricFamily("mooncake_transfer_bytes", "Bytes between engine and pool", labels=moved)
-        took = CounterMetricFamily("mooncake_transfer_seconds", "Seconds spent moving them", labels=moved)
-        for direction, (size_field, seconds_field) in TRANSFERS.items():
-            size.add_metric([*self._labels, "shm", direction], self._pulse.read(size_field))
-            took.add_metric([*self._labels, "shm", direction], self._pulse.read(seconds_field))
-        yield size
-        yield took
-        age = GaugeMetricFamily(
-            "mooncake_engine_pulse_age_seconds", "Age of the engine's pulse", labels=names
-        )
-        age.add_metric(self._labels, self._pulse.age_s(time.monotonic()))
-        yield age
-
-
-class GpuCollector(Collector):
-    """What is known of the engine's own prefix cache, once it tells."""
-
-    def __init__(self, instance_id: str, role: str) -> None:
-        """Labels as of PulseCollector."""
-        self._labels = [instance_id, role]
-        self.events: GpuEvents | None = None
-
-    def collect(self) -> Any:
-        """Yield nothing of an engine that does not tell."""
-        if self.events is None:
-            return
-        names, reader = ["instance", "role"], self.events.reader
-        blocks = GaugeMetricFamily(
-            "mooncake_gpu_blocks", "Blocks in the engine's own prefix cache that have a name", labels=names
-        )
-        blocks.add_metric(self._labels, len(reader.blocks))
-        yield blocks
-        for name, text, count in (
-            ("undecodable", "Messages of vLLM's about its cache that could not be read", reader.undecodable),
-            ("gaps", "Gaps in vLLM's messages about its cache", reader.gaps),
-            ("lost", "Of these, those that nothing could fill: what was known was forgotten", reader.lost),
-        ):
-            family = CounterMetricFamily(f"mooncake_gpu_events_{name}", text, labels=names)
-            family.add_metric(self._labels, count)
-            yield family
-        left_out = CounterMetricFamily(
-            "mooncake_gpu_blocks_left_out", "Blocks that have no name of ours", labels=[*names, "reason"]
-        )
-        for reason in LeftOut:
-            left_out.add_metric([*self._labels, str(reason)], reader.blocks.left_out[reason])
-        yield left_out
+ENGINE_SILENT_S = 3.0
+"""An engine that has given no sign of life for so long gets no requests anyway (conductor.cluster)."""
+RELAY_LOOP, ENGINE = "the relay's loop", "the engine"
+REQUESTS = ("requests_running", "requests_waiting")
+"""Of the pulse: what the engine has."""
 
 
 async def find_store(metadata: MetadataStore, node: str, wait_s: float) -> StoreRecord:
@@ -187,6 +110,7 @@ class Instance:
         self._options = options
         self._stop_read, self._stop_write = make_stop_pipe()
         self._registered: tuple[asyncio.AbstractEventLoop, Registration] | None = None
+        self._attended: tuple[asyncio.AbstractEventLoop, Attended] | None = None
         self._control: threading.Thread | None = None
         self._leave = threading.Event()
         self._ready = threading.Event()
@@ -196,7 +120,7 @@ class Instance:
         self._role = HeldRole(options.role)
 
     def run(self) -> int:
-        """Start, serve until SIGTERM or the engine's end, clean up."""
+        """Start, serve until SIGTERM and the end of what is in flight, or the engine's end, clean up."""
         refuse_insecure_serialization()
         store = None
         if self._options.use_pool:
@@ -206,8 +130,9 @@ class Instance:
         engine = start_engine(spec)  # before any thread of ours: it may fork
         relay = Relay(spec, pulse, f"tcp://{self._options.address}:0")
         relay.on_role = self._take_role
-        signal.signal(signal.SIGTERM, lambda *_: request_stop(self._stop_write))
-        signal.signal(signal.SIGINT, lambda *_: request_stop(self._stop_write))
+        relay.on_turn = self._turned
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told)
         self._start_control(spec, pulse, engine)
         log.info("engine.loading", instance=spec.instance_id, pid=engine.pid, model=spec.model)
         try:
@@ -268,7 +193,9 @@ class Instance:
             max_num_batched_tokens=answer["max_num_batched_tokens"],
             block_bytes=facts.block_bytes,
             vllm_version=answer["vllm_version"],
-            metrics_url=metrics_url(self._options.admin_port),
+            metrics_url=metrics_url(
+                self._options.admin_port, self._options.admin_host, self._options.address
+            ),
         )
 
     # ------------------------------------------------------------ the asyncio side
@@ -285,32 +212,74 @@ class Instance:
             self._control.join(timeout=5.0)
 
     async def _control_main(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
-        metrics = self._metrics(spec, pulse)
-        if metrics:
-            metrics.start()
+        registry = CollectorRegistry()
+        registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
+        registry.register(self._gpu)
+        registry.register(VitalsCollector("engine", engine.pid))
         metadata = open_metadata(self._options.metadata)
+        try:
+            async with attended(spec.role, self._options, registry) as own:
+                own.leaving.in_flight = lambda: sum(int(pulse.read(name)) for name in REQUESTS)
+                self._attended = asyncio.get_running_loop(), own
+                await self._register(spec, pulse, engine, metadata, own)
+        finally:
+            if self._gpu.events is not None:
+                await self._gpu.events.close()
+            await metadata.close()
+
+    async def _register(
+        self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess, metadata: MetadataStore, own: Attended
+    ) -> None:
+        """Register once the engine is ready, keep the pool's address, end with the relay or the engine."""
+        leaving: asyncio.Task[None] | None = None
         registration: Registration | None = None
         try:
-            while not self._leave.is_set():
+            while not self._leave.is_set() and engine.poll() is None:
                 if self._ready.is_set() and registration is None and self._record is not None:
                     record = self._open_gpu_events(spec, self._record)
                     encode = functools.partial(self._encoded, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()
                     self._registered = asyncio.get_running_loop(), registration
-                if engine.poll() is not None:
-                    break
+                    own.look = functools.partial(_tell_health, own, registration, pulse)
+                    leaving = asyncio.create_task(self._go(own, registration), name="leaving")
                 if spec.store is not None:
                     await self._refresh_store(metadata, spec)
                 await asyncio.sleep(0.05 if registration is None else STORE_POLL_S)
         finally:
+            if leaving is not None:
+                leaving.cancel()
+                await asyncio.gather(leaving, return_exceptions=True)
             if registration is not None:
                 await registration.close()
-            if self._gpu.events is not None:
-                await self._gpu.events.close()
-            await metadata.close()
-            if metrics:
-                await metrics.close()
+
+    async def _go(self, own: Attended, registration: Registration) -> None:
+        """Drain when asked to; when told to, let the relay end, whose registration goes first."""
+        await own.leaving.draining.wait()
+        self._role.leave()
+        registration.refresh()
+        await drained(own.leaving)
+        await own.leaving.told.wait()
+        await registration.close()
+        request_stop(self._stop_write)
+
+    def _told(self, number: int, frame: object) -> None:  # noqa: ARG002
+        """Take a signal, in the main thread. Before there is anything to drain it ends us at once."""
+        if self._attended is None or not self._ready.is_set():
+            request_stop(self._stop_write)
+            return
+        loop, own = self._attended
+        try:
+            loop.call_soon_threadsafe(own.leaving.tell, signal.Signals(number).name)
+        except RuntimeError:  # its loop has ended
+            request_stop(self._stop_write)
+
+    def _turned(self, now_s: float, busy_s: float) -> None:
+        """Note that the relay's loop has turned, in the main thread."""
+        if self._attended is not None:
+            _, own = self._attended
+            own.health.beat(RELAY_LOOP, now_s)
+            own.lag_s.labels("relay").observe(busy_s)
 
     def _encoded(self, record: InstanceRecord) -> bytes:
         return msgspec.json.encode(msgspec.structs.replace(record, role=self._role.now(time.monotonic())))
@@ -335,20 +304,26 @@ class Instance:
         endpoint, told = events.endpoints
         return msgspec.structs.replace(record, gpu_endpoint=endpoint, gpu_events=told)
 
-    def _metrics(self, spec: EngineSpec, pulse: Pulse) -> MetricsServer | None:
-        if not self._options.admin_port:
-            return None
-        registry = CollectorRegistry()
-        registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
-        registry.register(self._gpu)
-        return MetricsServer(registry, self._options.admin_port)
-
     async def _refresh_store(self, metadata: MetadataStore, spec: EngineSpec) -> None:
         """Keep the store's current address where the engine's pool client looks for it."""
         with contextlib.suppress(MooncakeError):  # metadata away: the last address stays
             record = await find_store(metadata, self._options.node, 0.2)
             if current_store(spec.store_path) != record:
                 write_atomically(spec.store_path, msgspec.json.encode(record))
+
+
+def _tell_health(own: Attended, registration: Registration, pulse: Pulse) -> None:
+    """Say how the instance is: the cluster knows it, and its engine gives signs of life."""
+    now_s, beat_s = time.monotonic(), pulse.read("pulse_s")
+    own.health.beat(ENGINE, beat_s)
+    if registration.state is not RegistrationState.REGISTERED:
+        own.health.unready("the metadata store is away")
+        return
+    own.health.started()
+    if now_s - beat_s > ENGINE_SILENT_S:
+        own.health.unready(f"its engine has been silent for {now_s - beat_s:.0f} s")
+    else:
+        own.health.ready()
 
 
 def main(options: WorkerOptions) -> int:

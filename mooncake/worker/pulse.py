@@ -9,6 +9,7 @@ engine in a long prefill step still pulses, a stopped process does not.
 import mmap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ FIELDS = (
     "fetch_bytes",
     "fetch_seconds",
     "resumed_requests",
+    "steps",
+    "preemptions",
+    "prefix_lookup_tokens",
+    "prefix_hit_tokens",
+    "requests_running",  # from here on: how it is now
+    "requests_waiting",
+    "kv_use_ratio",
 )
 PULSE_INTERVAL_S = 0.1
 _SIZE_BYTES = 8 * len(FIELDS)
@@ -48,10 +56,16 @@ class Pulse:
         self._slots = np.frombuffer(self._map, dtype=np.float64)
         self._index = {name: index for index, name in enumerate(FIELDS)}
         self._stop = threading.Event()
+        self.at_beat: Callable[[], None] | None = None
+        """Called at each beat: for what nobody else would say when nothing happens. Must not raise."""
 
     def add(self, name: str, amount: float) -> None:
         """Add to a counter. One thread at a time per counter."""
         self._slots[self._index[name]] += amount
+
+    def set(self, name: str, value: float) -> None:
+        """Say how something is now."""
+        self._slots[self._index[name]] = value
 
     def read(self, name: str) -> float:
         """Return a slot's value."""
@@ -75,6 +89,8 @@ class Pulse:
         def loop() -> None:
             while not self._stop.wait(PULSE_INTERVAL_S):
                 self.beat()
+                if self.at_beat is not None:
+                    self.at_beat()
 
         self.beat()
         threading.Thread(target=loop, name="pulse", daemon=True).start()

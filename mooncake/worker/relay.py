@@ -78,6 +78,7 @@ class Relay:
         self.ready: dict[str, Any] | None = None
         self._fence = Fence()
         self.on_role: Callable[[RoleOrder], None] | None = None  # whose record it is; called while running
+        self.on_turn: Callable[[float, float], None] = lambda *_: None  # when, and how long it was busy
 
         self._front = self._ctx.socket(zmq.ROUTER)
         self._front.set_hwm(QUEUE_MESSAGES_MAX)
@@ -100,7 +101,9 @@ class Relay:
         poller.register(stop_fd, zmq.POLLIN)
         swept_s = time.monotonic()
         while True:
-            for ready, _ in poller.poll(POLL_MS):
+            events = poller.poll(POLL_MS)
+            woken_s = time.monotonic()
+            for ready, _ in events:
                 if ready is self._front:
                     self._from_gateways()
                 elif ready is self._engine:
@@ -110,6 +113,7 @@ class Relay:
                 elif ready == engine_pidfd:
                     return "died"
             now_s = time.monotonic()
+            self.on_turn(now_s, now_s - woken_s)
             if now_s - swept_s > 1.0:
                 swept_s = now_s
                 self._sweep(now_s)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from mooncake.core.messages import RoleOrder
+from mooncake.core.messages import DRAINING, RoleOrder
 
 
 class _Turn(msgspec.Struct, frozen=True):
@@ -17,6 +17,11 @@ class HeldRole:
     def __init__(self, role: str) -> None:
         """`role`: as the instance was started."""
         self._turn = _Turn(role, role, float("inf"))
+        self._leaves = False
+
+    def leave(self) -> None:
+        """Drain for good: whatever is ordered from now on, the process is going to end."""
+        self._leaves = True
 
     def order(self, now_s: float, order: RoleOrder) -> None:
         """Take a role; with hold_s, for so long unless another order comes."""
@@ -27,5 +32,7 @@ class HeldRole:
 
     def now(self, now_s: float) -> str:
         """Return the role to register with."""
+        if self._leaves:
+            return DRAINING
         turn = self._turn
         return turn.role if now_s < turn.until_s else turn.back

@@ -9,7 +9,7 @@ import time
 from prometheus_client import CollectorRegistry
 
 from mooncake.core.health import ALIVE_S, Health
-from mooncake.core.vitals import BEAT_S, VitalsCollector, beating
+from mooncake.core.vitals import BEAT_S, VitalsCollector, beating, lag_histogram
 
 NAMES = ("resident_bytes", "open_fds", "threads", "cpu_seconds_total")
 
@@ -34,7 +34,8 @@ def test_a_child_is_told_of_until_it_is_gone():
     argv = [sys.executable, "-c", "print(flush=True), input()"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        registry.register(VitalsCollector("prefill", lambda: {"engine": child.pid}))
+        registry.register(VitalsCollector("prefill"))
+        registry.register(VitalsCollector("engine", child.pid))
         assert value(registry, "threads", "engine") == 1
         assert value(registry, "resident_bytes", "engine") > 1 << 20
         child.communicate(b"\n")
@@ -44,7 +45,7 @@ def test_a_child_is_told_of_until_it_is_gone():
 
 async def test_a_blocked_loop_shows_as_lag_and_the_beat_goes_on():
     registry, health, turned = CollectorRegistry(), Health(), asyncio.Event()
-    async with beating("gateway", registry, health, turned.set):
+    async with beating("gateway", registry, health, lag_histogram(registry), turned.set):
         await turned.wait()
         await asyncio.sleep(0)  # it sleeps now
         time.sleep(4 * BEAT_S)  # noqa: ASYNC251 - that is what is measured
@@ -58,7 +59,7 @@ async def test_a_blocked_loop_shows_as_lag_and_the_beat_goes_on():
 
 
 async def test_a_look_that_fails_does_not_stop_the_beat():
-    health, looks, enough = Health(), [], asyncio.Event()
+    registry, health, looks, enough = CollectorRegistry(), Health(), [], asyncio.Event()
 
     def look() -> None:
         looks.append(1)
@@ -66,5 +67,5 @@ async def test_a_look_that_fails_does_not_stop_the_beat():
             enough.set()
         raise ValueError("no")
 
-    async with beating("gateway", CollectorRegistry(), health, look), asyncio.timeout(10.0):
+    async with beating("gateway", registry, health, lag_histogram(registry), look), asyncio.timeout(10.0):
         await enough.wait()
