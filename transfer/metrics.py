@@ -6,11 +6,12 @@ bounded: links beyond LINKS_MAX share the name "other", reasons are the callers'
 
 import itertools
 import threading
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from transfer.health import PathState
@@ -19,8 +20,28 @@ from transfer.model import Opcode
 LINKS_MAX = 64
 """Links with a name of their own: 64 of them over 3 transports are about 1,500 series."""
 OTHER = "other"
+PART_S = (
+    1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0
+)  # fmt: skip
+"""Bounds of how long parts take: a copy of one block through shared memory, up to a part's deadline."""
 
 Labels = tuple[str, ...]
+
+
+class Durations:
+    """How long parts took, by PART_S."""
+
+    __slots__ = ("counts", "seconds")
+
+    def __init__(self) -> None:
+        """None was seen."""
+        self.counts = [0] * (len(PART_S) + 1)
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one part."""
+        self.counts[bisect_left(PART_S, seconds)] += 1
+        self.seconds += seconds
 
 
 class Counts(msgspec.Struct):
@@ -65,6 +86,7 @@ class TransferMetrics:
         self._begun: dict[int, tuple[str, str, int]] = {}  # single slices in flight, by token
         self._tokens = itertools.count()
         self._singles: dict[tuple[str, str, int], list[float]] = {}  # [bytes, seconds, parts]
+        self._durations: dict[tuple[str, int], Durations] = {}  # by transport and op
 
     def begin(self, transport: str, link: str, size_bytes: int) -> int:
         """Count a single slice that is about to run; give the token to `end`. Takes no lock."""
@@ -87,6 +109,7 @@ class TransferMetrics:
             cell[0] += moved_bytes
             cell[1] += elapsed_s
             cell[2] += 1
+            self._took(transport, op, elapsed_s)
 
     def began(self, transport: str, link: str, size_bytes: int) -> None:
         """Count a part that is about to run: in flight until `moved` and `failed` told of all its bytes."""
@@ -100,6 +123,7 @@ class TransferMetrics:
             self._counts.seconds[key] += elapsed_s
             if size_bytes == 0:
                 return
+            self._took(transport, op, elapsed_s)
             self._counts.bytes[key] += size_bytes
             self._counts.parts[(*key, "moved")] += 1
             self._counts.inflight_bytes[key[:2]] -= size_bytes
@@ -151,6 +175,20 @@ class TransferMetrics:
                 counts.inflight_bytes[transport, self._label(link)] += size_bytes
             return counts
 
+    def durations(self) -> dict[tuple[str, str], tuple[list[int], float]]:
+        """Return how many parts took how long (see PART_S), and all their seconds, by transport and op."""
+        with self._lock:
+            return {
+                (transport, Opcode(op).name.lower()): (list(one.counts), one.seconds)
+                for (transport, op), one in self._durations.items()
+            }
+
+    def _took(self, transport: str, op: int, seconds: float) -> None:
+        one = self._durations.get((transport, op))
+        if one is None:
+            one = self._durations[transport, op] = Durations()
+        one.add(seconds)
+
     def _fold(self) -> None:
         """Add the single slices to the rest: labels are made here, not while bytes wait."""
         singles, self._singles = self._singles, {}
@@ -187,6 +225,7 @@ class TransferCollector(Collector):
             family = CounterMetricFamily(f"mooncake_transfer_{name}", text, labels=labels)
             _fill(family, getattr(counts, name))
             yield family
+        yield self._parts()
         gauge = GaugeMetricFamily(
             "mooncake_transfer_inflight_bytes", "Bytes under way.", labels=["transport", "link"]
         )
@@ -199,6 +238,17 @@ class TransferCollector(Collector):
         )
         _fill(gauge, self._path_states())
         yield gauge
+
+    def _parts(self) -> Metric:
+        family = HistogramMetricFamily(
+            "mooncake_transfer_part_seconds", "How long a part took that moved.", labels=["transport", "op"]
+        )
+        bounds = [*(f"{bound:g}" for bound in PART_S), "+Inf"]
+        for labels, (counts, seconds) in sorted(self._metrics.durations().items()):
+            family.add_metric(
+                labels, list(zip(bounds, itertools.accumulate(counts), strict=True)), sum_value=seconds
+            )
+        return family
 
     def _path_states(self) -> dict[Labels, float]:
         """Return the worst state of those paths that share a label."""

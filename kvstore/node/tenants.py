@@ -118,6 +118,11 @@ class Tenants:
         """Return the bytes of each tenant that has a block or a quota. Safe from another thread."""
         return {name: known.used_bytes for name, known in list(self._tenants.items())}
 
+    def shown(self) -> list[tuple[str, int, bool]]:
+        """Return the bytes of each, and whether it has a quota: the operator's word. Safe as `used`."""
+        known = list(self._tenants.items())
+        return [(name, one.used_bytes, one.quota_bytes is not None) for name, one in known]
+
     def strict_use(self) -> dict[str, int]:
         """Return the bytes of each tenant with a strict quota."""
         return {name: known.used_bytes for name, known in self._tenants.items() if known.strict}

@@ -63,6 +63,9 @@ class Tiering:
         self.tier = tier
         self._name_of = name_of
         self.behind = WriteBehind(limits)
+        self.promoted_blocks = 0
+        """That came back to DRAM since the start, and their bytes."""
+        self.promoted_bytes = 0
         self._node = node
         self._segment = segment
         self._io = io
@@ -206,6 +209,8 @@ class Tiering:
         good = [place for place, hit in zip(places, hits, strict=True) if hit]
         bad = [place[1] for place, hit in zip(places, hits, strict=True) if not hit]
         node.commit(self._clock(), [place[1] for place in good], [place[2].checksum for place in good])
+        self.promoted_blocks += len(good)
+        self.promoted_bytes += sum(place[2].length_bytes for place in good)
         if self._reads > 1:
             cold = [place[0] for place, got in zip(places, results, strict=True) if not got.promote]
             node.pass_through(cold, self._reads)

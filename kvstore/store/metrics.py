@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -9,14 +10,13 @@ from prometheus_client.registry import Collector
 from kvstore.node.ages import BOUNDS_S
 from kvstore.node.node import Node
 from kvstore.ssd.model import SsdStats
+from kvstore.ssd.tier import SsdTier
 from kvstore.ssd.writebehind import WriteBehind
 from mooncake.core.messages import StoreStats
+from mooncake.core.metric_labels import OTHER, TENANTS_MAX, Bounded
 
 _Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
-TENANTS_MAX = 20
-"""Shown one by one: every label value is a time series for good, and tenants come and go."""
-OTHERS = "(others)"
 _TIERS: tuple[tuple[_Family, str, str, str, str], ...] = (
     (GaugeMetricFamily, "tier_capacity_bytes", "Bytes of a tier.", "capacity_bytes", "capacity_bytes"),
     (GaugeMetricFamily, "tier_used_bytes", "Bytes in use.", "used_bytes", "live_bytes"),
@@ -52,33 +52,43 @@ _SSD_COUNTERS = {
     "hits": "Blocks read and verified.",
     "misses": "Blocks asked for and not there.",
     "evictions": "Blocks given up to make room.",
-    "puts": "Blocks copied from memory.",
-    "put_bytes": "Bytes copied from memory.",
     "read_bytes": "Bytes read.",
     "corrupt": "Blocks dropped because their bytes were wrong.",
     "write_errors": "Writes that failed.",
 }
 
 
+class Tiers(Protocol):
+    """What moves blocks between DRAM and SSD: kvstore.ssd.tiering."""
+
+    tier: SsdTier
+    behind: WriteBehind
+    promoted_blocks: int
+    promoted_bytes: int
+
+
 class SsdCollector(Collector):
     """mooncake_store_ssd_* of one node. Scraped from another thread: reads plain integers only."""
 
-    def __init__(self, node: str, stats: Callable[[], SsdStats], behind: WriteBehind) -> None:
-        """`stats` and `behind` are read at every scrape."""
+    def __init__(self, node: str, tiers: Tiers) -> None:
+        """`tiers` are read at every scrape."""
         self._node = node
-        self._stats = stats
-        self._behind = behind
+        self._tiers = tiers
 
     def collect(self) -> Iterator[Metric]:
         """Yield one sample per metric, labelled with the node."""
-        stats = self._stats()
-        gauges = {name: (text, getattr(stats, name)) for name, text in _SSD_GAUGES.items()}
-        gauges["waiting_bytes"] = ("Bytes that only memory has yet.", self._behind.waiting_bytes)
-        counters = {name: (text, getattr(stats, name)) for name, text in _SSD_COUNTERS.items()}
-        counters["given_up"] = ("Blocks that could not be copied.", self._behind.given_up)
+        tiers, stats = self._tiers, self._tiers.tier.stats()
+        gauges = {f"ssd_{name}": (text, getattr(stats, name)) for name, text in _SSD_GAUGES.items()}
+        gauges["ssd_waiting_bytes"] = ("Bytes that only memory has yet.", tiers.behind.waiting_bytes)
+        counters = {f"ssd_{name}": (text, getattr(stats, name)) for name, text in _SSD_COUNTERS.items()}
+        counters["ssd_given_up"] = ("Blocks that could not be copied.", tiers.behind.given_up)
+        counters["demoted_blocks"] = ("Blocks copied from memory to the SSD.", stats.puts)
+        counters["demoted_bytes"] = ("Bytes of them.", stats.put_bytes)
+        counters["promoted_blocks"] = ("Blocks that the SSD gave back to memory.", tiers.promoted_blocks)
+        counters["promoted_bytes"] = ("Bytes of them.", tiers.promoted_bytes)
         for kind, family in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
             for name, (text, value) in kind.items():
-                metric = family(f"mooncake_store_ssd_{name}", text, labels=["node"])
+                metric = family(f"mooncake_store_{name}", text, labels=["node"])
                 metric.add_metric([self._node], value)
                 yield metric
 
@@ -95,6 +105,7 @@ class StoreCollector(Collector):
         self._name = name
         self._node = node
         self._ssd = ssd
+        self._tenant = Bounded(TENANTS_MAX)
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, labelled with the node."""
@@ -115,10 +126,12 @@ class StoreCollector(Collector):
         pinned = {"soft": stats.soft_pinned_bytes, "hard": stats.hard_pinned_bytes}
         text = "Bytes that are evicted last (soft) or not at all (hard)."
         yield self._labelled(GaugeMetricFamily, "pinned_bytes", text, "kind", pinned)
-        text = f"Bytes of the {TENANTS_MAX} largest tenants; the others together."
-        yield self._labelled(
-            GaugeMetricFamily, "tenant_bytes", text, "tenant", _largest(node.policy.tenants.used())
-        )
+        text = "Bytes of each tenant that has a quota here; others together."
+        tenants: dict[str, int] = {OTHER: 0}
+        for name, size_bytes, has_quota in node.policy.tenants.shown():
+            label = self._tenant(name) if has_quota else OTHER
+            tenants[label] = tenants.get(label, 0) + size_bytes
+        yield self._labelled(GaugeMetricFamily, "tenant_bytes", text, "tenant", tenants)
         yield from self._tiers(stats)
         yield self._ages()
 
@@ -152,11 +165,3 @@ class StoreCollector(Collector):
         for key, value in values.items():
             metric.add_metric([self._name, key], value)
         return metric
-
-
-def _largest(tenants: Mapping[str, int]) -> dict[str, int]:
-    order = sorted(tenants.items(), key=lambda item: (-item[1], item[0]))
-    shown = dict(order[:TENANTS_MAX])
-    if len(order) > TENANTS_MAX:
-        shown[OTHERS] = sum(size_bytes for _, size_bytes in order[TENANTS_MAX:])
-    return shown

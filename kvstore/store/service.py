@@ -45,6 +45,7 @@ from mooncake.core import wire
 from mooncake.core.errors import ConfigError
 from mooncake.core.messages import StoreRecord, StoreRequest
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_metrics import MetadataCollector, process_meter
 from mooncake.core.rpc import RpcServer
 from transfer.fdpass import FdServer, private_dir
 from transfer.file import FileIO
@@ -204,8 +205,9 @@ class StoreService:
             registry.register(PullCollector(self.config.node, self.pulls.stats))
         ssd = self.tiering.tier.stats if self.tiering else None
         if self.tiering:
-            registry.register(SsdCollector(self.config.node, self.tiering.tier.stats, self.tiering.behind))
+            registry.register(SsdCollector(self.config.node, self.tiering))
         registry.register(StoreCollector(self.config.node, self.node, ssd))
+        registry.register(MetadataCollector(process_meter()))
 
     @property
     def unsaved(self) -> int:

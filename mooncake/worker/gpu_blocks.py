@@ -153,6 +153,8 @@ class GpuBlocks:
         self._total = 0  # with copies
         self._changes: Counter[bytes] = Counter()  # key -> came less went, since the last drain
         self.left_out: Counter[LeftOut] = Counter()
+        self.evicted = 0
+        """Blocks that the cache gave up, with or without a name."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -170,6 +172,7 @@ class GpuBlocks:
                 continue
             elif isinstance(event, Removed):
                 if event.group_idx in (None, 0):
+                    self.evicted += len(event.block_hashes)
                     self._removed(event)
             else:
                 self._stored(event)

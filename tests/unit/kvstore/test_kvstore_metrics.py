@@ -84,9 +84,11 @@ def test_pinned_and_quarantined_bytes_and_refused_pins():
     assert shown["mooncake_store_leases"] == 1
 
 
-def test_the_largest_tenants_are_shown_and_the_others_together(monkeypatch):
+def test_tenants_with_a_quota_are_shown_so_many_of_them_and_the_others_together(monkeypatch):
     monkeypatch.setattr(metrics, "TENANTS_MAX", 2)
     node = Node(64 * SIZE)
+    for tenant in ("b", "c", "d"):  # their names are the operator's; those of others, anybody's
+        node.policy.set_quota(tenant, 60 * SIZE)
     number = 0
     for tenant, blocks in (("a", 1), ("b", 5), ("c", 3), ("d", 2), ("", 7)):
         for _ in range(blocks):
@@ -96,7 +98,7 @@ def test_the_largest_tenants_are_shown_and_the_others_together(monkeypatch):
     assert shown == {
         'mooncake_store_tenant_bytes{tenant="b"}': 5 * SIZE,
         'mooncake_store_tenant_bytes{tenant="c"}': 3 * SIZE,
-        'mooncake_store_tenant_bytes{tenant="(others)"}': 3 * SIZE,
+        'mooncake_store_tenant_bytes{tenant="other"}': 3 * SIZE,
     }
 
 
