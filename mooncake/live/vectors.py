@@ -229,14 +229,14 @@ def _quantiles(share: float, limits: Array, counts: Array) -> Array:
     if not 0 <= share <= 1:
         return np.full(times_n, np.copysign(np.inf, share))
     counts = np.maximum.accumulate(counts, axis=0)  # scrapes are not atomic
-    total = counts[-1]
-    rank = share * total
-    reached = counts[:-1] >= rank
-    at = np.where(reached.any(axis=0), reached.argmax(axis=0), len(limits) - 1)
+    total = counts[-1]  # -inf where there is none
     column = np.arange(times_n)
-    below = np.where(at > 0, counts[np.maximum(at - 1, 0), column], 0.0)
-    start = np.where(at > 0, limits[np.maximum(at - 1, 0)], 0.0)
     with np.errstate(all="ignore"):
+        rank = share * total
+        reached = counts[:-1] >= rank
+        at = np.where(reached.any(axis=0), reached.argmax(axis=0), len(limits) - 1)
+        below = np.where(at > 0, counts[np.maximum(at - 1, 0), column], 0.0)
+        start = np.where(at > 0, limits[np.maximum(at - 1, 0)], 0.0)
         inside = start + (limits[at] - start) * ((rank - below) / (counts[at, column] - below))
     found = np.where(at == len(limits) - 1, limits[-2], inside)
     found = np.where((at == 0) & (limits[0] <= 0), limits[0], found)
