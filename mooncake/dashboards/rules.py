@@ -12,9 +12,8 @@ apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
   name: mooncake
-  labels:
-    app.kubernetes.io/name: mooncake
-    app.kubernetes.io/component: monitoring
+  namespace: mooncake
+  labels: {app.kubernetes.io/name: mooncake, app.kubernetes.io/part-of: mooncake}
 spec:
 """
 

@@ -65,7 +65,7 @@ def _now() -> list[Part]:
             Text(
                 "Blocks that the prefix index knows.",
                 "below its limit: nothing is dropped beside it.",
-                "drops: more memory for the core (--index-blocks).",
+                "it drops the oldest when it is full: fewer, larger stores per core.",
             ),
             "short",
             most(metric("mooncake_index_blocks")),

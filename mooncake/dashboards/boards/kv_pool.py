@@ -201,7 +201,8 @@ def _blocks() -> list[Part]:
             Text(
                 "Bytes that are evicted last (soft) or not at all (hard).",
                 "far below the capacity.",
-                "hard pins fill it: remove them (mooncake pool unpin); refused pins show below.",
+                "hard pins fill it: whoever made them has to unpin (docs/client.md); they end with the "
+                "store, too.",
             ),
             "bytes",
             Query(total(metric("mooncake_store_pinned_bytes"), "kind"), "{{kind}}"),

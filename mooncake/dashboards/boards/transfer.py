@@ -291,7 +291,7 @@ def _troubles() -> list[Part]:
             Text(
                 "RDMA: bytes per second between each pair of NICs.",
                 "spread over all NICs of a host.",
-                "one NIC idle: mooncake transfer topology; its port may be down.",
+                "one NIC idle: its port may be down (transfer_engine_topology_dump on that host).",
             ),
             "binBps",
             Query(total(rate("mooncake_transfer_nic_bytes_total"), "link"), "{{link}}"),
