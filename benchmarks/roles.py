@@ -57,7 +57,7 @@ PRESSURE_MAX = 10.0
 """Shown for more, which may be without end."""
 WATCH_S = 1.0
 ASK_S = 10.0
-GAUGE = re.compile(r'^mooncake_pool_pressure\{role="(\w+)"\} (\S+)$', re.MULTILINE)
+GAUGE = re.compile(r'^mooncake_planner_pressure_ratio\{role="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
 class Look(msgspec.Struct, frozen=True):

@@ -1,17 +1,22 @@
 """What the dispatcher remembers of a request: no behaviour beyond naming and grouping."""
 
 from collections.abc import Sequence
+from math import inf
 
 from conductor.http import HttpFate
 from conductor.legs import Leg1Result, exact_first, two_legs_possible
 from conductor.plan import Leg, Plan, RequestFacts
 from conductor.prompt_keys import KeyMemo, PromptKeys
+from conductor.quick_metrics import QuickSeries
 from conductor.request import PrefillGroup, RequestMachine
 from conductor.spans import AnswerTrace
 from conductor.terms import DEFAULT_TERMS, Terms
 from conductor.vllm_seam import EngineCoreRequest
 from mooncake.core.fingerprint import AdapterNames
 from mooncake.core.keys import request_root, tail_key
+
+NOT_BEGUN = QuickSeries(())
+"""Stands for the series of those that have no token yet."""
 
 
 class Family:
@@ -36,8 +41,10 @@ class Client:
         "family",
         "fate",
         "first_s",
+        "gaps",
         "heard_s",
         "last_s",
+        "late_gaps",
         "leg1",
         "leg1_end_s",
         "leg1_node",
@@ -47,8 +54,11 @@ class Client:
         "prompt",
         "request",
         "started_s",
+        "tbt",
+        "tbt_slo_s",
         "told",
         "trace",
+        "ttft_slo_s",
         "turned_away",
     )
 
@@ -79,6 +89,9 @@ class Client:
         self.due_s = now_s  # when its first token was planned to come
         self.first_s = 0.0
         self.last_s = 0.0
+        self.ttft_slo_s, self.tbt_slo_s = inf, inf  # as of its first token; inf = none
+        self.tbt = NOT_BEGUN  # where its gaps are counted
+        self.gaps, self.late_gaps = 0, 0  # between outputs; of these, longer than the objective
         self.move_reason = ""
         self.turned_away = False
 

@@ -22,7 +22,7 @@ from conductor.index import PrefixIndex
 from conductor.links import Link
 from conductor.local_decider import LocalDecider
 from conductor.members import Members, Sink
-from conductor.metrics import GatewayMetrics
+from conductor.metrics import DecisionMetrics
 from conductor.observe import Observer, Planned
 from conductor.plan import Plan, RequestFacts
 from conductor.planner import Planner, PlannerConfig
@@ -46,7 +46,7 @@ have no name, and those of the last tenths of a second."""
 class Core:
     """View, index, cost model, scheduler, gate, quotas, roles and hot copies of one cluster."""
 
-    def __init__(self, options: GatewayOptions, metadata: MetadataStore, metrics: GatewayMetrics) -> None:
+    def __init__(self, options: GatewayOptions, metadata: MetadataStore, metrics: DecisionMetrics) -> None:
         """Nothing runs before `start`.
 
         Raises:
@@ -65,11 +65,12 @@ class Core:
             scheduler_config(options), options.hold_s, self.view, self.index, self.cost, self.quotas,
             self.members.stores_in_step, metrics,
         )  # fmt: skip
-        planner = None
-        if options.plan_roles:
-            planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), self.cost)
-            self.decider.observer.listen(telling(planner, self.cost), planner.answered)
-        self.roles = RoleKeeper(self.view, self.members.order_role, RoleMetrics(metrics.registry), planner)
+        planner = Planner(PlannerConfig(tbt_slo_s=options.tbt_slo_s or None), self.cost)
+        self.decider.observer.listen(telling(planner, self.cost), planner.answered)
+        self.roles = RoleKeeper(
+            self.view, self.members.order_role, RoleMetrics(metrics.registry), planner,
+            acts=options.plan_roles,
+        )  # fmt: skip
         heat = Heat(self.cost, options.hot_copies)
         self.hot = HotCopies(heat, self.view, self.index, metadata, HotMetrics(metrics.registry))
 
@@ -87,10 +88,12 @@ class Core:
 
     def act(self) -> None:
         """Begin to tell engines which roles to take: who decides, and nobody else."""
+        self.metrics.leads.set(1)
         self.roles.start()
 
     async def rest(self) -> None:
         """End what `act` began (idempotent)."""
+        self.metrics.leads.set(0)
         await self.roles.close()
 
     async def close(self) -> None:
@@ -165,7 +168,7 @@ def build_decider(
     cost: CostModel,
     quotas: Quotas,
     stores: Callable[[], Mapping[str, bool]],
-    metrics: GatewayMetrics,
+    metrics: DecisionMetrics,
     *,
     away: bool = False,
 ) -> LocalDecider:

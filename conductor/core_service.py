@@ -14,6 +14,7 @@ from conductor.cluster import PULSE_S
 from conductor.core import Core
 from conductor.core_desk import CoreDesk
 from conductor.core_messages import CORE_KEY, NUMBER_BYTES, FromCore, FromGateway, NotLeader, Refused
+from conductor.core_metrics import CoreCollector
 from conductor.core_socket import CoreSocket
 from mooncake.core import rpc, wire
 from mooncake.core.election import Election
@@ -61,6 +62,7 @@ class CoreService:
         self._desk: CoreDesk | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
+        core.metrics.registry.register(CoreCollector(self))
 
     @property
     def endpoint(self) -> str:
@@ -71,6 +73,12 @@ class CoreService:
     def leads(self) -> bool:
         """Whether it may decide at this moment."""
         return self._acting() is not None
+
+    @property
+    def term(self) -> int:
+        """Number of the term in which it leads; 0 = it does not."""
+        desk = self._acting()
+        return 0 if desk is None else desk.term.number
 
     @property
     def gateways(self) -> list[str]:

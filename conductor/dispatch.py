@@ -44,6 +44,7 @@ from conductor.plan import (
 )
 from conductor.prompt_keys import KeyMemo
 from conductor.request import RequestMachine
+from conductor.slo_metrics import failure_word, move_word
 from conductor.spans import AnswerTrace
 from conductor.terms import CLASSES, DEFAULT_TERMS, Terms
 from conductor.turned_away import unavailable
@@ -90,7 +91,7 @@ class Dispatcher:
         self._members = members
         self._decider = decider
         self._metrics = metrics
-        self._meter = Meter(decider, metrics)
+        self._meter = Meter(decider, metrics, self._block_size)
         self._first_token = first_token
         self._adapters = AdapterNames()
         self._memo = KeyMemo()
@@ -155,21 +156,15 @@ class Dispatcher:
         rejection = self._decider.hopeless(terms)
         if rejection is None:
             return None
-        self._metrics.requests.labels("rejected").inc()
-        self._count_rejection(terms, rejection)
+        self._meter.over(terms, "rejected")
+        self._meter.rejected(terms, rejection)
         return unavailable(rejection)
-
-    def _count_rejection(self, terms: Terms, rejection: Rejection) -> None:
-        reason = str(rejection.reason)
-        self._metrics.rejections.labels(reason, terms.slo_class.name).inc()
-        tenant = self._decider.tenant_label(terms.tenant)
-        self._metrics.tenant_rejections.labels(tenant, reason).inc()
 
     def _refused(self, client: Client, rejection: Rejection) -> NoReturn:
         if not client.family.clients:
             self._families.pop(client.family.family_id, None)
-        self._metrics.requests.labels("rejected").inc()
-        self._count_rejection(client.prompt.terms, rejection)
+        self._meter.over(client.prompt.terms, "rejected")
+        self._meter.rejected(client.prompt.terms, rejection)
         if client.trace is not None:
             client.trace.decided(time.monotonic(), rejection, len(client.prompt.facts.keys))
         error = unavailable(rejection)
@@ -188,7 +183,7 @@ class Dispatcher:
         if client.fate is not None and client.fate.turn is not None:
             client.fate.turn.planned(client.heard_s, client.prompt.facts, plan)
         client.machine = RequestMachine(client.prompt.facts, client.family.shared)
-        self._metrics.class_wait_s.labels(client.slo_class).observe(client.heard_s - client.started_s)
+        self._metrics.wait_s.observe(client.heard_s - client.started_s, client.slo_class)
         self._run(client.machine.start(plan))
 
     def _answered(self, client: Client, answer: Plan | Rejection) -> None:
@@ -204,7 +199,7 @@ class Dispatcher:
         if self._clients.get(client.request.request_id) is not client:
             return  # it left
         client.turned_away = True
-        self._count_rejection(client.prompt.terms, rejection)
+        self._meter.rejected(client.prompt.terms, rejection)
         if client.trace is not None:
             client.trace.decided(time.monotonic(), rejection, len(client.prompt.facts.keys))
         self._tell_failure(client, unavailable(rejection))
@@ -301,7 +296,7 @@ class Dispatcher:
         hit = [running for running in self._running.values() if running.instance_id == instance_id]
         for running in hit:
             del self._running[running.eid]  # late outputs of this leg are nobody's
-        label = reason.partition(" for ")[0]  # a metric label: no numbers in it
+        label = move_word(reason)
         # everyone is told: a request may count on the instance before it runs there
         for client in list(self._clients.values()):
             client.move_reason = label
@@ -430,6 +425,10 @@ class Dispatcher:
             return ""
         return self._decider.target(self._node_of(command.instance_id), self._node_of(decode))
 
+    def _block_size(self, instance_id: str) -> int:
+        record = self._members.view.record(instance_id)
+        return 0 if record is None else record.block_size
+
     def _node_of(self, instance_id: str) -> str:
         record = self._members.view.record(instance_id)
         return "" if record is None else record.node
@@ -458,6 +457,7 @@ class Dispatcher:
             self.outputs.put_nowait(outputs)
         except asyncio.QueueFull:
             log.error("dispatch.outputs_full", frames=OUTPUTS_MAX)
+            self._metrics.failures.labels("backlog").inc(len(outputs.outputs))
             for output in outputs.outputs:  # a stream with a hole must not go on
                 if client := self._clients.get(output.request_id):
                     rejection = Rejection(
@@ -493,6 +493,7 @@ class Dispatcher:
     def _fail(self, client: Client, command: Fail) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE if command.retryable else HTTPStatus.INTERNAL_SERVER_ERROR
         log.error("dispatch.request_failed", **client.names, reason=command.reason)
+        self._metrics.failures.labels(failure_word(command.reason)).inc()
         self._tell_failure(client, Unavailable(command.reason, 1.0, status))
 
     def _tell_failure(self, client: Client, error: Unavailable) -> None:
@@ -514,7 +515,7 @@ class Dispatcher:
         del self._clients[request_id]
         if client.trace is not None:
             client.trace.over(time.monotonic(), command.outcome, len(client.emitted))
-        self._metrics.requests.labels("rejected" if client.turned_away else str(command.outcome)).inc()
+        self._meter.ended(client, command.outcome, time.monotonic())
         self._metrics.in_flight.set(len(self._clients))
         family = client.family
         family.clients.remove(client)

@@ -88,6 +88,7 @@ class Heat:
         self._heads: dict[bytes, _Head] = {}  # least recently used first
         self._warm: dict[bytes, _Head] = {}
         self._keys = 0  # kept by the warm ones
+        self._uses, self._used_s = 0.0, 0.0  # of any prefix, fading as a counter does
 
     def planned(
         self, now_s: float, keys: Sequence[bytes], hit_blocks: int, block_bytes: int, block_tokens: int
@@ -95,6 +96,8 @@ class Heat:
         """A request is going to use the first `hit_blocks` of its `keys` from the pool."""
         if self._copies_max < COPIES_MIN or hit_blocks <= 0 or block_bytes <= 0:
             return
+        self._uses = self._uses_at(now_s) + 1
+        self._used_s = now_s
         rungs = _rungs(min(hit_blocks, len(keys)))
         heads = self._heads
         for number in range(len(rungs) - 1, -1, -1):  # deepest first: what is forgotten first is deep, too
@@ -145,6 +148,14 @@ class Heat:
             elif worth < LINGER:
                 self._cool(key)
         return self._wishes(now_s, asked, min(keys_max, KEYS_MAX))
+
+    def top_share(self, now_s: float) -> float:
+        """Return which part of the uses began with the block that most of them began with; 0: too few."""
+        first = (head.uses_at(now_s) for head in self._warm.values() if head.depth == 1)
+        return max(first, default=0.0) / max(USES_MIN, self._uses_at(now_s))
+
+    def _uses_at(self, now_s: float) -> float:
+        return self._uses * exp(min(0.0, self._used_s - now_s) / MEMORY_S)
 
     @property
     def counted(self) -> int:

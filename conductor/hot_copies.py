@@ -51,6 +51,14 @@ class HotMetrics:
         self.copies = Gauge(
             "mooncake_hot_copies_wanted", "Copies wished for of all of them.", registry=registry
         )
+        self.counted = Gauge(
+            "mooncake_heat_counted_prefixes", "Prefixes whose use is counted now.", registry=registry
+        )
+        self.top_share = Gauge(
+            "mooncake_heat_top_share_ratio",
+            "Of the requests that found something in the pool, those that began with the most used block.",
+            registry=registry,
+        )
         self.wishes = Counter(
             "mooncake_hot_wishes",
             "Wishes told to the leading directory, by what came of it: sent, failed, or no_directory.",
@@ -115,6 +123,8 @@ class HotCopies:
         """Say what is due. Troubles are counted, and logged once until they change or end."""
         nodes = candidates(self._view)
         wishes = self._heat.step(now_s, len(nodes), self._room(nodes)) if len(nodes) >= COPIES_MIN else []
+        self._metrics.counted.set(self._heat.counted)
+        self._metrics.top_share.set(self._heat.top_share(now_s))
         self._metrics.prefixes.set(len(wishes))
         self._metrics.copies.set(sum(wish.copies for wish in wishes))
         due = []

@@ -26,12 +26,14 @@ from typing import Any
 from structlog.contextvars import bound_contextvars
 
 from conductor.agents import Agents, Turn
+from conductor.genai_metrics import OPERATIONS
 from conductor.programs import calls_tools
 from conductor.spans import PROPAGATION, RequestTrace, Traces
 from conductor.tenants import Quotas, Tenants
 from conductor.terms import CLASS_HEADER, DEFAULT_TERMS, Terms
 from conductor.vllm_seam import Unavailable
 from mooncake.core.errors import RequestError
+from mooncake.core.metric_labels import OTHER
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -69,6 +71,7 @@ class HttpFate:
         self.error: Unavailable | None = None
         self.turn: Turn | None = None  # of an agent's program
         self.trace: RequestTrace | None = None
+        self.operation = OTHER  # as metrics call it
 
     def begin(self, agents: Agents) -> None:
         """All that it says is known."""
@@ -99,11 +102,13 @@ class RejectionMiddleware:
         hopeless: Callable[[Terms], Unavailable | None] = lambda _: None,
         agents: Agents | None = None,
         traces: Traces | None = None,
+        answered: Callable[[int], None] = lambda _: None,
     ) -> None:
         """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own.
 
         `hopeless`: what to tell those who cannot be served whatever they ask, before it is parsed.
         `agents` hear of turns; None: nobody does. `traces`: None = tracing is off.
+        `answered` hears the status of each answer that engines are needed for.
         """
         self._app = app
         self._hopeless = hopeless
@@ -111,6 +116,7 @@ class RejectionMiddleware:
         self._api_key = api_key
         self._agents = agents
         self._traces = traces
+        self._answered = answered
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -119,6 +125,7 @@ class RejectionMiddleware:
             return
         headers, names = _named(scope["headers"])
         fate = HttpFate(names=names)
+        fate.operation = OPERATIONS.get(scope["path"], OTHER)
         if self._traces is not None and scope["method"] == "POST":
             fate.trace = self._traces.begin(scope["path"], headers, names["request_id"])
             headers = [pair for pair in headers if pair[0] not in PROPAGATION]
@@ -135,6 +142,8 @@ class RejectionMiddleware:
                 fate.turn.ended(time.monotonic(), served=fate.error is None)
             if fate.trace is not None:
                 fate.trace.ended(held.status, complete=held.complete)
+            if held.status and scope["path"] in ANSWERED_PATHS:
+                self._answered(held.status)
 
     async def _serve(
         self, scope: MutableMapping[str, Any], receive: Receive, held: "_Held", fate: HttpFate

@@ -13,7 +13,7 @@ from conductor.cluster import ClusterView
 from conductor.cost import CostModel
 from conductor.decider import Answered, Asked, Checked
 from conductor.gate import Gate
-from conductor.metrics import GatewayMetrics
+from conductor.metrics import DecisionMetrics
 from conductor.observe import Observer
 from conductor.plan import Need, Needs, Plan, Rejection, RequestFacts
 from conductor.scheduler import Scheduler
@@ -35,7 +35,7 @@ class LocalDecider:
         quotas: Quotas,
         observer: Observer,
         stores: Callable[[], Mapping[str, bool]],
-        metrics: GatewayMetrics,
+        metrics: DecisionMetrics,
     ) -> None:
         """All are shared with who feeds them. `stores`: Members.stores_in_step."""
         self.view = view
@@ -181,10 +181,13 @@ class LocalDecider:
 
     def _settle(self, request_id: str, tenant: str, tokens: int, *, ran: bool) -> None:
         taken = self.quotas.ended(time.monotonic(), request_id, tokens, ran=ran)
-        self._metrics.tenant_tokens.labels(self.quotas.tenants.label(tenant)).inc(taken)
+        if taken:
+            label = self._metrics.tenant(self.quotas.tenants.label(tenant))
+            self._metrics.tenant_tokens.labels(label).inc(taken)
 
     def _plan(self, now_s: float, asked: Asked) -> Plan | Rejection:
         """Plan against every context that is alive, the most common first."""
+        begun_s = time.perf_counter()
         answer: Plan | Rejection | None = None
         for root, block_size in self.contexts():
             facts = asked.look(root, block_size)
@@ -193,6 +196,7 @@ class LocalDecider:
             if isinstance(answer, Plan):
                 break
         assert answer is not None
+        self._metrics.decision_s.observe(time.perf_counter() - begun_s)
         self._why[asked.request_id] = self.observer.explained(now_s, asked, answer)
         return answer
 

@@ -17,9 +17,9 @@ import zmq
 from conductor.cluster import PULSE_S, ClusterView, Health, Transition
 from conductor.index import PrefixIndex
 from conductor.index_feed import IndexFeed
-from conductor.index_metrics import IndexCollector
+from conductor.index_metrics import Booked, IndexCollector, LoadCollector
 from conductor.links import Link, LinkState
-from conductor.metrics import GatewayMetrics
+from conductor.metrics import DecisionMetrics
 from conductor.roles import Order
 from kvstore.directory import follower
 from mooncake.core.config import LOOPBACK, ROLES
@@ -109,7 +109,7 @@ class Members:
         view: ClusterView,
         index: PrefixIndex,
         gateway_id: str,
-        metrics: GatewayMetrics,
+        metrics: DecisionMetrics,
         follow_store: FollowStore | None = follow_events,
         address: str = LOOPBACK,
     ) -> None:
@@ -137,8 +137,10 @@ class Members:
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._closed = False
+        self._booked: list[Booked] = []  # as of the last tick: scrapes come from other threads
         if follow_store is not None:
             metrics.registry.register(IndexCollector(index, self.gpu_blocks))
+            metrics.registry.register(LoadCollector(lambda: self._booked))
 
     # ------------------------------------------------------------ life
 
@@ -201,7 +203,7 @@ class Members:
 
     def gpu_blocks(self) -> dict[str, int]:
         """Return how many blocks each engine that tells says it has in its own cache; 0 out of step."""
-        return {instance_id: self._feed.told(gpu_node(instance_id)) for instance_id in self._caches}
+        return {instance_id: self._feed.told(gpu_node(instance_id)) for instance_id in list(self._caches)}
 
     def engine_slot(self, instance_id: str) -> int:
         """Return the index under which vLLM's per-engine metrics know the instance."""
@@ -345,9 +347,18 @@ class Members:
 
     def _count(self) -> None:
         counts: dict[tuple[str, str], int] = {}
-        for record, health, _ in self.view.instances():
+        booked = []
+        now_s = time.monotonic()
+        for record, health, load in self.view.instances():
             key = (record.role, str(health))
             counts[key] = counts.get(key, 0) + 1
+            booked.append(
+                Booked(
+                    record.instance_id, record.role, load.queue_s(now_s), load.prefill_requests,
+                    load.decode_requests, load.decode_kv_tokens,
+                )
+            )  # fmt: skip
+        self._booked = booked
         for role in (*ROLES, DRAINING):
             for health in Health:
                 gauge = self._metrics.instances.labels(role, str(health))

@@ -10,7 +10,7 @@ import structlog
 
 from conductor.cost import CostModel
 from conductor.decider import Asked
-from conductor.metrics import GatewayMetrics
+from conductor.metrics import DecisionMetrics
 from conductor.modes import Fallback, Fallbacks, IndexMode, index_mode
 from conductor.plan import Decision, Plan, Rejection, RequestFacts
 from conductor.pricing import Trail
@@ -45,7 +45,7 @@ class _Moved:
 class Observer:
     """Called for every decision: keep it short."""
 
-    def __init__(self, cost: CostModel, metrics: GatewayMetrics, away: bool = False) -> None:
+    def __init__(self, cost: CostModel, metrics: DecisionMetrics, away: bool = False) -> None:
         """`away`: these are decisions of a gateway that should not make them (Fallback.CORE_AWAY)."""
         self.trail = Trail()
         self.decisions = Decisions()

@@ -20,7 +20,7 @@ import zmq
 
 from conductor.core import Core
 from conductor.core_service import CoreService
-from conductor.metrics import process_metrics
+from conductor.metrics import core_metrics
 from mooncake.core.attend import attended
 from mooncake.core.config import fail
 from mooncake.core.health import Health
@@ -28,9 +28,11 @@ from mooncake.core.messages import CORES_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.metadata_etcd_options import is_etcd
+from mooncake.core.metadata_metrics import metered
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import GatewayOptions
+from mooncake.core.reload import reloading
 from mooncake.core.tracing import open_tracing
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ async def open_cluster_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
     server.start()
     log.info("conductor.metadata", endpoint=server.endpoint)
     try:
-        yield server.store
+        yield metered(server.store)
     finally:
         await server.close()
 
@@ -71,7 +73,7 @@ async def open_cluster_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
 @contextlib.asynccontextmanager
 async def joined_metadata(endpoint: str) -> AsyncIterator[MetadataStore]:
     """Give the metadata store that others serve at `endpoint`."""
-    store = open_metadata(endpoint)
+    store = metered(open_metadata(endpoint))
     try:
         yield store
     finally:
@@ -112,10 +114,10 @@ async def run_core(options: GatewayOptions) -> None:
     """
     name = process_name(options, "core")
     async with contextlib.AsyncExitStack() as stack:
-        own = await stack.enter_async_context(attended("core", options, process_metrics().registry))
+        own = await stack.enter_async_context(attended("core", options, core_metrics().registry))
         own.leaving.on_signals()
         metadata = await stack.enter_async_context(open_cluster_metadata(options.metadata_endpoint))
-        core = Core(options, metadata, process_metrics())
+        core = Core(options, metadata, core_metrics())
         core.tracing = traced(stack, "core", name)
         bind = f"tcp://{options.address}:*"
         service = CoreService(core, metadata, bind, f"{name}-{secrets.token_hex(4)}")  # another at each start
@@ -124,9 +126,13 @@ async def run_core(options: GatewayOptions) -> None:
         record = FrontRecord(name, os.getpid(), "", own.metrics_url)
         async with registered(metadata, CORES_PREFIX, record) as registration:
             own.look = lambda: tell_ready(own.health, registration)
+            await stack.enter_async_context(
+                reloading(options, core.metrics.registry, own.admin, core.prepare)
+            )
             log.info("core.serves", name=name, endpoint=service.endpoint)
             await own.leaving.draining.wait()
             await service.close()  # before the metadata hears of anything else
+        own.leaving.is_done = True
         await own.leaving.told.wait()
 
 

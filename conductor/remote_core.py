@@ -403,10 +403,14 @@ class RemoteCore:
         if isinstance(message, Waiting):
             pending = self._pending.get(number)
             if pending is not None and pending.timer is not None:
+                if not pending.waits:
+                    self._metrics.core_answer_s.observe(time.monotonic() - pending.asked_s)
                 pending.waits = True
                 pending.timer.cancel()
             return
         pending = self._forget(number)
+        if pending is not None and not pending.waits:
+            self._metrics.core_answer_s.observe(time.monotonic() - pending.asked_s)
         if pending is None:
             if isinstance(message, Answer) and message.plan is not None:  # its client has left meanwhile
                 for charge in message.charges:
@@ -420,6 +424,7 @@ class RemoteCore:
     def _show_away(self) -> None:
         away = bool(self._link.away)
         self._metrics.fallback.labels(str(Fallback.CORE_AWAY)).set(away)
+        self._metrics.leads.set(0)  # what it decides meanwhile counts as a fall-back
 
     # ------------------------------------------------------------ people
 

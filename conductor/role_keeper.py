@@ -1,7 +1,8 @@
 """Carries out changes of roles on the real cluster: asks the planner, tells the engines' relays, counts.
 
-Off unless asked for (`--plan-roles`); POST /mooncake/roles works always. One gateway plans: two planners
-would turn each other's decisions round.
+Changes by itself only if asked to (`--plan-roles`); else it says on /metrics what it would have
+(mooncake_planner_*, for autoscalers and people). POST /mooncake/roles works always. One gateway plans: two
+planners would turn each other's decisions round.
 """
 
 import asyncio
@@ -33,19 +34,21 @@ class RoleMetrics:
             "mooncake_role_switches", "Changes of roles begun, by the new role.", ["role"], registry=registry
         )
         self.pressure = Gauge(
-            "mooncake_pool_pressure",
+            "mooncake_planner_pressure_ratio",
             "What the planner expects a pool to feel; above 1 it is too small.",
             ["role"],
             registry=registry,
         )
         self.wanted = Gauge(
-            "mooncake_replicas_wanted",
-            "Instances that the expected load needs, by role.",
+            "mooncake_planner_desired_instances",
+            "Instances that the expected load needs, by role: what to scale on.",
             ["role"],
             registry=registry,
         )
         self.requests_s = Gauge(
-            "mooncake_forecast_requests_per_second", "Arrivals that the planner expects.", registry=registry
+            "mooncake_planner_forecast_requests_per_second",
+            "Arrivals that the planner expects.",
+            registry=registry,
         )
 
     def forecast(self, forecast: Forecast) -> None:
@@ -55,6 +58,12 @@ class RoleMetrics:
         self.wanted.labels("prefill").set(forecast.prefill_wanted)
         self.wanted.labels("decode").set(forecast.decode_wanted)
         self.requests_s.set(forecast.requests_s)
+
+    def clear(self) -> None:
+        """Somebody else plans from now on: of two that say how many there should be, one is wrong."""
+        self.pressure.clear()
+        self.wanted.clear()
+        self.requests_s.set(0)
 
 
 class RoleKeeper:
@@ -67,9 +76,16 @@ class RoleKeeper:
         metrics: RoleMetrics,
         planner: Planner | None,
         changes: Changes | None = None,
+        *,
+        acts: bool = True,
     ) -> None:
-        """`planner` None = only people change roles. Nothing happens before `start`."""
+        """Nothing happens before `start`.
+
+        `planner` None = nobody says how many instances there should be. `acts` False: it says so, and only
+        people change roles.
+        """
         self.planner = planner
+        self.acts = acts
         self._view = view
         self._send = send
         self._metrics = metrics
@@ -85,6 +101,7 @@ class RoleKeeper:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._metrics.clear()
 
     def change(self, instance_id: str, role: str) -> None:
         """Begin a change that somebody asks for.
@@ -111,7 +128,7 @@ class RoleKeeper:
 
     def _plan(self, planner: Planner) -> None:
         for switch in planner.step(self._members()):
-            if switch.instance_id not in self._changes:
+            if self.acts and switch.instance_id not in self._changes:
                 self._begin(switch.instance_id, switch.role, "planned")
         self._metrics.forecast(planner.forecast)
 

@@ -1,12 +1,16 @@
 """What the indexer holds, and how its publishers are, on /metrics; read when it is asked for."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from conductor.indexer.follow import State
+from conductor.indexer.follow import Follower, State
 from conductor.indexer.service import Indexer
+from mooncake.core.metric_labels import INSTANCES_MAX, OTHER, Bounded
+
+_LABELS = ["instance_id", "rank"]
 
 
 class IndexerCollector(Collector):
@@ -15,6 +19,7 @@ class IndexerCollector(Collector):
     def __init__(self, indexer: Indexer) -> None:
         """Of one indexer."""
         self._indexer = indexer
+        self._known = Bounded(INSTANCES_MAX)
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family per number."""
@@ -47,17 +52,35 @@ class IndexerCollector(Collector):
         }
         followers = self._indexer.followers()
         for name, text in words.items():
-            family = CounterMetricFamily(f"mooncake_indexer_{name}", text, labels=["instance", "rank"])
-            for one in followers:
-                service = one.stream.source.service
-                family.add_metric([service.instance, str(service.rank)], getattr(one.stream, name))
-            yield family
-        left_out = CounterMetricFamily(
-            "mooncake_indexer_left_out", "Blocks without a name.", labels=["instance", "rank", "reason"]
+            yield self._summed(
+                CounterMetricFamily(f"mooncake_indexer_{name}", text, labels=_LABELS),
+                ((self._of(one), getattr(one.stream, name)) for one in followers),
+            )
+        yield self._summed(
+            CounterMetricFamily(
+                "mooncake_indexer_left_out", "Blocks without a name.", labels=[*_LABELS, "reason"]
+            ),
+            (
+                ((*self._of(one), str(reason)), count)
+                for one in followers
+                for reason, count in dict(one.stream.source.left_out).items()
+                if count
+            ),
         )
-        for one in followers:
-            service = one.stream.source.service
-            for reason, count in dict(one.stream.source.left_out).items():
-                if count:
-                    left_out.add_metric([service.instance, str(service.rank), reason], count)
-        yield left_out
+
+    def _of(self, follower: Follower) -> tuple[str, ...]:
+        """Return the labels of a publisher: whoever may register one names it."""
+        service = follower.stream.source.service
+        name = f"{service.instance}/{service.rank}"
+        return (OTHER, OTHER) if self._known(name) == OTHER else (service.instance, str(service.rank))
+
+    @staticmethod
+    def _summed(
+        family: CounterMetricFamily, values: Iterable[tuple[tuple[str, ...], float]]
+    ) -> CounterMetricFamily:
+        sums: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for labels, value in values:
+            sums[labels] += value
+        for labels, value in sums.items():
+            family.add_metric(labels, value)
+        return family

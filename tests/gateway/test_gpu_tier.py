@@ -85,7 +85,7 @@ class Site:
         return self.world.members.stores_in_step().get(gpu_node(name), False)
 
     def known(self, instance_id: str) -> float | None:
-        return self.world.registry.get_sample_value("mooncake_gpu_blocks_known", {"instance": instance_id})
+        return self.world.registry.get_sample_value("mooncake_gpu_blocks_known", {"instance_id": instance_id})
 
     async def ask(self, prompt: list[int]) -> tuple[str | None, dict[str, PrefillOption]]:
         """Where the prompt was prefilled, and what was compared."""

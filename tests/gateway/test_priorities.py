@@ -157,7 +157,7 @@ async def test_time_to_first_token_and_time_in_the_queue_are_measured_by_class(m
     await world.engine("b0", "both")
     for name in ("premium", "batch", "batch"):
         await world.finish(world.add(make_request(PROMPT), Terms(slo_class=CLASSES[name])))
-    for metric in ("mooncake_class_ttft_seconds_count", "mooncake_class_wait_seconds_count"):
+    for metric in ("mooncake_ttft_seconds_count", "mooncake_wait_seconds_count"):
         counts = {name: world.metric(metric, slo_class=name) for name in CLASSES}
         assert counts == {"premium": 1, "batch": 2, "interactive": 0, "default": 0}
 

@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 from conftest import make_request
+from prometheus_client import generate_latest
 from test_dispatch import PROMPT, expected
 
 from conductor.core import telling
@@ -18,10 +19,10 @@ LONG = 400
 
 
 @contextlib.asynccontextmanager
-async def keeping(world, planner=None, drain_s: float = 30.0):
+async def keeping(world, planner=None, drain_s: float = 30.0, acts: bool = True):
     """A keeper, and what the workers would do: register with the role that they were told."""
     metrics = RoleMetrics(world.registry)
-    keeper = RoleKeeper(world.view, world.members.order_role, metrics, planner, Changes(drain_s))
+    keeper = RoleKeeper(world.view, world.members.order_role, metrics, planner, Changes(drain_s), acts=acts)
 
     async def obey() -> None:
         told: dict[str, int] = {}
@@ -110,8 +111,28 @@ async def test_the_planners_decisions_are_carried_out_once_and_its_forecast_is_s
         await world.engine(name, kind)
     async with keeping(world, planner):
         await world.until(lambda: role(world, "p1") == "decode")
-        await world.until(lambda: world.metric("mooncake_replicas_wanted", role="prefill") == 1)
+        await world.until(lambda: world.metric("mooncake_planner_desired_instances", role="prefill") == 1)
         assert [order.role for order in world.engines[1].orders] == [DRAINING, "decode"]
+    page = generate_latest(world.registry).decode()
+    assert "mooncake_planner_desired_instances{" not in page  # who plans no more says nothing
+
+
+async def test_a_planner_that_is_only_asked_says_how_many_there_should_be_and_changes_nobody(
+    make_world,
+) -> None:
+    class Decided(Planner):
+        """Always wants another split."""
+
+        def step(self, members):
+            return [Switch(one.instance_id, "decode") for one in members if one.instance_id == "p1"]
+
+    world = make_world()
+    planner = Decided(PlannerConfig(interval_s=0.01), world.cost)
+    for name, kind in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode")):
+        await world.engine(name, kind)
+    async with keeping(world, planner, acts=False):
+        await world.until(lambda: world.metric("mooncake_planner_desired_instances", role="prefill") == 1)
+        assert [engine.orders for engine in world.engines] == [[], [], []]
 
 
 async def test_the_planner_hears_of_every_request_and_answer(make_world) -> None:
@@ -125,7 +146,7 @@ async def test_the_planner_hears_of_every_request_and_answer(make_world) -> None
         await world.finish(rid)
     await world.until(lambda: world.metric("mooncake_requests_total", outcome="finished") == 5)
     async with keeping(world, planner) as keeper:
-        await world.until(lambda: world.metric("mooncake_forecast_requests_per_second") == 5)
+        await world.until(lambda: world.metric("mooncake_planner_forecast_requests_per_second") == 5)
         assert keeper.planner is planner
 
 

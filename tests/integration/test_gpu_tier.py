@@ -26,7 +26,7 @@ def last_decision(cluster: Cluster) -> dict[str, Any]:
 
 
 def known(cluster: Cluster, instance_id: str) -> float:
-    return cluster.metric("mooncake_gpu_blocks_known", instance=instance_id)
+    return cluster.metric("mooncake_gpu_blocks_known", instance_id=instance_id)
 
 
 def is_exact(cluster: Cluster) -> bool:

@@ -48,7 +48,7 @@ def test_a_batch_flood_is_passed_by_others_preempts_nobody_and_is_done_in_the_en
     assert let_in[-1] == "batch", "it waited in the gateway, not in the engines"
     assert cluster.metric("vllm:num_preemptions_total") == 0
     for name, count in (("batch", FLOOD), ("default", OTHERS)):
-        assert cluster.metric("mooncake_class_ttft_seconds_count", slo_class=name) >= count
+        assert cluster.metric("mooncake_ttft_seconds_count", slo_class=name) >= count
     cluster.assert_nothing_leaked(10.0)
 
 
