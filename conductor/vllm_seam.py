@@ -309,6 +309,7 @@ async def serve(app: Any, asgi: Any, args: argparse.Namespace, serving: Serving)
             await leaving.pause(serving.delay_s)
             await _leave(server, leaving.at_once)
             await leaving.unless_at_once(serving.drain())
+            leaving.is_done = True
             await leaving.told.wait()
             server.should_exit = True
         await http

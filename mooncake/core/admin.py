@@ -69,6 +69,7 @@ class Drains(msgspec.Struct, frozen=True):
 
     begin: Callable[[str], None]  # with why, for people
     in_flight: Callable[[], int]
+    is_done: Callable[[], bool]
 
 
 def json_answer(status: int, value: object) -> Answer:
@@ -214,11 +215,9 @@ class AdminServer:
         assert self._drains is not None
         if asked.method == "POST":
             self._drains.begin("asked for")
-        phase = self._health.phase
-        return json_answer(
-            202 if asked.method == "POST" else 200,
-            {"state": str(phase), "in_flight": self._drains.in_flight()},
-        )
+        state = "drained" if self._drains.is_done() else str(self._health.phase)
+        status = 202 if asked.method == "POST" else 200
+        return json_answer(status, {"state": state, "in_flight": self._drains.in_flight()})
 
 
 def _verdict(ask: Callable[[], Verdict]) -> Handle:

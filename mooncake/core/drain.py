@@ -33,6 +33,8 @@ class Leaving:
         self.told = asyncio.Event()
         self.at_once = asyncio.Event()
         self.in_flight = in_flight
+        self.is_done = False
+        """Whether it has drained: nothing in flight, nobody comes any more. Set by the process."""
         self._health = health
         self._drain_s = drain_s
         self._loop = asyncio.get_running_loop()
@@ -40,7 +42,7 @@ class Leaving:
     @property
     def drains(self) -> Drains:
         """What the admin server needs."""
-        return Drains(self.ask, lambda: self.in_flight())
+        return Drains(self.ask, lambda: self.in_flight(), lambda: self.is_done)
 
     def on_signals(self) -> None:
         """Take SIGTERM and SIGINT from now on."""

@@ -92,6 +92,7 @@ async def _store(options: StoreOptions) -> int:
         await service.run_until(own.leaving.draining)
         await registration.close()  # others fetch nothing more from here
         await service.save(own.leaving.at_once.is_set)
+        own.leaving.is_done = True
         await service.run_until(own.leaving.told)
     return 0
 

@@ -26,4 +26,5 @@ async def drained(leaving: Leaving) -> None:
     while idle < LOOKS and not leaving.at_once.is_set():
         idle = 0 if leaving.in_flight() else idle + 1
         await leaving.pause(LOOK_S)
+    leaving.is_done = True
     log.info("drain.ends", handed_over=leaving.in_flight())

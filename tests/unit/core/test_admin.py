@@ -88,7 +88,7 @@ def test_the_three_probes_say_a_word_and_a_reason(serve):
 
 
 def test_probes_need_no_token_and_all_else_does(serve):
-    server = serve(token=TOKEN, drains=Drains(lambda why: None, lambda: 0))
+    server = serve(token=TOKEN, drains=Drains(lambda why: None, lambda: 0, lambda: True))
     assert {ask(server, path)[0] for path in ("/livez",)} == {200}
     for path in ("/metrics", "/drain", "/nowhere"):
         status, headers, _ = ask(server, path)
@@ -146,13 +146,13 @@ def test_a_drain_is_begun_by_post_alone_and_tells_what_is_left(serve):
 
     health.started()
     health.ready()
-    server = serve(health=health, drains=Drains(begin, lambda: left[0]))
+    server = serve(health=health, drains=Drains(begin, lambda: left[0], lambda: not left[0]))
     assert json.loads(ask(server, "/drain")[2]) == {"state": "ready", "in_flight": 2}
     assert begun == []
     status, _, body = ask(server, "/drain", "POST")
     assert (status, json.loads(body)) == (202, {"state": "draining", "in_flight": 2})
     left[0] = 0
-    assert json.loads(ask(server, "/drain")[2]) == {"state": "draining", "in_flight": 0}
+    assert json.loads(ask(server, "/drain")[2]) == {"state": "drained", "in_flight": 0}
 
 
 def test_who_cannot_be_told_to_drain_has_no_such_path(serve):
