@@ -45,7 +45,6 @@ from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, Fron
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
 from mooncake.core.options import GatewayOptions
-from mooncake.core.reload import reloading
 
 log = structlog.get_logger(__name__)
 
@@ -84,20 +83,6 @@ class Cluster:
         self.client.bind(llm, vllm_seam.fail_requests)
         self.core.start(self.dispatcher)
         self.keeper.start()
-
-    def prepare(self, options: GatewayOptions) -> Callable[[], None]:
-        """Return what makes it go by other options, as far as that can change.
-
-        Raises:
-            ConfigError: the file of tenants is wrong.
-        """
-        change = self.core.prepare(options)
-
-        def changed() -> None:
-            change()
-            process_metrics().set_objectives(options.ttft_slo_s or None, options.tbt_slo_s or None)
-
-        return changed
 
     async def close(self) -> None:
         """End what `start` began."""
@@ -250,9 +235,6 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         add_routes(app, cluster, args, metadata)
         cluster.start(llm)
         own.leaving.in_flight = lambda: cluster.dispatcher.in_flight
-        await stack.enter_async_context(
-            reloading(options, process_metrics().registry, own.admin, cluster.prepare)
-        )
         record = front_record(options, args, own.metrics_url)
         value = msgspec.json.encode(record)
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
