@@ -41,6 +41,7 @@ from mooncake.core.process import alive
 from mooncake.core.rpc import BlockingRpcClient
 from mooncake.worker.pulse import Pulse
 from tests.integration.client import Client
+from tests.integration.collector import Collector
 
 BLOCK = 32
 READY_S = 240.0
@@ -67,6 +68,7 @@ class Setup:
     vllm: tuple[str, ...] = ()
     instances: int = 2
     """Prefill and decode, or two that do both, have one core each."""
+    traced: bool = False
 
 
 def free_port() -> int:
@@ -125,6 +127,10 @@ class Cluster:
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "CXX": "/bin/false",  # nothing needs a compiler, grammars included
         }  # fmt: skip
+        self.collector = Collector() if setup.traced else None
+        if self.collector is not None:
+            env["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collector.url
+            env["OTEL_BSP_SCHEDULE_DELAY"] = "200"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
                 up_command(model, self.port, self.run_dir, setup),
@@ -178,6 +184,8 @@ class Cluster:
             if self.running:
                 self.process.kill()
             self.process.wait(10.0)
+            if self.collector is not None:
+                self.collector.close()
 
     def logs(self) -> str:
         """Return the last lines of every log."""
