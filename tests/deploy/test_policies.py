@@ -1,10 +1,10 @@
 """What holds of every pod, whichever overlay it comes from."""
 
-import shlex
 from typing import Any
 
 import pytest
 
+from tests.deploy.conftest import flags_of
 from tests.deploy.manifests import (
     CLUSTERS,
     COMPONENT,
@@ -61,11 +61,11 @@ def each() -> list[Any]:
     ]
 
 
-def drain_wait_s(workload: Object) -> int:
+def drain_wait_s(workload: Object) -> float:
     """Return how long preStop may take."""
-    shell = main_container(workload)["lifecycle"]["preStop"]["exec"]["command"]
-    words = shlex.split(shell[2])
-    return int(words[words.index("--wait-s") + 1])
+    command = main_container(workload)["lifecycle"]["preStop"]["exec"]["command"]
+    wait_s: float = flags_of(command)["wait_s"]
+    return wait_s
 
 
 @pytest.mark.parametrize(("overlay", "workload"), each())
