@@ -85,6 +85,15 @@ class Admission:
         self._flights: dict[int, _Flight] = {}  # by decode ticket
         self._by_instance: dict[str, dict[int, _Flight]] = {}
 
+    def change(
+        self, mode: AdmissionMode, tbt_slo_s: float | None, decode_s: float | None, margin: float = MARGIN
+    ) -> None:
+        """Ask by these from now on, of what is in flight too; what was learned stays."""
+        self._mode = mode
+        self._tbt_slo_s = tbt_slo_s
+        self._given_s = decode_s
+        self._margin = margin
+
     @property
     def decode_s(self) -> float:
         """How long an answer is taken to be decoded (t_d)."""
@@ -96,8 +105,6 @@ class Admission:
         self, prefill_ticket: int, decode_ticket: int, instance_id: str, ready_s: float, kv_tokens: int
     ) -> None:
         """A request was taken; its prompt should be done at `ready_s`."""
-        if self._mode is AdmissionMode.OBJECTIVES:
-            return  # nobody asks
         flight = _Flight(instance_id, ready_s, kv_tokens)
         self._flights[decode_ticket] = flight
         self._by_instance.setdefault(instance_id, {})[decode_ticket] = flight

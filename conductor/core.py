@@ -4,8 +4,8 @@ In the gateway's process when there is one gateway; in a process of its own (con
 several share it.
 """
 
-import asyncio
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from conductor.planner import Planner, PlannerConfig
 from conductor.role_keeper import RoleKeeper, RoleMetrics
 from conductor.scheduler import Mode, Policy, Scheduler, SchedulerConfig
 from conductor.tenants import Quotas
-from conductor.tenants_file import TenantsFile, follow
+from conductor.tenants_file import read_tenants
 from mooncake.core.messages import Pulse
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.options import GatewayOptions
@@ -59,8 +59,7 @@ class Core:
         self.index, self.cost = PrefixIndex(), CostModel()
         name = f"gateway-{secrets.token_hex(4)}"  # a restarted one is another one
         self.members = Members(metadata, self.view, self.index, name, metrics, address=options.address)
-        self._tenants = FollowedTenants(options.tenants)
-        self.quotas = self._tenants.quotas
+        self.quotas = Quotas(read_tenants(options.tenants))
         self.decider = build_decider(
             scheduler_config(options), options.hold_s, self.view, self.index, self.cost, self.quotas,
             self.members.stores_in_step, metrics,
@@ -71,8 +70,9 @@ class Core:
             self.view, self.members.order_role, RoleMetrics(metrics.registry), planner,
             acts=options.plan_roles,
         )  # fmt: skip
-        heat = Heat(self.cost, options.hot_copies)
-        self.hot = HotCopies(heat, self.view, self.index, metadata, HotMetrics(metrics.registry))
+        self._planner = planner
+        self._heat = Heat(self.cost, options.hot_copies)
+        self.hot = HotCopies(self._heat, self.view, self.index, metadata, HotMetrics(metrics.registry))
 
     def start(self, sink: Sink | None = None) -> None:
         """Follow the cluster, on the running loop.
@@ -84,7 +84,6 @@ class Core:
             self.act()
             self.decider.observer.listen(self.hot.planned)  # whole keys, which a core does not get
             self.hot.start()
-        self._tenants.start()
 
     def act(self) -> None:
         """Begin to tell engines which roles to take: who decides, and nobody else."""
@@ -98,10 +97,27 @@ class Core:
 
     async def close(self) -> None:
         """End everything."""
-        await self._tenants.close()
         await self.hot.close()
         await self.rest()
         await self.members.close()
+
+    def prepare(self, options: GatewayOptions) -> Callable[[], None]:
+        """Return what makes it decide by other options, as far as that can change; what is in flight stays.
+
+        Raises:
+            ConfigError: the file of tenants is wrong.
+        """
+        tenants, config = read_tenants(options.tenants), scheduler_config(options)
+
+        def change() -> None:
+            self.options = options
+            self.quotas.change(time.monotonic(), tenants)
+            change_decider(self.decider, config, options.hold_s)
+            self._planner.change(PlannerConfig(tbt_slo_s=config.tbt_slo_s))
+            self.roles.acts = options.plan_roles
+            self._heat.change(options.hot_copies)
+
+        return change
 
     def status(self) -> dict[str, Any]:
         """Return who decides, JSON-ready."""
@@ -135,31 +151,6 @@ def telling(planner: Planner, cost: CostModel) -> Planned:
     return planned
 
 
-class FollowedTenants:
-    """Quotas of the tenants of a file, as it changes."""
-
-    def __init__(self, path: str) -> None:
-        """Nothing is followed before `start`. `path` "": nobody is limited.
-
-        Raises:
-            ConfigError: the file is wrong.
-        """
-        self._file = TenantsFile(path) if path else None
-        self.quotas = Quotas(None if self._file is None else self._file.read())
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin, on the running loop."""
-        if self._file is not None:
-            self._task = asyncio.create_task(follow(self._file, self.quotas), name="tenants")
-
-    async def close(self) -> None:
-        """End."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-
 def build_decider(
     config: SchedulerConfig,
     hold_s: float,
@@ -177,6 +168,12 @@ def build_decider(
     gate = Gate(GateConfig(hold_s=hold_s), view, lambda name: quotas.tenants.weight(name), cost)
     observer = Observer(cost, metrics, away)
     return LocalDecider(view, scheduler, cost, gate, quotas, observer, stores, metrics)
+
+
+def change_decider(decider: LocalDecider, config: SchedulerConfig, hold_s: float) -> None:
+    """Let a decider go by other values; who waits is looked at with the next tick."""
+    decider.scheduler.change(config)
+    decider.gate.change(GateConfig(hold_s=hold_s))
 
 
 class _OwnSink:

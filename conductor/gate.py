@@ -86,6 +86,11 @@ class Gate:
     def __len__(self) -> int:
         return len(self._room)
 
+    def change(self, config: GateConfig) -> None:
+        """Open by these from now on; who waits keeps its place and its deadline, and bounds stay."""
+        bounds = {"waiting_max": self._config.waiting_max, "tenant_max": self._config.tenant_max}
+        self._config = msgspec.structs.replace(config, **bounds)
+
     def offer(
         self, now_s: float, request_id: str, work: Work, terms: Terms, place: Place
     ) -> tuple[Plan | Rejection | None, list[Outcome]]:

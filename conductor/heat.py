@@ -90,6 +90,10 @@ class Heat:
         self._keys = 0  # kept by the warm ones
         self._uses, self._used_s = 0.0, 0.0  # of any prefix, fading as a counter does
 
+    def change(self, copies_max: int) -> None:
+        """Wish for at most so many copies from now on; what was counted stays."""
+        self._copies_max = copies_max
+
     def planned(
         self, now_s: float, keys: Sequence[bytes], hit_blocks: int, block_bytes: int, block_tokens: int
     ) -> None:

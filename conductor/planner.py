@@ -178,6 +178,10 @@ class Planner:
         self._ordered: dict[str, str] = {}  # who is on its way to which role
         self.forecast = Forecast(0.0, 0.0, 0.0, 0.0, config.prefill_min, config.decode_min)
 
+    def change(self, config: PlannerConfig) -> None:
+        """Plan by these from now on; what was measured stays."""
+        self._config = config
+
     @property
     def interval_s(self) -> float:
         """Seconds between two calls of `step`."""

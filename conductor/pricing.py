@@ -99,7 +99,7 @@ class Pricing:
         self._coming = coming
         self.cost = cost
         self._cluster = cluster
-        self._fetches = fetches
+        self.fetches = fetches
         self.trail: Trail | None = None  # where every price is left, if somebody wants to know
 
     def hits(self, facts: RequestFacts) -> Hits:
@@ -129,7 +129,7 @@ class Pricing:
         work_s = self._compute_s(record, total, local, cached, hits)
         best = Prefill(worker, queue_s + work_s, work_s, local, 0, None, cached)
         depth, node = hits.deepest
-        if not self._fetches or depth <= local or not self._cluster.is_open(record.node):
+        if not self.fetches or depth <= local or not self._cluster.is_open(record.node):
             return best
         # a store fetches what it lacks itself, whatever its engine's cache holds
         fetch_s = self.cost.transfer_s((depth - stored) * record.block_bytes, remote=True)

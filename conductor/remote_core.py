@@ -18,7 +18,7 @@ import structlog
 
 from conductor.admission import AdmissionMode
 from conductor.cluster import ClusterView
-from conductor.core import FollowedTenants, build_decider, scheduler_config
+from conductor.core import build_decider, change_decider, scheduler_config
 from conductor.core_link import CoreLink
 from conductor.core_messages import (
     CHARGES_MAX,
@@ -56,7 +56,9 @@ from conductor.members import Members, Sink
 from conductor.metrics import GatewayMetrics
 from conductor.modes import Fallback
 from conductor.plan import Need, Plan, Rejection, RequestFacts
-from conductor.scheduler import Policy
+from conductor.scheduler import Policy, SchedulerConfig
+from conductor.tenants import Quotas
+from conductor.tenants_file import read_tenants
 from conductor.terms import Terms
 from mooncake.core.errors import WIRE_ERRORS, MooncakeError, PeerGone, PeerTimeout
 from mooncake.core.keys import names_of
@@ -126,17 +128,16 @@ class RemoteCore:
         self.members = Members(
             metadata, self.view, self._index, name, metrics, follow_store=None, address=options.address
         )
-        self._tenants = FollowedTenants(options.tenants)
-        self.quotas = self._tenants.quotas
-        config = msgspec.structs.replace(scheduler_config(options), policy=Policy.CACHE_AWARE)
+        self.quotas = Quotas(read_tenants(options.tenants))
+        config = _own_config(options)
         self._local = build_decider(
             config, options.hold_s, self.view, self._index, self._cost, self.quotas, dict, metrics, away=True
         )
-        heat = Heat(self._cost, options.hot_copies)
-        self._hot = HotCopies(heat, self.view, self._index, metadata, HotMetrics(metrics.registry))
+        self._heat = Heat(self._cost, options.hot_copies)
+        self._hot = HotCopies(self._heat, self.view, self._index, metadata, HotMetrics(metrics.registry))
         self._local.observer.listen(self._hot.planned)
         self._local.observer.listen(self._planned_here)
-        self._checks = AdmissionMode(options.admission) is not AdmissionMode.OBJECTIVES
+        self._checks = config.admission is not AdmissionMode.OBJECTIVES
         self._metrics = metrics
         self._link = CoreLink(metadata, self, metrics)
         self._telling = Telling(lambda told: self._link.send(0, told))
@@ -154,7 +155,6 @@ class RemoteCore:
     def start(self, sink: Sink) -> None:
         """Look for the leader and join it, on the running loop. `sink`: the dispatcher of this process."""
         self.members.start(sink)
-        self._tenants.start()
         self._hot.start()
         self._link.start()
 
@@ -167,8 +167,23 @@ class RemoteCore:
                 pending.timer.cancel()
         self._pending.clear()
         await self._hot.close()
-        await self._tenants.close()
         await self.members.close()
+
+    def prepare(self, options: GatewayOptions) -> Callable[[], None]:
+        """Return what makes it go by other options, as far as that can change; what is in flight stays.
+
+        Raises:
+            ConfigError: the file of tenants is wrong.
+        """
+        tenants, config = read_tenants(options.tenants), _own_config(options)
+
+        def change() -> None:
+            self.quotas.change(time.monotonic(), tenants)
+            change_decider(self._local, config, options.hold_s)
+            self._checks = config.admission is not AdmissionMode.OBJECTIVES
+            self._heat.change(options.hot_copies)
+
+        return change
 
     # ------------------------------------------------------------ what the dispatcher asks
 
@@ -503,3 +518,8 @@ def _question(asked: Asked, contexts: list[Context]) -> Question:
         facts, asked.terms, asked.client_id, age_s, asked.is_sibling, "" if contexts else asked.unnamed(),
         contexts, asked.names, asked.trace,
     )  # fmt: skip
+
+
+def _own_config(options: GatewayOptions) -> SchedulerConfig:
+    """Return how it decides while no core does: it knows no other node's blocks."""
+    return msgspec.structs.replace(scheduler_config(options), policy=Policy.CACHE_AWARE)

@@ -121,6 +121,12 @@ class Scheduler:
             config.admission, config.tbt_slo_s, config.decode_s, cost, config.admission_margin
         )
 
+    def change(self, config: SchedulerConfig) -> None:
+        """Decide by these from now on. The mode stays, and all that is charged and known."""
+        self._config = msgspec.structs.replace(config, mode=self._config.mode)
+        self._pricing.fetches = config.policy is Policy.KVCACHE
+        self._admission.change(config.admission, config.tbt_slo_s, config.decode_s, config.admission_margin)
+
     def listen(self, trail: Trail) -> None:
         """Leave the price of everything that is compared in `trail`; who asked clears it."""
         self._pricing.trail = trail

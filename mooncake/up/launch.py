@@ -9,6 +9,7 @@ travel as JSON in a private file; the API key travels in the environment and now
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,12 @@ from mooncake.core.config import API_KEY_ENV, is_loopback
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, PeerError
 from mooncake.core.health import Health
 from mooncake.core.messages import STORES_PREFIX
+from mooncake.core.metadata_metrics import metered
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import GatewayOptions, StoreOptions, Traced, WorkerOptions
 from mooncake.core.options_base import Options
+from mooncake.core.reload import has_terminal, reloading
 from mooncake.core.secret import cluster_secret
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ async def _store(options: StoreOptions) -> int:
         registry = CollectorRegistry()
         own = await stack.enter_async_context(attended("store", options, registry))
         own.leaving.on_signals()
-        metadata = open_metadata(options.metadata)
+        metadata = metered(open_metadata(options.metadata))
         stack.push_async_callback(metadata.close)
         service = StoreService(config, metadata=metadata)
         record = await service.start()
@@ -89,6 +92,7 @@ async def _store(options: StoreOptions) -> int:
         registration.start()
         stack.push_async_callback(registration.close)
         own.look = lambda: _tell_ready(own.health, registration)
+        await stack.enter_async_context(reloading(options, registry, own.admin))
         await service.run_until(own.leaving.draining)
         await registration.close()  # others fetch nothing more from here
         await service.save(own.leaving.at_once.is_set)
@@ -181,7 +185,9 @@ def run(role: str, data: bytes) -> int:
 
 def guarded(service: str, options: Options, main: Callable[[], int]) -> int:
     """Return what `main` returns; our errors become one log line and an exit code."""
-    logs.setup(service, options.log_level)
+    logs.setup(service, options.log_level, options.log_format)
+    if not has_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody who can reload
     try:
         if isinstance(options, Traced) and options.otlp_endpoint:
             from mooncake.core.tracing import use_endpoint

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from conductor.tenants_file import TenantsFile
+from conductor.tenants_file import read_tenants
 from mooncake.core import log as logs
 from mooncake.core.config import is_loopback
 from mooncake.core.options import UpOptions
+from mooncake.core.reload import has_terminal
 from mooncake.core.shared_port import Held, check_port
 from mooncake.up.cluster import Cluster, prepare_run_dir
 from mooncake.up.metrics import metrics_text, with_admin_ports, write_prometheus_config
@@ -65,16 +66,17 @@ def tenant_keys(path: str) -> dict[str, str]:
     Raises:
         ConfigError: something in the file is wrong.
     """
-    if not path:
-        return {}
-    return {name: os.environ[name] for name in TenantsFile(path).read().keys_env}
+    return {name: os.environ[name] for name in read_tenants(path).keys_env}
 
 
 async def live(cluster: Cluster, board: Board, host: str, port: int, ready: Callable[[], str]) -> int:
     """Start the cluster, say `ready` once it serves on `host` and `port`, watch it, stop it when told."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # who asks for a reload is heard: every process looks at its file itself, see mooncake.core.reload
+    hang_up = stop.set if has_terminal() else lambda: None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
     with board:
         try:
             await cluster.start()

@@ -29,6 +29,7 @@ from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import WorkerOptions
+from mooncake.core.reload import Reloader, has_terminal, reloading
 from mooncake.core.vitals import VitalsCollector
 from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
@@ -108,6 +109,7 @@ class Instance:
     def __init__(self, options: WorkerOptions) -> None:
         """Nothing is started yet."""
         self._options = options
+        self._reloader: Reloader | None = None
         self._stop_read, self._stop_write = make_stop_pipe()
         self._registered: tuple[asyncio.AbstractEventLoop, Registration] | None = None
         self._attended: tuple[asyncio.AbstractEventLoop, Attended] | None = None
@@ -133,6 +135,8 @@ class Instance:
         relay.on_turn = self._turned
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told)
+        if not has_terminal():
+            signal.signal(signal.SIGHUP, self._hung_up)
         self._start_control(spec, pulse, engine)
         log.info("engine.loading", instance=spec.instance_id, pid=engine.pid, model=spec.model)
         try:
@@ -206,6 +210,10 @@ class Instance:
         )
         self._control.start()
 
+    def _hung_up(self, *_: object) -> None:
+        if self._reloader is not None:
+            self._reloader.wake()
+
     def _stop_control(self) -> None:
         self._leave.set()
         if self._control:
@@ -218,7 +226,10 @@ class Instance:
         registry.register(VitalsCollector("engine", engine.pid))
         metadata = open_metadata(self._options.metadata)
         try:
-            async with attended(spec.role, self._options, registry) as own:
+            async with (
+                attended(spec.role, self._options, registry) as own,
+                reloading(self._options, registry, own.admin) as self._reloader,
+            ):
                 own.leaving.in_flight = lambda: sum(int(pulse.read(name)) for name in REQUESTS)
                 self._attended = asyncio.get_running_loop(), own
                 await self._register(spec, pulse, engine, metadata, own)

@@ -1,6 +1,5 @@
 """Tenants: what a file may say, who a request is counted as, and that nobody gets more than the quota."""
 
-import asyncio
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from conductor.plan import Reason
 from conductor.tenants import LISTED_MAX, NAMES_MAX, OTHER, Bucket, Quotas, Tenant, Tenants, parse_tenants
-from conductor.tenants_file import TenantsFile, follow
+from conductor.tenants_file import read_tenants
 from conductor.terms import CLASSES, Terms, said_in, with_body
 from mooncake.core.errors import ConfigError, RequestError
 
@@ -115,58 +113,13 @@ def test_whatever_a_file_has_is_understood_or_refused(text):
     assert tenants.of("anybody").weight > 0
 
 
-def test_a_changed_file_holds_when_it_was_seen_twice_and_a_wrong_one_is_refused_once(tmp_path):
-    path = tmp_path / "t.toml"
-    path.write_text("[tenants.a]\nweight = 2\n")
-    file = TenantsFile(str(path), {})
-    assert file.read().of("a").weight == 2
-    assert file.changed() is None
-    path.write_text("[tenants.a]\n")  # somebody is writing it
-    assert file.changed() is None
-    path.write_text("[tenants.a]\nweight = 3\n")
-    assert file.changed() is None
-    assert file.changed().of("a").weight == 3
-    assert file.changed() is None
-    path.write_text("[tenants.a]\nweight = ")
-    assert file.changed() is None
-    with pytest.raises(ConfigError):
-        file.changed()
-    assert file.changed() is None
-    path.unlink()
-    with pytest.raises(ConfigError, match="name a file that is there"):
-        file.changed()
-    assert file.changed() is None
-    path.write_text("[tenants.a]\nweight = 4\n")
-    assert file.changed() is None
-    assert file.changed().of("a").weight == 4
-
-
 @pytest.mark.parametrize("content", [b"\xff", b"#" * ((1 << 20) + 1), None])
 def test_a_file_that_is_no_text_too_long_or_not_there_is_refused(tmp_path, content):
     path = tmp_path / "t.toml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=str(path)):
-        TenantsFile(str(path), {}).read()
-
-
-async def test_quotas_follow_the_file_and_a_mistake_leaves_them_as_they_were(tmp_path):
-    path = tmp_path / "t.toml"
-    path.write_text("[tenants.a]\nconcurrent = 1\n")
-    file = TenantsFile(str(path), {})
-    quotas = Quotas(file.read())
-    with capture_logs() as logs:
-        following = asyncio.create_task(follow(file, quotas, poll_s=0.001))
-        async with asyncio.timeout(60):
-            path.write_text("[tenants.a]\nconcurrent = 2\n")
-            while quotas.tenants.of("a").concurrent != 2:  # noqa: ASYNC110 -- a thread reads the file
-                await asyncio.sleep(0.001)
-            path.write_text("[tenants.a]\nconcurrent = -1\n")
-            while not any(line["event"] == "tenants.refused" for line in logs):  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-    assert quotas.tenants.of("a").concurrent == 2
+        read_tenants(str(path), {})
 
 
 # ---------------------------------------------------------------- who somebody is
