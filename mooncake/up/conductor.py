@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mooncake.core import log as logs
+from mooncake.core.config import LOOPBACK
 from mooncake.core.options import ConductorOptions
-from mooncake.core.scrape import LOOPBACK
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
 from mooncake.up.metrics import admin_ports

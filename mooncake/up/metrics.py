@@ -5,10 +5,9 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from mooncake.core.config import fail
+from mooncake.core.config import LOOPBACK, fail
 from mooncake.core.options import UpOptions
-from mooncake.core.scrape import LOOPBACK
-from mooncake.up.plan import metrics_names
+from mooncake.up.plan import admin_names
 
 PORTS_TRIED_MAX = 1000
 """Beyond so many taken ports in a row something is wrong with the machine."""
@@ -27,7 +26,7 @@ def with_admin_ports(options: UpOptions) -> UpOptions:
     Raises:
         ConfigError: a wanted port is taken or out of range, or none is free.
     """
-    ports = admin_ports(metrics_names(options), options.port, options.admin_port)
+    ports = admin_ports(admin_names(options), options.port, options.admin_port)
     return options.replace(admin_ports=ports)
 
 
@@ -73,13 +72,9 @@ def can_bind(port: int) -> bool:
         return True
 
 
-def write_prometheus_config(options: UpOptions, gateway: str) -> None:
-    """Write a configuration that scrapes the whole cluster; `gateway` is its host:port.
-
-    Of several gateways any may answer there: each has a port of its own for its metrics.
-    """
-    targets = [("gateway", gateway)] if options.gateways is None else []
-    targets += [(name, f"{LOOPBACK}:{port}") for name, port in options.admin_ports.items()]
+def write_prometheus_config(options: UpOptions) -> None:
+    """Write a configuration that scrapes the whole cluster."""
+    targets = [(name, f"{LOOPBACK}:{port}") for name, port in options.admin_ports.items()]
     (Path(options.run_dir) / CONFIG_NAME).write_text(prometheus_config(targets))
 
 

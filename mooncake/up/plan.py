@@ -14,13 +14,13 @@ from mooncake.core.options import GatewayOptions, StoreOptions, UpOptions, Worke
 from mooncake.core.options_base import told
 from mooncake.core.process import pick_cores
 
-CORE = "core"
+CONDUCTOR, CORE = "conductor", "core"
 SOCKET_PATH_CHARS_MAX = 107
 """sun_path of a unix socket; the longest name we put below the run directory is about 45."""
 RUN_DIR_CHARS_MAX = SOCKET_PATH_CHARS_MAX - 45
-CONDUCTOR_STOP_S, CORE_STOP_S, WORKER_STOP_S, STORE_STOP_S = 30.0, 5.0, 15.0, 15.0
-"""Graces: a gateway drains for 25 s, a core resigns within 1 s, an engine stops within 10 s, a store copies
-to its SSD for 5 s."""
+CONDUCTOR_STOP_S, CORE_STOP_S, WORKER_STOP_S, STORE_STOP_S = 5.0, 5.0, 15.0, 10.0
+"""Graces beyond the time to drain: idle connections get 1 s, a core resigns within 1 s, an engine stops
+within 10 s, a store closes its SSD within 5 s."""
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,7 @@ def make_plan(
     return [
         Process(
             name="store", role="store", options=StoreOptions(**store).checked(), heavy=False, stop_rank=2,
-            stop_s=STORE_STOP_S,
+            stop_s=options.drain_s + STORE_STOP_S,
         ),
         *plan_conductor(
             GatewayOptions(**gateway).checked(), options.gateways, options.admin_ports, tenant_keys
@@ -106,10 +106,10 @@ def plan_conductor(
     env = {**keys, **({API_KEY_ENV: options.api_key} if options.api_key else {})}
     own = {**options.shared(GatewayOptions), "source": options.source or options.section}
     options = GatewayOptions(**{**own, "api_key": "", "api_key_file": ""})
+    stop_s = options.drain_delay_s + options.drain_s + CONDUCTOR_STOP_S
     if gateways is None:
-        return [
-            Process(name="conductor", role="conductor", options=options, env=env, stop_s=CONDUCTOR_STOP_S)
-        ]
+        options = options.replace(admin_port=admin_ports.get(CONDUCTOR, 0))
+        return [Process(name=CONDUCTOR, role="conductor", options=options, env=env, stop_s=stop_s)]
     named = {
         name: options.replace(
             name=f"{options.name}-{name}" if options.name else name,
@@ -122,19 +122,19 @@ def plan_conductor(
     return [
         Process(name=CORE, role=CORE, options=core, env=keys, heavy=False, stop_rank=1, stop_s=CORE_STOP_S),
         *(
-            Process(name=name, role="gateway", options=one, env=env, stop_s=CONDUCTOR_STOP_S)
+            Process(name=name, role="gateway", options=one, env=env, stop_s=stop_s)
             for name, one in named.items()
         ),
     ]
 
 
 def gateway_names(gateways: int | None) -> list[str]:
-    """Return the processes of a Conductor that is divided, in the order of start; none if it is not."""
-    return [] if gateways is None else [CORE, *(f"gateway-{i}" for i in range(gateways))]
+    """Return the processes of a Conductor, in the order of start; `gateways` None = it is not divided."""
+    return [CONDUCTOR] if gateways is None else [CORE, *(f"gateway-{i}" for i in range(gateways))]
 
 
-def metrics_names(options: UpOptions) -> list[str]:
-    """Return the processes that need a port for their metrics, in the order of start."""
+def admin_names(options: UpOptions) -> list[str]:
+    """Return the processes, each of which has an admin server, in the order of start."""
     return ["store", *gateway_names(options.gateways), *(name for name, _ in engine_roles(options))]
 
 
@@ -166,7 +166,7 @@ def _engine(options: UpOptions, name: str, role: str, cores: list[int]) -> Proce
     launch_role = "decode" if role == "decode" else "prefill"
     return Process(
         name=name, role=launch_role, options=WorkerOptions(**worker).checked(), env=env, cores=cores,
-        stop_rank=1, stop_s=WORKER_STOP_S,
+        stop_rank=1, stop_s=options.drain_s + WORKER_STOP_S,
     )  # fmt: skip
 
 

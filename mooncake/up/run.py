@@ -51,7 +51,7 @@ def _up(options: UpOptions, console: Console) -> int:
     plan = make_plan(options, sorted(os.sched_getaffinity(0)), keys)
     run_dir = Path(options.run_dir)
     prepare_run_dir(run_dir)
-    write_prometheus_config(options, f"{url_host(options.host)}:{options.port}")
+    write_prometheus_config(options)
     board = Board(console)
     env = base_env(os.environ, options.model_is_local, keys)
     cluster = Cluster(plan, run_dir, env, board, options.zygote)
@@ -84,7 +84,7 @@ async def live(cluster: Cluster, board: Board, host: str, port: int, ready: Call
             if await cluster.wait_ready(stop, asked, port):
                 board.say(ready())
                 await cluster.watch(stop)
-            board.say("stopping: requests in flight get up to 25 s; Ctrl-C again ends them")
+            board.say("stopping when requests in flight have ended; Ctrl-C again ends them")
             return 0
         finally:
             await _close(cluster, stop)

@@ -4,7 +4,7 @@ import pytest
 
 from mooncake.core.config import API_KEY_ENV
 from mooncake.core.errors import ConfigError
-from mooncake.up.plan import UpOptions, base_env, make_plan, metrics_names, plan_conductor
+from mooncake.up.plan import UpOptions, admin_names, base_env, make_plan, plan_conductor
 from mooncake.up.run import tenant_keys
 
 WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x")
@@ -78,12 +78,16 @@ def test_what_the_user_set_wins_over_our_environment():
     assert "HF_HUB_OFFLINE" not in base_env({}, False)
 
 
-def test_every_process_but_the_gateway_gets_its_own_port_for_metrics():
-    assert metrics_names(WISH) == ["store", "prefill-0", "decode-0"]
-    ports = {"store": 8001, "prefill-0": 8002, "decode-0": 8003}
-    store, _, *engines = plan(admin_ports=ports)
-    assert {p.name: p.options.admin_port for p in (store, *engines)} == ports
-    assert {process.options.admin_port for process in plan() if process.role != "conductor"} == {0}
+def test_every_process_gets_its_own_admin_port():
+    assert admin_names(WISH) == ["store", "conductor", "prefill-0", "decode-0"]
+    ports = {"store": 8001, "conductor": 8002, "prefill-0": 8003, "decode-0": 8004}
+    assert {one.name: one.options.admin_port for one in plan(admin_ports=ports)} == ports
+    assert {one.options.admin_port for one in plan()} == {0}
+
+
+def test_every_process_has_time_to_drain():
+    assert all(one.stop_s > 7.0 for one in plan(drain_s=7.0, gateways=2) if one.role != "core")
+    assert all(one.stop_s > 7.0 for one in plan(drain_s=7.0))
 
 
 def test_gateways_and_their_core_are_processes_of_their_own():
@@ -98,7 +102,7 @@ def test_gateways_and_their_core_are_processes_of_their_own():
     assert {f.options.tbt_slo_s for f in (core, *fronts)} == {0.1}, (
         "policy of the core, and for when it is away"
     )
-    assert metrics_names(WISH.replace(gateways=2)) == [
+    assert admin_names(WISH.replace(gateways=2)) == [
         "store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0",
     ]  # fmt: skip
 

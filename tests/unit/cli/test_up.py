@@ -209,7 +209,7 @@ async def test_stop_while_loading_ends_quietly(run_dir):
 @pytest.mark.chaos
 async def test_a_stubborn_engine_is_killed_after_its_grace(run_dir, monkeypatch):
     monkeypatch.setattr("mooncake.up.plan.WORKER_STOP_S", 0.3)
-    async with running(run_dir, vllm_args=["stubborn"]) as up:
+    async with running(run_dir, vllm_args=["stubborn"], drain_s=0.0) as up:
         assert await up.ready()
     assert "killed after 0.3 s" in up.output.getvalue()
 

@@ -28,7 +28,7 @@ def listener() -> socket.socket:
 
 def test_the_first_free_ports_above_the_gateways_are_taken():
     ports = with_admin_ports(WISH).admin_ports
-    assert list(ports) == ["store", "prefill-0", "decode-0"]
+    assert list(ports) == ["store", "conductor", "prefill-0", "decode-0"]
     assert sorted(set(ports.values())) == list(ports.values())
     assert min(ports.values()) > WISH.port
 
@@ -47,11 +47,12 @@ def test_ports_are_never_privileged_nor_beyond_the_last(port):
 
 
 def test_a_base_fixes_the_ports_in_the_order_of_start():
-    base = next(p for p in range(21_000, 30_000) if all(can_bind(p + i) for i in range(3)))
+    base = next(p for p in range(21_000, 30_000) if all(can_bind(p + i) for i in range(4)))
     assert with_admin_ports(WISH.replace(admin_port=base)).admin_ports == {
         "store": base,
-        "prefill-0": base + 1,
-        "decode-0": base + 2,
+        "conductor": base + 1,
+        "prefill-0": base + 2,
+        "decode-0": base + 3,
     }
 
 
@@ -75,10 +76,10 @@ def test_prometheus_scrapes_everyone():
     ]
 
 
-def test_gateways_that_share_a_port_are_scraped_at_their_own(tmp_path):
+def test_every_process_is_scraped_at_its_admin_port(tmp_path):
     options = UpOptions(model="/m", served_name="m", run_dir=str(tmp_path), port=20_000, gateways=2)
     options = with_admin_ports(options)
-    write_prometheus_config(options, "127.0.0.1:20000")
+    write_prometheus_config(options)
     (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
     names = [target["labels"]["process"] for target in job["static_configs"]]
     assert names == ["store", "core", "gateway-0", "gateway-1", "prefill-0", "decode-0"]
