@@ -28,6 +28,7 @@ from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
 from conductor.http import RejectionMiddleware, tenant_served
 from conductor.keeper import Keeper, KeeperMetrics
+from conductor.live import cluster_parts, live_page
 from conductor.metrics import process_metrics
 from conductor.processes import (
     joined_metadata,
@@ -45,6 +46,7 @@ from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, Fron
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
 from mooncake.core.options import GatewayOptions
+from mooncake.live.ring import part_of
 
 log = structlog.get_logger(__name__)
 
@@ -236,6 +238,12 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         cluster.start(llm)
         own.leaving.in_flight = lambda: cluster.dispatcher.in_flight
         record = front_record(options, args, own.metrics_url)
+        await stack.enter_async_context(
+            live_page(
+                own.admin, part_of(record.name, own.metrics_url), process_metrics().registry,
+                cluster_parts(cluster.view, metadata), prometheus_url=options.prometheus_url, always=alone,
+            )
+        )  # fmt: skip
         value = msgspec.json.encode(record)
         registration = Registration(metadata, GATEWAYS_PREFIX + record.name, lambda: value)
         stack.push_async_callback(registration.close)

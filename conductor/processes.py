@@ -20,6 +20,7 @@ import zmq
 
 from conductor.core import Core
 from conductor.core_service import CoreService
+from conductor.live import cluster_parts, live_page
 from conductor.metrics import core_metrics
 from mooncake.core.attend import attended
 from mooncake.core.config import fail
@@ -34,6 +35,7 @@ from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import GatewayOptions
 from mooncake.core.reload import reloading
 from mooncake.core.tracing import open_tracing
+from mooncake.live.ring import part_of
 
 if TYPE_CHECKING:
     from mooncake.core.tracing_sdk import Tracing
@@ -124,6 +126,12 @@ async def run_core(options: GatewayOptions) -> None:
         stack.push_async_callback(service.close)
         await service.start()
         record = FrontRecord(name, os.getpid(), "", own.metrics_url)
+        await stack.enter_async_context(
+            live_page(
+                own.admin, part_of(name, own.metrics_url), core.metrics.registry,
+                cluster_parts(core.view, metadata), prometheus_url=options.prometheus_url,
+            )
+        )  # fmt: skip
         async with registered(metadata, CORES_PREFIX, record) as registration:
             own.look = lambda: tell_ready(own.health, registration)
             await stack.enter_async_context(
