@@ -61,12 +61,15 @@ class LivePage:
         ring: Ring,
         prometheus: Prometheus | None = None,
         visited: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         """`boards`: Grafana's JSON by uid; with a `prometheus` the ring is not asked.
 
-        `visited` is called whenever somebody with the token asks for something.
+        `visited` is called whenever somebody with the token asks for something. `now`: the clock of the
+        ring, which the page goes by.
         """
         self._boards, self._ring, self._prometheus, self._visited = boards, ring, prometheus, visited
+        self._now = now
         self._files = _files()
         self._turns = threading.BoundedSemaphore(AT_ONCE_MAX)
 
@@ -107,7 +110,7 @@ class LivePage:
     def _data(self, path: str, query: Mapping[str, str]) -> tuple[int, object]:
         if path == "status":
             source = "memory" if self._prometheus is None else "prometheus"
-            return 200, {"source": source, "now_s": time.time(), **self._ring.status()}
+            return 200, {"source": source, "now_s": self._now(), **self._ring.status()}
         if path == "boards":
             return 200, [
                 {"uid": uid, "title": board.get("title", uid)} for uid, board in self._boards.items()
