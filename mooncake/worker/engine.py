@@ -17,7 +17,7 @@ from mooncake.core import log as logs
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.pulse import Pulse
-from mooncake.worker.spec import EngineSpec
+from mooncake.worker.spec import STOP_SIGNAL, EngineSpec
 
 INSECURE_ENV = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
@@ -102,7 +102,7 @@ def build_config(spec: EngineSpec) -> Any:
 
 
 def run(spec: EngineSpec) -> int:
-    """Run the engine until SIGTERM; return the exit code."""
+    """Run the engine until its relay says stop; return the exit code."""
     logs.setup_inherited("engine")
     refuse_insecure_serialization()
     pulse = Pulse(spec.pulse_path, create=False)
@@ -134,8 +134,9 @@ def run(spec: EngineSpec) -> int:
 
         engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the relay decides
+    signal.signal(STOP_SIGNAL, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):  # these may reach the whole group; the relay decides
+        signal.signal(number, signal.SIG_IGN)
     engine = engine_core.MooncakeEngine(
         spec,
         pulse,

@@ -18,7 +18,7 @@ import structlog
 
 from mooncake.core.cpu import compiler_env
 from mooncake.core.process import set_parent_death_signal
-from mooncake.worker.spec import EngineSpec
+from mooncake.worker.spec import STOP_SIGNAL, EngineSpec
 
 log = structlog.get_logger(__name__)
 
@@ -44,8 +44,8 @@ class EngineProcess:
         return self._code
 
     def stop(self, grace_s: float) -> int:
-        """SIGTERM, then SIGKILL after `grace_s`; return the exit code."""
-        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_WAIT_S)):
+        """STOP_SIGNAL, then SIGKILL after `grace_s`; return the exit code."""
+        for number, wait_s in ((STOP_SIGNAL, grace_s), (signal.SIGKILL, KILL_WAIT_S)):
             if self.poll() is not None:
                 break
             with contextlib.suppress(ProcessLookupError):

@@ -1,5 +1,6 @@
 """What an engine process is told, and what it answers once it is ready."""
 
+import signal
 from pathlib import Path
 
 import msgspec
@@ -8,6 +9,8 @@ from mooncake.core.config import STEP_TOKENS
 from mooncake.core.messages import StoreRecord
 
 LOAD_MODES = ("async", "layerwise")
+STOP_SIGNAL = signal.SIGUSR2
+"""By which a relay ends its engine: SIGTERM may come to a whole process group, and the relay drains first."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
