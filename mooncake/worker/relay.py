@@ -50,6 +50,8 @@ QUEUE_MESSAGES_MAX = 100_000
 """Per gateway: about 20 s of frames at 5,000 tokens/s; a gateway that far behind is cut off."""
 ORDERED = (*ROLES, DRAINING)
 HOLD_S_MAX = 600.0
+NAME_CHARS_MAX = 256
+"""Of a request's id in a log line."""
 DRAIN_FRAMES = 64
 """Frames taken from one socket before the others get a look."""
 
@@ -158,7 +160,8 @@ class Relay:
             try:
                 self._handle(identity, operation, frames)
             except MooncakeError as error:
-                log.warning("relay.refused", error=str(error), operation=operation[:8].hex())
+                told = {"error": str(error), "operation": operation[:8].hex(), **_named(frames)}
+                log.warning("relay.refused", **told)
                 self._reply(identity, [RelayOp.REFUSED, wire.encode(rpc.failure_of(error))])
 
     def _reply(self, identity: bytes, frames: list[bytes]) -> None:
@@ -271,6 +274,16 @@ class Relay:
         log.info("relay.gateway_left", gateway=slot.gateway_id, slot=index, reason=reason)
         if self.ready is not None:
             self._call_engine(index, "mooncake_abort_client", index)
+
+
+def _named(frames: list[bytes]) -> dict[str, str]:
+    """Return the id of a request that a gateway sends, as log lines have it: vLLM's first field."""
+    if len(frames) < 2 or frames[0] != VLLM_ADD:
+        return {}
+    with contextlib.suppress(MooncakeError, IndexError):  # it is refused already
+        engine_id = wire.decode(bytes(wire.decode(frames[1], list[msgspec.Raw])[0]), str)
+        return {"request_id": engine_id.rpartition("#")[0][:NAME_CHARS_MAX]}
+    return {}
 
 
 def make_stop_pipe() -> tuple[int, int]:

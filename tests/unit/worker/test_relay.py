@@ -11,6 +11,7 @@ import time
 import msgspec
 import pytest
 import zmq
+from structlog.testing import capture_logs
 
 from mooncake.core import wire
 from mooncake.core.errors import ConfigError
@@ -281,6 +282,19 @@ def test_an_engine_request_before_hello_is_refused(house, engine):
     stranger.send(RelayOp.ENGINE, VLLM_ADD, b"request")
     assert stranger.is_refused()
     assert engine.is_quiet()
+
+
+def test_a_refused_request_is_named_in_the_log(house):
+    gateway = house.gateway()
+    gateway.join("g")
+    with capture_logs() as lines:
+        gateway.send(RelayOp.ENGINE, VLLM_ADD, msgspec.msgpack.encode(["cmpl-run-7-0-ab12#p1", [1, 2], None]))
+        assert gateway.is_refused("capacity")
+        gateway.send(RelayOp.ENGINE, VLLM_ADD, b"no struct at all")
+        assert gateway.is_refused("capacity")
+    named, unnamed = (line for line in lines if line["event"] == "relay.refused")
+    assert named["request_id"] == "cmpl-run-7-0-ab12"
+    assert "request_id" not in unnamed
 
 
 def test_a_request_while_the_engine_loads_is_refused_for_lack_of_capacity(house):
