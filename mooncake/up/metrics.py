@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mooncake.core.config import LOOPBACK, fail
 from mooncake.core.options import UpOptions
-from mooncake.up.plan import admin_names
+from mooncake.up.plan import CONDUCTOR, CORE, admin_names
 
 PORTS_TRIED_MAX = 1000
 """Beyond so many taken ports in a row something is wrong with the machine."""
@@ -88,6 +88,12 @@ def prometheus_config(targets: Sequence[tuple[str, str]]) -> str:
             f"        labels: {{process: {json.dumps(name)}}}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def dashboard_url(options: UpOptions) -> str:
+    """Return where the live page is; of the process that decides: its memory begins with it."""
+    port = options.admin_ports.get(CONDUCTOR if options.gateways is None else CORE, 0)
+    return f"http://{LOOPBACK}:{port}/dashboard" if port else ""
 
 
 def metrics_text(options: UpOptions, url: str) -> str:

@@ -17,7 +17,7 @@ from mooncake.core.options import UpOptions
 from mooncake.core.reload import has_terminal
 from mooncake.core.shared_port import Held, check_port
 from mooncake.up.cluster import Cluster, prepare_run_dir
-from mooncake.up.metrics import metrics_text, with_admin_ports, write_prometheus_config
+from mooncake.up.metrics import dashboard_url, metrics_text, with_admin_ports, write_prometheus_config
 from mooncake.up.plan import base_env, make_plan
 from mooncake.up.show import Board
 
@@ -121,7 +121,7 @@ Mooncake is ready after {seconds:.1f} s at {url} serving {options.served_name}
     print(answer.choices[0].message.content)
 
 {metrics_text(options, url)}
-logs: {options.run_dir}   watch: mooncake top --url {url}   stop: Ctrl-C
+logs: {options.run_dir}   watch: {dashboard_url(options)}   or: mooncake top --url {url}   stop: Ctrl-C
 """
 
 

@@ -94,3 +94,11 @@ def test_the_ready_text_says_where_metrics_are():
     assert metrics_text(options, "http://127.0.0.1:8000") in text
     for part in ("http://127.0.0.1:8000/metrics", "store:8001", "prefill-0:8002", "/r/prometheus.yml"):
         assert part in text
+
+
+@pytest.mark.parametrize(("gateways", "who"), [(None, "conductor"), (2, "core")])
+def test_the_ready_text_says_where_the_live_page_is(gateways, who):
+    options = UpOptions(
+        model="/m", served_name="m", run_dir="/r", gateways=gateways, admin_ports={"store": 8001, who: 8002}
+    )
+    assert "http://127.0.0.1:8002/dashboard" in ready_text(options, 1, has_key=False)
