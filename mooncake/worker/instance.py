@@ -26,6 +26,7 @@ from mooncake.core.attend import Attended, attended
 from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.messages import INSTANCES_PREFIX, STORES_PREFIX, InstanceRecord, RoleOrder, StoreRecord
 from mooncake.core.metadata import MetadataStore
+from mooncake.core.metadata_metrics import MetadataCollector, metered, process_meter
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import WorkerOptions
@@ -118,8 +119,8 @@ class Instance:
         self._ready = threading.Event()
         self._record: InstanceRecord | None = None
         self._tells_blocks = False
-        self._gpu = GpuCollector(options.instance_id, options.role)
         self._role = HeldRole(options.role)
+        self._gpu = GpuCollector(options.instance_id, self._role_now)
 
     def run(self) -> int:
         """Start, serve until SIGTERM and the end of what is in flight, or the engine's end, clean up."""
@@ -221,10 +222,11 @@ class Instance:
 
     async def _control_main(self, spec: EngineSpec, pulse: Pulse, engine: EngineProcess) -> None:
         registry = CollectorRegistry()
-        registry.register(PulseCollector(pulse, spec.instance_id, spec.role))
+        registry.register(PulseCollector(pulse, spec.instance_id, self._role_now))
         registry.register(self._gpu)
+        registry.register(MetadataCollector(process_meter()))
         registry.register(VitalsCollector("engine", engine.pid))
-        metadata = open_metadata(self._options.metadata)
+        metadata = metered(open_metadata(self._options.metadata))
         try:
             async with (
                 attended(spec.role, self._options, registry) as own,
@@ -292,8 +294,11 @@ class Instance:
             own.health.beat(RELAY_LOOP, now_s)
             own.lag_s.labels("relay").observe(busy_s)
 
+    def _role_now(self) -> str:
+        return self._role.now(time.monotonic())
+
     def _encoded(self, record: InstanceRecord) -> bytes:
-        return msgspec.json.encode(msgspec.structs.replace(record, role=self._role.now(time.monotonic())))
+        return msgspec.json.encode(msgspec.structs.replace(record, role=self._role_now()))
 
     def _take_role(self, order: RoleOrder) -> None:
         """Called by the relay; the next beat, at once, registers with the new role."""
@@ -311,6 +316,7 @@ class Instance:
         blocks = GpuBlocks(bytes.fromhex(record.context_root), record.block_size, record.kv_blocks)
         events = GpuEvents(spec, blocks, self._options.address)
         events.start()
+        self._gpu.block_bytes, self._gpu.blocks_max = record.block_bytes, record.kv_blocks
         self._gpu.events = events
         endpoint, told = events.endpoints
         return msgspec.structs.replace(record, gpu_endpoint=endpoint, gpu_events=told)
