@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from mooncake import bench_cli, drain_cli, indexer_cli, pool_cli, process_cli, simulate_cli
+from mooncake import (
+    bench_cli,
+    config_cli,
+    dashboards_cli,
+    drain_cli,
+    indexer_cli,
+    pool_cli,
+    process_cli,
+    simulate_cli,
+)
 from mooncake.cli_common import console, errors_told, resolve
 
 app = typer.Typer(
@@ -20,6 +29,7 @@ app = typer.Typer(
 
 
 process_cli.register(app)
+config_cli.register(app)
 drain_cli.register(app)
 
 

@@ -54,7 +54,8 @@ class ConfigFile(msgspec.Struct, frozen=True):
         """Return what it says of a process, by keys, and what is wrong with that."""
         kind = SECTIONS[section]
         if self.is_flat:
-            return self._of(kind, self.sections[""])
+            flat, wrong = self._of(kind, self.sections[""])
+            return flat, [*self.problems, *wrong]
         own, problems = self._of(kind, self.sections.get(section, {}))
         keys = settings_of(kind)
         common = {key: entry for key, entry in self.sections.get(COMMON, {}).items() if key in keys}

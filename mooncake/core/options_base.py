@@ -314,6 +314,20 @@ def settings_of(kind: type[Options]) -> Mapping[str, Setting]:
     return found
 
 
+def values_of(options: Options) -> dict[str, dict[str, Any]]:
+    """Return every setting: its value as it could be written, and who said it. Secrets are masked."""
+    found = {}
+    for one in settings_of(type(options)).values():
+        value = getattr(options, one.field)
+        text = (MASK if value else "") if one.secret else shown(one.kind, value)
+        found[one.key] = {
+            "value": text,
+            "origin": options.origins.get(one.key, DEFAULT),
+            "reloads": one.reloads,
+        }
+    return found
+
+
 def kind_of(info: FieldInfo) -> str:
     """Return what a setting takes, in a word, or its choices separated by |."""
     types = {bool: "flag", float: "number", str: "text"}

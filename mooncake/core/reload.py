@@ -26,7 +26,7 @@ from mooncake.core.admin import AdminServer, Answer, Asked, json_answer
 from mooncake.core.config_file import ConfigFile, Entry, read_config
 from mooncake.core.errors import ConfigError
 from mooncake.core.options import SECTIONS
-from mooncake.core.options_base import DEFAULT, ENV_PREFIX, MASK, Options, settings_of, shown, told
+from mooncake.core.options_base import ENV_PREFIX, Options, settings_of, shown, told, values_of
 
 log = structlog.get_logger(__name__)
 
@@ -257,20 +257,6 @@ class Reloader:
         except TimeoutError:
             return json_answer(503, {"error": f"not done within {RELOAD_S_MAX:g} s"})
         return json_answer(422 if outcome.result == "refused" else 200, msgspec.to_builtins(outcome))
-
-
-def values_of(options: Options) -> dict[str, dict[str, Any]]:
-    """Return every setting: its value as it could be written, and who said it. Secrets are masked."""
-    found = {}
-    for one in settings_of(type(options)).values():
-        value = getattr(options, one.field)
-        text = (MASK if value else "") if one.secret else shown(one.kind, value)
-        found[one.key] = {
-            "value": text,
-            "origin": options.origins.get(one.key, DEFAULT),
-            "reloads": one.reloads,
-        }
-    return found
 
 
 def _is_pinned(origin: str) -> bool:

@@ -14,32 +14,49 @@ from pydantic_settings import (
 from mooncake.core.config_file import ConfigFile, read_config
 from mooncake.core.errors import ConfigError
 from mooncake.core.options import Served
-from mooncake.core.options_base import DEFAULT, ENV_PREFIX, Options, settings_of, told
+from mooncake.core.options_base import ENV_PREFIX, Options, settings_of, told
 
 Kind = TypeVar("Kind", bound=Options)
 
 
-def load(kind: type[Kind], flags: Mapping[str, Any], config: str | None = None) -> Kind:
+def load(kind: type[Kind], flags: Mapping[str, Any], *, is_partial: bool = False) -> Kind:
     """Return the settings of a process; `origins` says who said what.
 
     Args:
         kind: its model.
         flags: what the command line says, by key.
-        config: path of the settings file; None: as flags or the environment say.
+        is_partial: what has to be said need not be.
 
     Raises:
         ConfigError: tells everything that is wrong, with who said it.
     """
-    known = settings_of(kind)
-    if config is None:
-        config = str(flags.get("config", os.environ.get(known["config"].env, "")))
+    config = str(flags.get("config", os.environ.get(settings_of(kind)["config"].env, "")))
     file = read_config(config) if config else ConfigFile("", {})
-    return fill(kind, flags, file, os.path.abspath(config) if config else "")
+    path = os.path.abspath(config) if config else ""
+    return fill(kind, flags, file, path, is_partial=is_partial)
 
 
-def fill(kind: type[Kind], flags: Mapping[str, Any], file: ConfigFile, path: str = "") -> Kind:
-    """Return the settings of a process whose settings file has been read; see `load`."""
+def fill(
+    kind: type[Kind],
+    flags: Mapping[str, Any],
+    file: ConfigFile,
+    path: str = "",
+    *,
+    looks_around: bool = True,
+    is_partial: bool = False,
+) -> Kind:
+    """Return the settings of a process whose settings file has been read; see `load`.
+
+    Args:
+        kind: its model.
+        flags: what the command line says, by key.
+        file: what the settings file says.
+        path: where that is, for later.
+        looks_around: False: neither the environment nor files with secrets count.
+        is_partial: what has to be said need not be.
+    """
     known = settings_of(kind)
+    absent = {key: "" for key, one in known.items() if is_partial and one.default is None}
     said, problems = file.of(kind.section)
     found: dict[str, str] = {}
 
@@ -59,7 +76,7 @@ def fill(kind: type[Kind], flags: Mapping[str, Any], file: ConfigFile, path: str
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            in_env = {key: value for key, value in env_settings().items() if key in known}
+            in_env = {key: value for key, value in env_settings().items() if key in known and looks_around}
             in_file = {key: entry.value for key, entry in said.items()}
             found.update({key: file.origin(entry) for key, entry in said.items()})
             found.update({key: known[key].env for key in in_env})
@@ -67,7 +84,7 @@ def fill(kind: type[Kind], flags: Mapping[str, Any], file: ConfigFile, path: str
             return (
                 init_settings,
                 InitSettingsSource(settings_cls, in_env),
-                InitSettingsSource(settings_cls, in_file),
+                InitSettingsSource(settings_cls, {**absent, **in_file}),
             )
 
         @classmethod
@@ -78,15 +95,10 @@ def fill(kind: type[Kind], flags: Mapping[str, Any], file: ConfigFile, path: str
         filled = Filled(**flags)
         values = {name: getattr(filled, name) for name in filled.model_fields_set}
         options: Kind = kind(**{**values, "config": path, "origins": found})
-        if isinstance(options, Served):
+        if isinstance(options, Served) and looks_around:
             options = options.with_key()  # type: ignore[assignment]
     except ConfigError as error:
         problems = [*problems, error]  # type: ignore[list-item]
     if problems:
         raise told(problems)
     return options
-
-
-def origin_of(options: Options, key: str) -> str:
-    """Return who said the value of a setting."""
-    return options.origins.get(key, DEFAULT)
