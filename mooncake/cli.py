@@ -8,7 +8,6 @@ import typer
 from mooncake import (
     bench_cli,
     config_cli,
-    dashboards_cli,
     drain_cli,
     indexer_cli,
     pool_cli,
