@@ -8,6 +8,7 @@ import typer
 from mooncake import (
     bench_cli,
     config_cli,
+    dashboards_cli,
     drain_cli,
     indexer_cli,
     pool_cli,
@@ -91,6 +92,7 @@ pool_cli.register(app)
 simulate_cli.register(app)
 indexer_cli.register(app)
 bench_cli.register(app)
+dashboards_cli.register(app)
 
 
 def main() -> None:
