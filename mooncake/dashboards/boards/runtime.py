@@ -161,7 +161,7 @@ def _metadata() -> list[Part]:
             stacked=True,
         ),
         lines(
-            "Metadata errors",
+            "Metadata errors by process",
             Text(
                 "Requests to the metadata store that failed, per second and process.",
                 "0.",
