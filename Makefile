@@ -1,5 +1,5 @@
 # Two commands matter:  make up   (install, then serve)     make test   (install, then test)
-.PHONY: up install test check unit integration lock clean
+.PHONY: up install test check unit integration deploy-check lock clean
 SHELL := bash
 # Bytecode is kept, whatever the environment says: without it every process compiles what it imports (vLLM: 12 s).
 export PYTHONDONTWRITEBYTECODE :=
@@ -26,8 +26,12 @@ unit: install          ## unit and simulation tests, a quick look: four processe
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"
 
+deploy-check: install  ## manifests and container files: rendered, validated, checkov (which it installs into .venv-kube)
+	@scripts/kube-parts || true
+	.venv/bin/python -m pytest tests/deploy
+
 lock: install          ## write requirements/cpu.lock anew from pyproject.toml
 	@scripts/lock
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-kube build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
