@@ -46,6 +46,7 @@ from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, Fron
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_registration import Registration
 from mooncake.core.options import GatewayOptions
+from mooncake.core.reload import reloading
 from mooncake.live.ring import part_of
 
 log = structlog.get_logger(__name__)
@@ -65,7 +66,7 @@ class Cluster:
         Raises:
             ConfigError: the file of tenants is wrong.
         """
-        metrics = process_metrics()
+        metrics = self._metrics = process_metrics()
         metrics.set_objectives(options.ttft_slo_s or None, options.tbt_slo_s or None)
         metrics.set_model(options.served_name or options.model)
         self.core = Core(options, metadata, metrics) if core is None else core
@@ -85,6 +86,20 @@ class Cluster:
         self.client.bind(llm, vllm_seam.fail_requests)
         self.core.start(self.dispatcher)
         self.keeper.start()
+
+    def prepare(self, options: GatewayOptions) -> Callable[[], None]:
+        """Return what makes it go by other options, as far as that can change.
+
+        Raises:
+            ConfigError: the file of tenants is wrong.
+        """
+        change = self.core.prepare(options)
+
+        def changed() -> None:
+            change()
+            self._metrics.set_objectives(options.ttft_slo_s or None, options.tbt_slo_s or None)
+
+        return changed
 
     async def close(self) -> None:
         """End what `start` began."""
@@ -237,6 +252,9 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         add_routes(app, cluster, args, metadata)
         cluster.start(llm)
         own.leaving.in_flight = lambda: cluster.dispatcher.in_flight
+        await stack.enter_async_context(
+            reloading(options, process_metrics().registry, own.admin, cluster.prepare)
+        )
         record = front_record(options, args, own.metrics_url)
         await stack.enter_async_context(
             live_page(

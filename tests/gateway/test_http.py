@@ -242,6 +242,17 @@ async def test_service_headers_that_make_no_sense_are_answered_400_by_name(site,
     assert header in answer.json()["error"]["message"]
 
 
+async def test_an_objective_that_is_reloaded_holds_from_the_next_request_on(site, configured) -> None:
+    engine = await site.engine("b0", "both")
+    site.cluster.prepare(options(configured[0], ttft_slo_s=1e-6))()
+    refused = await site.client.post("/v1/chat/completions", json=CHAT)
+    assert refused.status_code == 429
+    assert "Retry-After" in refused.headers
+    assert engine.legs() == []
+    site.cluster.prepare(options(configured[0]))()
+    assert (await site.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+
+
 async def test_an_objective_in_the_headers_is_enforced_with_429_and_retry_after(site) -> None:
     await site.engine("b0", "both")
     hurry = {"x-slo-ttft-ms": "0.000001"}
