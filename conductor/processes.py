@@ -141,7 +141,6 @@ async def run_core(options: GatewayOptions) -> None:
             await own.leaving.draining.wait()
             await service.close()  # before the metadata hears of anything else
         own.leaving.is_done = True
-        own.leaving.is_done = True
         await own.leaving.told.wait()
 
 
