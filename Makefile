@@ -1,5 +1,5 @@
 # Two commands matter:  make up   (install, then serve)     make test   (install, then test)
-.PHONY: up install test check unit integration deploy-check lock clean
+.PHONY: up install test check unit integration deploy-check docs lock clean
 SHELL := bash
 # Bytecode is kept, whatever the environment says: without it every process compiles what it imports (vLLM: 12 s).
 export PYTHONDONTWRITEBYTECODE :=
@@ -29,6 +29,9 @@ integration: install   ## only the tests with real engines
 deploy-check: install  ## manifests and container files: rendered, validated, checkov (which it installs into .venv-kube)
 	@scripts/kube-parts || true
 	.venv/bin/python -m pytest tests/deploy
+
+docs: install          ## build/site: the documentation
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 lock: install          ## write requirements/cpu.lock anew from pyproject.toml
 	@scripts/lock
