@@ -39,9 +39,9 @@ class DirectoryView(msgspec.Struct, frozen=True, kw_only=True):
 class DirectoryMetrics:
     """Counts requests to stores; `render` adds a view."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """Start at zero."""
-        self._registry = CollectorRegistry()
+        self._registry = CollectorRegistry() if registry is None else registry
         self._commands = Counter(
             "mooncake_directory_commands",
             "Blocks that stores were told to copy or drop.",
@@ -64,15 +64,19 @@ class DirectoryMetrics:
     def render(self, view: DirectoryView) -> bytes:
         """Return everything in Prometheus' text form; may be called in any thread."""
         registry = CollectorRegistry()
-        registry.register(_ViewCollector(view))
+        registry.register(ViewCollector(view))
         return generate_latest(registry) + generate_latest(self._registry)
 
 
-class _ViewCollector(Collector):
+class ViewCollector(Collector):
+    """Turns a view into Prometheus metrics."""
+
     def __init__(self, view: DirectoryView) -> None:
+        """Of one moment."""
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
+        """Yield one family per number."""
         view = self._view
         yield _gauge("exact", "1 if every node is in step, 0 if answers are hints.", view.mode is Mode.EXACT)
         yield _gauge("lag_seconds", "Longest time that a node has been out of step.", view.lag_s)

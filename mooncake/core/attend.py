@@ -10,7 +10,7 @@ from mooncake.core.admin import AdminServer, metrics_url
 from mooncake.core.config import admin_token
 from mooncake.core.drain import Leaving
 from mooncake.core.health import Health
-from mooncake.core.vitals import beating, lag_histogram
+from mooncake.core.vitals import beating, lag_histogram, refuse_shared_files
 
 
 class AdminOptions(Protocol):
@@ -57,8 +57,9 @@ async def attended(kind: str, options: AdminOptions, registry: CollectorRegistry
     """Attend to this process from now on, on the running loop; `kind`: conductor, gateway, store, ...
 
     Raises:
-        ConfigError: the file of the admin token cannot be read.
+        ConfigError: the file of the admin token cannot be read, or metrics would be shared by files.
     """
+    refuse_shared_files()
     health = Health()
     leaving = Leaving(health, options.drain_s)
     admin = None

@@ -137,13 +137,16 @@ def failed(span: Span, why: str) -> None:
     span.set_status(Status(StatusCode.ERROR, why))
 
 
+def span_counter(registry: CollectorRegistry) -> Counter:
+    """Return where spans are counted; a second one in the same registry raises."""
+    return Counter("mooncake_trace_spans", "Spans, by what became of them.", ["result"], registry=registry)
+
+
 class _Bounded(BatchSpanProcessor):
     """Hands spans on while fewer than so many wait, those that are being sent included."""
 
     def __init__(self, exporter: SpanExporter, registry: CollectorRegistry, waiting_max: int) -> None:
-        counter = Counter(
-            "mooncake_trace_spans", "Spans, by what became of them", ["result"], registry=registry
-        )
+        counter = span_counter(registry)
         self._dropped = counter.labels("dropped")
         self._waiting = _Waiting(waiting_max)
         batch = min(_number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), waiting_max)

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from mooncake.core.errors import ConfigError
 from mooncake.core.health import Health
 
 log = structlog.get_logger(__name__)
@@ -21,8 +22,22 @@ BEAT_S = 0.1
 """Ten wake-ups a second cost 0.1 % of a core and see every block of the loop that a client could."""
 LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LABELS = ["kind"]
+MULTIPROC_ENV = "PROMETHEUS_MULTIPROC_DIR"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def refuse_shared_files() -> None:
+    """Raise if prometheus_client would keep metrics in files that processes share.
+
+    Raises:
+        ConfigError: says what to unset: its sums would add up gauges that several processes see alike.
+    """
+    if folder := os.environ.get(MULTIPROC_ENV):
+        raise ConfigError(
+            f"environment variable {MULTIPROC_ENV} = {folder!r}: unset it: every process serves its own "
+            "metrics on its admin port, and Prometheus adds them up"
+        )
 
 
 def lag_histogram(registry: CollectorRegistry) -> Histogram:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import pytest
 from prometheus_client import CollectorRegistry
 
+from mooncake.core.errors import ConfigError
 from mooncake.core.health import ALIVE_S, Health
-from mooncake.core.vitals import BEAT_S, VitalsCollector, beating, lag_histogram
+from mooncake.core.vitals import BEAT_S, VitalsCollector, beating, lag_histogram, refuse_shared_files
 
 NAMES = ("resident_bytes", "open_fds", "threads", "cpu_seconds_total")
 
@@ -69,3 +71,10 @@ async def test_a_look_that_fails_does_not_stop_the_beat():
 
     async with beating("gateway", registry, health, lag_histogram(registry), look), asyncio.timeout(10.0):
         await enough.wait()
+
+
+def test_metrics_in_files_that_processes_share_are_refused_and_what_to_unset_is_said(monkeypatch):
+    refuse_shared_files()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/tmp/shared")
+    with pytest.raises(ConfigError, match="PROMETHEUS_MULTIPROC_DIR = '/tmp/shared': unset it"):
+        refuse_shared_files()
