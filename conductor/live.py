@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from conductor.cluster import ClusterView
 from mooncake.core.admin import AdminServer
@@ -22,8 +22,8 @@ from mooncake.core.metadata import MetadataStore
 from mooncake.live.boards import load_boards, names_read
 from mooncake.live.page import LivePage
 from mooncake.live.prometheus import Prometheus
-from mooncake.live.ring import Part, Ring, part_of
-from mooncake.live.scrape import Scraper
+from mooncake.live.ring import Part, Ring, Sample, part_of, samples_of
+from mooncake.live.scrape import SAMPLES_PATH, Scraper
 
 PARTS_S_MAX = 1.0
 """For the loop, and a metadata store that may be away, to say who there is."""
@@ -41,10 +41,15 @@ def cluster_parts(view: ClusterView, metadata: MetadataStore) -> Parts:
             for entry in (await metadata.get(prefix)).entries:
                 with contextlib.suppress(msgspec.MsgspecError):  # of another version
                     front = msgspec.json.decode(entry.value, type=FrontRecord)
-                    found.append(part_of(front.name, front.metrics_url))
+                    found.append(part_of(front.name, _samples_url(front.metrics_url)))
         return found
 
     return parts
+
+
+def _samples_url(metrics_url: str) -> str:
+    """Return where a process with a live page hands over samples."""
+    return metrics_url.removesuffix("/metrics") + SAMPLES_PATH if metrics_url else ""
 
 
 @contextlib.asynccontextmanager
@@ -75,14 +80,16 @@ async def live_page(
         return
     boards = load_boards()
     ring = Ring(names_read(boards.values()))
+    own = part_of(own.process, _samples_url(own.url))
+
+    def samples() -> list[Sample]:
+        return samples_of(registry, ring.names)
+
     if prometheus_url:
-        LivePage(boards, ring, Prometheus(prometheus_url)).register(admin)
+        LivePage(boards, ring, Prometheus(prometheus_url), samples=samples).register(admin)
         yield
         return
     loop = asyncio.get_running_loop()
-
-    def own_page() -> str:
-        return generate_latest(registry.restricted_registry(ring.names)).decode()
 
     def known_parts() -> list[Part]:
         asked = asyncio.run_coroutine_threadsafe(parts(), loop)
@@ -92,10 +99,12 @@ async def live_page(
             asked.cancel()
             raise PeerGone("the loop does not say who there is") from error
 
-    scraper = Scraper(ring, own, own_page, known_parts, admin_token())
+    scraper = Scraper(ring, own, samples, known_parts, admin_token())
     if always:
         scraper.start()
-    LivePage(boards, ring, visited=scraper.start).register(admin)
+    LivePage(boards, ring, visited=scraper.start, samples=samples, round_s=lambda: scraper.round_s).register(
+        admin
+    )
     try:
         yield
     finally:

@@ -19,8 +19,9 @@ from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.live.matching import Matcher
 from mooncake.live.prometheus import Prometheus
 from mooncake.live.promql import evaluate, names_of, parsed
-from mooncake.live.ring import Ring
+from mooncake.live.ring import ROUND_S, Ring, Sample
 from mooncake.live.samples import Array, Series
+from mooncake.live.scrape import SAMPLES_PATH
 
 ROOT = "/dashboard"
 STEPS_MAX = 720
@@ -31,6 +32,8 @@ AT_ONCE_MAX = 2
 """Queries evaluated at the same time: they compete with the process's own work for the interpreter."""
 WAIT_S_MAX = 10.0
 SPAN_S_MAX = 86_400.0
+PROMETHEUS_ROUND_S = 15.0
+"""How often most of them scrape; rates are taken over four times that, which suits quicker ones, too."""
 _TYPES = {
     "html": "text/html; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
@@ -62,14 +65,23 @@ class LivePage:
         prometheus: Prometheus | None = None,
         visited: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.time,
+        samples: Callable[[], list[Sample]] = list,
+        round_s: Callable[[], float] = lambda: ROUND_S,
     ) -> None:
-        """`boards`: Grafana's JSON by uid; with a `prometheus` the ring is not asked.
+        """Nothing is served before `register`.
 
-        `visited` is called whenever somebody with the token asks for something. `now`: the clock of the
-        ring, which the page goes by.
+        Args:
+            boards: Grafana's JSON by uid.
+            ring: what is asked.
+            prometheus: what is asked instead.
+            visited: called whenever somebody with the token asks for something.
+            now: the clock of the ring, which the page goes by.
+            samples: what the boards read of this process, for the rings of others.
+            round_s: from one sample of the ring to the next; of a Prometheus PROMETHEUS_ROUND_S is believed.
         """
         self._boards, self._ring, self._prometheus, self._visited = boards, ring, prometheus, visited
-        self._now = now
+        self._now, self._samples = now, samples
+        self._round_s = round_s if prometheus is None else lambda: PROMETHEUS_ROUND_S
         self._files = _files()
         self._turns = threading.BoundedSemaphore(AT_ONCE_MAX)
 
@@ -95,6 +107,8 @@ class LivePage:
 
     def _api(self, asked: Asked) -> Answer:
         path = asked.path.removeprefix(f"{ROOT}/api/")
+        if asked.path == SAMPLES_PATH:
+            return json_answer(200, self._samples())
         self._visited()
         try:
             status, value = self._data(path, asked.query)
@@ -110,7 +124,8 @@ class LivePage:
     def _data(self, path: str, query: Mapping[str, str]) -> tuple[int, object]:
         if path == "status":
             source = "memory" if self._prometheus is None else "prometheus"
-            return 200, {"source": source, "now_s": self._now(), **self._ring.status()}
+            told = {"source": source, "now_s": self._now(), "round_s": self._round_s()}
+            return 200, {**told, **self._ring.status()}
         if path == "boards":
             return 200, [
                 {"uid": uid, "title": board.get("title", uid)} for uid, board in self._boards.items()

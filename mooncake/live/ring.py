@@ -3,16 +3,19 @@
 Only the metrics that the dashboards name are kept. All pages of one round share its time, and a series that
 is on no page of a round has a hole there, so a table of numbers holds everything: 1.5 kB a series.
 A line's text up to its value names the series, and is looked up as it is: only new ones are taken apart.
+Who can, hands over samples instead of a page: making the text is most of what a scrape costs.
 """
 
 import threading
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from math import isfinite
 
 import msgspec
 import numpy as np
 import structlog
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from mooncake.live.matching import Matcher, selected
@@ -23,7 +26,7 @@ log = structlog.get_logger(__name__)
 WINDOW_S = 900.0
 """What an operator wants to see who opens the page after an alert."""
 ROUND_S = 5.0
-"""As `mooncake up`'s Prometheus; rates over $__rate_interval need four of them."""
+"""As `mooncake up`'s Prometheus; rates over $__rate_interval need four of them. Scrapers may take longer."""
 ROUNDS = int(WINDOW_S / ROUND_S) + 12
 """A minute more than the window: the first rates of the page have something to look back at."""
 SERIES_MAX = 20_000
@@ -32,6 +35,12 @@ SERIES_FIRST = 512
 KEY_CHARS_MAX = 1024
 """Name and labels of a series; longer ones are not kept."""
 JOB = "mooncake"
+
+
+Sample = tuple[str, dict[str, str], float]
+"""Name, labels, value."""
+Page = str | list[Sample]
+_Key = str | tuple[str, ...]
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -60,7 +69,7 @@ class Ring:
         self._round = -1  # counts up; its column is the rest by `rounds`
         self._labels: dict[int, Labels] = {}  # by row
         self._by_name: dict[str, dict[int, None]] = {}
-        self._rows: dict[Part, dict[str, int]] = {}
+        self._rows: dict[Part, dict[_Key, int]] = {}
         self._seen: dict[int, int] = {}  # row -> the last round with a sample
         self._free: list[int] = []
         self._dropped: dict[str, None] = {}
@@ -77,9 +86,9 @@ class Ring:
             span_s = float(known.max() - known.min()) if len(known) else 0.0
             return {"series": len(self._labels), "dropped": len(self._dropped), "span_s": span_s}
 
-    def add(self, at_s: float, pages: Mapping[Part, str | None]) -> None:
+    def add(self, at_s: float, pages: Mapping[Part, Page | None]) -> None:
         """Take one round; None = the part did not answer. Times rise from round to round."""
-        taken = {part: self._lines(page) for part, page in pages.items() if page is not None}
+        taken = {part: self._taken(page) for part, page in pages.items() if page is not None}
         with self._lock:
             self._round += 1
             self._forget()
@@ -87,9 +96,9 @@ class Ring:
             self._times_s[column] = at_s
             self._values[:, column] = np.nan
             for part in pages:
-                self._put(part, "up", float(part in taken), column)
-                for key, value in taken.get(part, []):
-                    self._put(part, key, value, column)
+                self._put(part, "up", None, float(part in taken), column)
+                for key, labels, value in taken.get(part, []):
+                    self._put(part, key, labels, value, column)
 
     def samples(self, names: Iterable[str], matchers: Iterable[Matcher] = ()) -> Samples:
         """Return all there is of these metrics.
@@ -108,33 +117,42 @@ class Ring:
 
     # ------------------------------------------------------------ parts
 
-    def _lines(self, page: str) -> list[tuple[str, float]]:
-        """Return series and value of each line that is kept; others' lines cost a look at their name."""
-        found = []
+    def _taken(self, page: Page) -> list[tuple[_Key, dict[str, str] | None, float]]:
+        """Return what is kept: what it is known by, its labels if they have been taken apart, its value."""
+        if isinstance(page, str):
+            return self._lines(page)
+        return [
+            ((name, *labels, *labels.values()), labels, value)
+            for name, labels, value in page
+            if name in self._names
+        ]
+
+    def _lines(self, page: str) -> list[tuple[_Key, dict[str, str] | None, float]]:
+        found: list[tuple[_Key, dict[str, str] | None, float]] = []
         for name, lines in groupby(page.split("\n"), _name):
             if name not in self._names:
                 continue
             for line in lines:
                 key, _, text = line.rpartition(" ")
                 try:
-                    found.append((key, float(text)))
+                    found.append((key, None, float(text)))
                 except ValueError:
                     log.debug("live.line", line=line[:200])
         return found
 
-    def _put(self, part: Part, key: str, value: float, column: int) -> None:
+    def _put(self, part: Part, key: _Key, labels: dict[str, str] | None, value: float, column: int) -> None:
         rows = self._rows.setdefault(part, {})
         row = rows.get(key)
         if row is None:
-            row = self._new(part, key)
+            row = self._new(part, key, labels)
             if row is None:
                 return
             rows[key] = row
         self._values[row, column] = value
         self._seen[row] = self._round
 
-    def _new(self, part: Part, key: str) -> int | None:
-        labels = _labels(part, key)
+    def _new(self, part: Part, key: _Key, told: dict[str, str] | None) -> int | None:
+        labels = _labels(part, key, told)
         if labels is None:
             return None
         if not self._free:
@@ -175,16 +193,30 @@ def _name(line: str) -> str:
     return line[: brace if brace >= 0 else line.find(" ")]
 
 
-def _labels(part: Part, key: str) -> Labels | None:
+def _labels(part: Part, key: _Key, told: dict[str, str] | None) -> Labels | None:
     """Return the labels of a new series; those of the process win, as with Prometheus' honor_labels off."""
-    if len(key) > KEY_CHARS_MAX:
+    if sum(map(len, key)) > KEY_CHARS_MAX:
         return None
-    try:
-        families = list(text_string_to_metric_families(f"{key} 0\n"))
-    except ValueError:
-        log.debug("live.series", key=key[:200])
-        return None
+    if isinstance(key, str):
+        try:
+            (sample,) = next(iter(text_string_to_metric_families(f"{key} 0\n"))).samples
+        except (ValueError, StopIteration):
+            log.debug("live.series", key=key[:200])
+            return None
+        name, told = sample.name, sample.labels
+    else:
+        name = key[0]
     own = {"job": JOB, "process": part.process, "instance": part.instance or part.process}
-    (sample,) = families[0].samples
-    labels = {f"exported_{name}" if name in own else name: value for name, value in sample.labels.items()}
-    return tuple(sorted({**labels, **own, NAME: sample.name}.items()))
+    labels = {f"exported_{label}" if label in own else label: value for label, value in (told or {}).items()}
+    return tuple(sorted({**labels, **own, NAME: name}.items()))
+
+
+def samples_of(registry: CollectorRegistry, names: Iterable[str]) -> list[Sample]:
+    """Return these metrics of a registry as they are now; what is no number is none in JSON either."""
+    families = registry.restricted_registry(names).collect()
+    return [
+        (sample.name, sample.labels, sample.value)
+        for family in families
+        for sample in family.samples
+        if isfinite(sample.value)
+    ]

@@ -1,4 +1,7 @@
-"""Asks the parts of a cluster for their pages, round after round, in a thread of its own."""
+"""Asks the parts of a cluster for their pages, round after round, in a thread of its own.
+
+It takes at most CPU_SHARE_MAX of a core: where a round costs more, the next one comes later.
+"""
 
 import contextlib
 import gzip
@@ -10,10 +13,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
 import structlog
 
 from mooncake.core.errors import MooncakeError
-from mooncake.live.ring import ROUND_S, Part, Ring
+from mooncake.live.ring import ROUND_S, Page, Part, Ring, Sample
 
 log = structlog.get_logger(__name__)
 
@@ -22,16 +26,23 @@ ANSWER_S_MAX = 2.0
 PAGE_BYTES_MAX = 8 << 20
 """Unpacked; the page of a gateway in front of 64 engines has 4 MB."""
 FETCHES_MAX = 8
+CPU_SHARE_MAX = 0.01
+"""Somebody may look; until then this is what it costs that they could."""
+ROUND_S_MAX = 30.0
+"""However much a round costs: rates over two minutes still say something."""
+SAMPLES_PATH = "/dashboard/api/samples"
+"""Where processes with a live page hand over what the boards read, as JSON: a sixth of a page's cost."""
 PARTS_MAX = 256
 """Asked by one process; a larger cluster has a Prometheus (--prometheus-url)."""
 CLOSE_S = 5.0
 
 
-class Page:
-    """One part's page over one kept connection."""
+class Source:
+    """One part's page, or its samples, over one kept connection. `cpu_s`: what asking has cost."""
 
     def __init__(self, url: str, token: str) -> None:
         """Connects with the first `fetch`."""
+        self.cpu_s = 0.0
         parts = urllib.parse.urlsplit(url)
         self._path = parts.path or "/"
         self._headers = {"Accept-Encoding": "gzip"}
@@ -40,8 +51,15 @@ class Page:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_S_MAX)
 
-    def fetch(self) -> str | None:
+    def fetch(self) -> Page | None:
         """Return the page; None = it cannot be had. A connection that has been closed is renewed."""
+        begin_s = time.thread_time()
+        try:
+            return self._fetch()
+        finally:
+            self.cpu_s += time.thread_time() - begin_s
+
+    def _fetch(self) -> Page | None:
         for fresh in (self._connection.sock is None, True):
             try:
                 self._connection.request("GET", self._path, headers=self._headers)
@@ -52,8 +70,12 @@ class Page:
                         return None
                     if reply.getheader("Content-Encoding") == "gzip":
                         body = _unpacked(body)
+                    if self._path == SAMPLES_PATH:
+                        return msgspec.json.decode(body, type=list[Sample])
                     return body.decode()
-            except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
+            except (
+                OSError, http.client.HTTPException, ValueError, zlib.error, msgspec.MsgspecError,
+            ) as error:  # fmt: skip
                 self.close()
                 if fresh:
                     log.debug("live.no_page", path=self._path, error=repr(error))
@@ -80,7 +102,7 @@ class Scraper:
         self,
         ring: Ring,
         own: Part,
-        own_page: Callable[[], str],
+        own_page: Callable[[], Page],
         parts: Callable[[], Sequence[Part]],
         token: str = "",
     ) -> None:
@@ -94,8 +116,9 @@ class Scraper:
             token: shown to the others; all processes of a cluster have the same.
         """
         self._ring, self._own, self._own_page, self._parts, self._token = ring, own, own_page, parts, token
-        self._pages: dict[Part, Page] = {}
-        self._busy: dict[Part, Future[str | None]] = {}
+        self._sources: dict[Part, Source] = {}
+        self._busy: dict[Part, Future[Page | None]] = {}
+        self.round_s = ROUND_S
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -119,29 +142,30 @@ class Scraper:
         next_s = time.monotonic()
         with ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="live page") as pool:
             while not self._closed.wait(max(0.0, next_s - time.monotonic())):
-                next_s = max(next_s + ROUND_S, time.monotonic())
+                next_s = max(next_s + self.round_s, time.monotonic())
                 try:
-                    self.round(pool)
+                    self.round_s = min(ROUND_S_MAX, max(ROUND_S, self.round(pool) / CPU_SHARE_MAX))
                 except Exception:  # the next round may work; the process serves on
                     log.exception("live.round_failed")
-        for page in self._pages.values():
-            page.close()
+        for source in self._sources.values():
+            source.close()
 
-    def round(self, pool: ThreadPoolExecutor) -> None:
-        """Ask everybody once; for at most half a round."""
-        at_s = time.time()
+    def round(self, pool: ThreadPoolExecutor) -> float:
+        """Ask everybody once, for at most half a round; return the seconds of CPU that it took."""
+        at_s, begin_s = time.time(), time.thread_time()
         try:
             parts = [part for part in self._parts() if part.url and part.url != self._own.url][:PARTS_MAX]
         except MooncakeError as error:
             log.debug("live.parts_unknown", error=str(error))
-            parts = list(self._pages)
-        for part in [part for part in self._pages if part not in parts]:
-            self._pages.pop(part).close()
+            parts = list(self._sources)
+        for part in [part for part in self._sources if part not in parts]:
+            self._sources.pop(part).close()
+        spent_s = sum(source.cpu_s for source in self._sources.values())
         for part in parts:
-            page = self._pages.setdefault(part, Page(part.url, self._token))
+            source = self._sources.setdefault(part, Source(part.url, self._token))
             if part not in self._busy:  # a part that hung is asked again when its thread is back
-                self._busy[part] = pool.submit(page.fetch)
-        pages: dict[Part, str | None] = {self._own: self._own_page()}
+                self._busy[part] = pool.submit(source.fetch)
+        pages: dict[Part, Page | None] = {self._own: self._own_page()}
         until_s = time.monotonic() + ROUND_S / 2
         for part in parts:
             pages[part] = None
@@ -149,3 +173,5 @@ class Scraper:
                 pages[part] = self._busy[part].result(max(0.0, until_s - time.monotonic()))
         self._busy = {part: future for part, future in self._busy.items() if not future.done()}
         self._ring.add(at_s, pages)
+        fetches_s = sum(source.cpu_s for source in self._sources.values()) - spent_s
+        return fetches_s + time.thread_time() - begin_s

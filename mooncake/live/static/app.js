@@ -8,12 +8,12 @@ const LONGER = [[3600, "1 h"], [21600, "6 h"]]; // a Prometheus remembers that l
 const EVERY = [[5, "5 s"], [10, "10 s"], [30, "30 s"], [0, "never"]];
 const POINTS = 180;
 const byId = (id) => document.getElementById(id);
-const state = { boards: [], board: null, chosen: {}, span: 900, every: 5, skew: 0, source: "memory", timer: 0, round: 0, panels: [] };
+const state = { boards: [], board: null, chosen: {}, span: 900, every: 5, skew: 0, round: 5, turn: 0, source: "memory", timer: 0, panels: [] };
 
 function view() {
-  const step = Math.max(5, Math.ceil(state.span / POINTS / 5) * 5);
+  const step = Math.max(5, Math.ceil(Math.max(state.span / POINTS, state.round) / 5) * 5);
   const end = Math.floor((Date.now() / 1000 + state.skew) / step) * step;
-  return { span: state.span, step, end };
+  return { span: state.span, step, end, round: state.round };
 }
 
 // ------------------------------------------------------------ a board
@@ -77,14 +77,14 @@ const observer = new IntersectionObserver((changes) => {
     const found = state.panels.find(({ box }) => box === change.target);
     if (!found) continue;
     found.seen = change.isIntersecting;
-    if (found.seen && found.drawn < state.round) refreshPanel(found, view()).catch(failed);
+    if (found.seen && found.drawn < state.turn) refreshPanel(found, view()).catch(failed);
   }
 }, { rootMargin: "200px" });
 
 async function refreshPanel(item, now) {
   if (item.busy) return;
   item.busy = true;
-  item.drawn = state.round;
+  item.drawn = state.turn;
   try {
     const targets = item.panel.targets ?? [];
     const found = await Promise.all(targets.map((target) => series(filled(target.expr, state.chosen, now), now)));
@@ -100,7 +100,7 @@ async function refreshPanel(item, now) {
 
 async function refresh() {
   clearTimeout(state.timer);
-  const mine = ++state.round;
+  const mine = ++state.turn;
   try {
     await tellStatus();
     const now = view();
@@ -109,13 +109,14 @@ async function refresh() {
   } catch (error) {
     failed(error);
   }
-  if (mine === state.round && state.every) state.timer = setTimeout(refresh, state.every * 1000);
+  if (mine === state.turn && state.every) state.timer = setTimeout(refresh, state.every * 1000);
 }
 
 async function tellStatus() {
   const status = await ask("status");
   state.skew = status.now_s - Date.now() / 1000;
   state.source = status.source;
+  state.round = status.round_s;
   const minutes = status.span_s < 90 ? `${Math.round(status.span_s)} s` : `${Math.round(status.span_s / 60)} min`;
   const parts = status.source === "prometheus" ? ["from Prometheus"] : [`from memory: the last ${minutes}, ${status.series} series`];
   if (status.dropped) parts.push(`${status.dropped} series are too many and not kept`);

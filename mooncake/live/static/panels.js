@@ -191,7 +191,7 @@ function newChart(panel, canvas, data, drawn, stacked) {
     cursor: { sync: { key: SYNC }, points: { size: 6 }, drag: { x: false, y: false } },
     scales: { x: { time: true }, y: { range: (_, low, high) => limits(low, high, min, max) } },
     axes: [
-      { ...axis, size: 22, space: 70, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", ...(data.times.at(-1) - data.times[0] <= 400 ? { second: "2-digit" } : {}) })) },
+      { ...axis, size: 22, space: 70, values: (_, ticks) => ticks.map((at) => clock(at, data.times.at(-1) - data.times[0] <= 400)) },
       { ...axis, size: (_, values) => 14 + 6.2 * Math.max(3, ...(values ?? []).map((v) => v.length)), values: (_, ticks) => ticks.map((value) => formatted(value, unit)) },
     ],
     bands,
@@ -225,6 +225,10 @@ function limits(low, high, min, max) {
   let top = Math.max(high ?? 0, bottom);
   if (top === bottom) top = bottom + 1;
   return [bottom, max !== undefined && max !== null ? Math.max(max, top) : top + 0.08 * (top - bottom)];
+}
+
+function clock(at, seconds) {
+  return new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false, ...(seconds ? { second: "2-digit" } : {}) });
 }
 
 function tint(color, share) {
@@ -293,7 +297,7 @@ function hover(u, unit) {
     return element("div", { className: "row" }, mark, element("span", { text: label || "all" }), element("b", { text: formatted(value, unit) }));
   });
   const box = u.over.getBoundingClientRect();
-  showTip([element("time", { text: new Date(times[idx] * 1000).toLocaleTimeString() }), ...rows], box.left + left, box.top + top);
+  showTip([element("time", { text: clock(times[idx], true) }), ...rows], box.left + left, box.top + top);
 }
 
 // ------------------------------------------------------------ all

@@ -30,7 +30,7 @@ export async function ask(path, values = {}) {
 // What Grafana puts in place of $name, ${name} and its macros. A chosen value becomes a literal pattern.
 export function filled(text, chosen, view) {
   const macros = {
-    __rate_interval: `${Math.max(view.step + 5, 20)}s`,
+    __rate_interval: `${Math.ceil(Math.max(view.step + view.round, 4 * view.round))}s`,
     __interval: `${view.step}s`,
     __range: `${view.span}s`,
   };

@@ -3,18 +3,19 @@
 import concurrent.futures
 import http.client
 import json
+import math
 import threading
 import urllib.parse
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from mooncake.core.admin import AdminServer
 from mooncake.live import scrape
 from mooncake.live.boards import load_boards
 from mooncake.live.page import SERIES_MAX, LivePage
 from mooncake.live.prometheus import Prometheus
-from mooncake.live.ring import Part, Ring, part_of
+from mooncake.live.ring import Part, Ring, part_of, samples_of
 from mooncake.live.scrape import Scraper
 
 OWN = Part("gateway-0", "http://127.0.0.1:1/metrics", "127.0.0.1:1")
@@ -211,8 +212,8 @@ def test_a_round_asks_all_parts_with_the_token_and_itself_directly(part):
     other = part_of("prefill-0", f"{admin.url}/metrics")
     gone = part_of("prefill-1", "http://127.0.0.1:9/metrics")
 
-    def own_page() -> str:
-        return generate_latest(registry.restricted_registry(ring.names)).decode()
+    def own_page() -> list:
+        return samples_of(registry, ring.names)
 
     scraper = Scraper(ring, OWN, own_page, lambda: [OWN, other, gone, Part("nowhere")], TOKEN)
     one_round(scraper)
@@ -223,12 +224,46 @@ def test_a_round_asks_all_parts_with_the_token_and_itself_directly(part):
     assert len(ring.samples(["c_total"]).labels) == 400
 
 
+def test_processes_with_a_live_page_hand_over_samples_which_wakes_no_ring(part):
+    registry, admin = part
+    Gauge("c_age", "Of nothing.", registry=registry).set(math.nan)  # JSON has no such number
+    ring, visits = Ring(["c_total", "c_age"]), []
+    page = LivePage(
+        {}, ring, visited=lambda: visits.append(1), samples=lambda: samples_of(registry, ring.names)
+    )
+    page.register(admin)
+    found = scrape.Source(f"{admin.url}{scrape.SAMPLES_PATH}", TOKEN).fetch()
+    assert len(found) == 200
+    assert ("c_total", {"kind": "kind-7"}, 7.0) in found
+    assert visits == []
+    ring.add(1000.0, {OWN: found})
+    as_text = Ring(["c_total"])
+    as_text.add(1000.0, {OWN: scrape.Source(f"{admin.url}/metrics", TOKEN).fetch()})
+    assert sorted(ring.samples(["c_total"]).labels) == sorted(as_text.samples(["c_total"]).labels)
+
+
+@pytest.mark.parametrize(("cpu_s", "round_s"), [(0.001, 5.0), (0.05, 5.0), (0.1, 10.0), (3.0, 30.0)])
+def test_rounds_that_cost_more_come_later(monkeypatch, cpu_s, round_s):
+    done = threading.Event()
+    scraper = Scraper(Ring(["up"]), OWN, list, list)
+
+    def costly(pool) -> float:
+        done.set()
+        return cpu_s
+
+    monkeypatch.setattr(scraper, "round", costly)
+    scraper.start()
+    assert done.wait(30)
+    scraper.close()
+    assert scraper.round_s == pytest.approx(round_s)
+
+
 def test_a_wrong_token_or_a_page_without_end_is_no_page(part, monkeypatch):
     _, admin = part
-    assert scrape.Page(f"{admin.url}/metrics", "wrong").fetch() is None
-    assert "c_total" in (scrape.Page(f"{admin.url}/metrics", TOKEN).fetch() or "")
+    assert scrape.Source(f"{admin.url}/metrics", "wrong").fetch() is None
+    assert "c_total" in (scrape.Source(f"{admin.url}/metrics", TOKEN).fetch() or "")
     monkeypatch.setattr(scrape, "PAGE_BYTES_MAX", 1000)  # less than it unpacks to
-    assert scrape.Page(f"{admin.url}/metrics", TOKEN).fetch() is None
+    assert scrape.Source(f"{admin.url}/metrics", TOKEN).fetch() is None
 
 
 def test_it_stops_when_told():
