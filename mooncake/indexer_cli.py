@@ -21,12 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def indexer(options: "IndexerOptions") -> None:
     """Tell routers which engine has cached how much of a prompt: upstream's indexer API."""
-    from conductor.indexer.run import Settings, check, serve
+    from conductor.indexer.run import check, serve
 
-    settings = check(
-        Settings(
-            options.host, options.port, options.metadata, options.publishers, options.blocks_max,
-            options.xxh3_seed, options.api_key,
-        )
-    )  # fmt: skip
-    common.run_role("indexer", options, lambda: serve(settings))
+    check(options)
+    common.run_role("indexer", options, lambda: serve(options))

@@ -66,26 +66,30 @@ def directory(options: "DirectoryOptions") -> None:
     def main() -> int:
         import asyncio
 
-        return asyncio.run(_serve(config, options.metadata))
+        return asyncio.run(_serve(config, options))
 
     run_role("directory", options, main)
 
 
-async def _serve(config: Any, metadata: str) -> int:
+async def _serve(config: Any, options: "DirectoryOptions") -> int:
     import asyncio
     import signal
 
+    from prometheus_client import CollectorRegistry
+
     from kvstore.leader.coordinator import Coordinator
     from mooncake.core.metadata_open import open_metadata
+    from mooncake.core.reload import reloading
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store = open_metadata(metadata)
+    store = open_metadata(options.metadata)
     coordinator = Coordinator(config, store)
     try:
-        await coordinator.start()
-        await coordinator.run_until(stop)
+        async with reloading(options, CollectorRegistry(), None):
+            await coordinator.start()
+            await coordinator.run_until(stop)
     finally:
         await coordinator.close()
         await store.close()

@@ -15,11 +15,11 @@ from conductor.indexer import http as http_module
 from conductor.indexer.endpoints import PUBLISHERS, check, networks, resolve
 from conductor.indexer.hashes import xxh3_names
 from conductor.indexer.requests import TOKENS_MAX, Wrong
-from conductor.indexer.run import Settings
 from conductor.indexer.run import check as check_settings
 from conductor.indexer.service import SERVICES_MAX
 from conductor.indexer.source import Source
 from mooncake.core.errors import ConfigError, RequestError
+from mooncake.core.options import IndexerOptions
 from mooncake.worker.gpu_blocks import decode_batch
 from tests.unit.conductor.indexer.make import Site, batch, send, service, stored
 
@@ -265,19 +265,18 @@ async def test_without_a_key_no_web_page_can_ask(site: Site) -> None:
 
 
 def test_other_addresses_than_loopback_need_a_key() -> None:
-    settings = Settings("0.0.0.0", 0, "", "", 0, 1337, "")
+    settings = IndexerOptions(host="0.0.0.0")
     with pytest.raises(ConfigError, match="MOONCAKE_API_KEY"):
         check_settings(settings)
-    check_settings(msgspec.structs.replace(settings, api_key=KEY))
+    check_settings(settings.replace(api_key=KEY))
 
 
 @pytest.mark.parametrize(
-    "change", [{"publishers": "10.0.0.0/33"}, {"blocks_max": -1}, {"seed": -1}, {"port": 1 << 16}]
+    "change", [{"publishers": "10.0.0.0/33"}, {"blocks_max": -1}, {"xxh3_seed": -1}, {"port": 1 << 16}]
 )
 def test_a_bad_setting_stops_the_process_with_its_name(change: dict) -> None:
-    settings = msgspec.structs.replace(Settings("127.0.0.1", 0, "", "", 0, 1337, ""), **change)
     with pytest.raises(ConfigError, match=next(iter(change))):
-        check_settings(settings)
+        check_settings(IndexerOptions(**change))
 
 
 @pytest.mark.parametrize(
