@@ -271,8 +271,12 @@ class ApiServer:
 def defaulted(plural: str, new: Object) -> Object:
     """Return an object with the defaults that our controllers rely on."""
     spec = new.get("spec", {})
-    if plural in ("deployments", "statefulsets", "replicasets") and "replicas" not in spec:
-        return {**new, "spec": {**spec, "replicas": 1}}
+    if plural in ("deployments", "statefulsets", "replicasets"):
+        spec = {"replicas": 1, **spec}
+    if plural in ("statefulsets", "daemonsets"):
+        spec = {**spec, "updateStrategy": {"type": "RollingUpdate", **spec.get("updateStrategy", {})}}
+    if spec != new.get("spec", {}):
+        return {**new, "spec": spec}
     if plural == "secrets" and new.get("stringData"):
         coded = {name: base64.b64encode(text.encode()).decode() for name, text in new["stringData"].items()}
         rest = {name: value for name, value in new.items() if name != "stringData"}

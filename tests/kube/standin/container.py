@@ -54,7 +54,8 @@ def root_script(
         "mount --bind {hosts} etc/hosts".format(**quoted),
     ]  # fmt: skip
     for mount in mounts:
-        source, target = shlex.quote(str(mount.source)), shlex.quote("." + mount.target)
+        # links are followed on this machine, whose root this is: an absolute one leads out of the new root
+        source, target = shlex.quote(str(mount.source)), shlex.quote("." + os.path.realpath(mount.target))
         if mount.source.is_dir():
             lines.append(f"mkdir -p {target}")
         else:
