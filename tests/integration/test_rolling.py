@@ -1,0 +1,172 @@
+"""Every process of a cluster is restarted in turn under streams, as an upgrade does: no client sees it.
+
+Old ones end before new ones start, which is the harder order: a store's DaemonSet, a StatefulSet, one host.
+"""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mooncake.core.process import alive
+from tests.integration.client import GREEDY, Client
+from tests.integration.etcd_servers import NEEDS_ETCD
+from tests.integration.etcd_servers import running as etcd_running
+from tests.integration.fronts import Fronts
+from tests.integration.fronts import running as fronts_running
+from tests.integration.reference import random_prompt
+
+pytestmark = [pytest.mark.integration, NEEDS_ETCD]
+
+PROMPTS, TOKENS = 6, 40
+"""Six conversations, each of which is asked again and again; an answer takes about a second."""
+BACK_S = 120.0
+"""A process imports nothing when it comes back; the machine may be busy with others."""
+
+
+@pytest.fixture(scope="module")
+def fronts(model: Path, clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
+    clusters.close()  # two cores are shared by everything
+    with (
+        etcd_running(tmp_path_factory.mktemp("etcd")) as etcd,
+        fronts_running(model, f"etcd://127.0.0.1:{etcd.ports[0]}") as fronts,
+    ):
+        yield fronts
+
+
+class Streams:
+    """Clients that stream all the time, each request over a new connection; every answer is compared."""
+
+    def __init__(self, fronts: Fronts, threads: int = 3) -> None:
+        self._prompts = [random_prompt(50 + 30 * i, 700 + i) for i in range(PROMPTS)]
+        self._fronts = fronts
+        self.expected = [self._ask(prompt) for prompt in self._prompts]
+        self.failures: list[str] = []
+        self.answered = 0
+        self._leave = threading.Event()
+        self._lock = threading.Lock()
+        self._turns = itertools.count()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+
+    def _ask(self, prompt: list[int]) -> list[int]:
+        client = Client(self._fronts.url, self._fronts.client.model)
+        try:
+            return client.stream(prompt, max_tokens=TOKENS, **GREEDY).result().tokens
+        finally:
+            client.close()
+
+    def _run(self) -> None:
+        while not self._leave.is_set():
+            turn = next(self._turns) % PROMPTS
+            problem = ""
+            try:
+                tokens = self._ask(self._prompts[turn])
+                if tokens != self.expected[turn]:
+                    problem = f"prompt {turn}: {tokens} instead of {self.expected[turn]}"
+            except (AssertionError, httpx.HTTPError) as error:
+                problem = f"prompt {turn}: {error!r}"
+            with self._lock:
+                self.answered += 1
+                if problem:
+                    self.failures.append(problem)
+
+    def __enter__(self) -> "Streams":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        for thread in self._threads:
+            thread.join(120.0)
+
+    def wait_answered(self, more: int) -> None:
+        goal = self.answered + more
+        self._fronts.wait(
+            f"{more} answers; failures {self.failures[:3]}",
+            lambda: self.answered >= goal or self.failures,
+            120.0,
+        )
+        assert not self.failures, f"{self.failures[:3]}\n{self._fronts.logs()}"
+
+
+def listed(fronts: Fronts, kind: str) -> dict[str, dict[str, Any]]:
+    """Return what the cluster knows of its processes of a kind, by name."""
+    key = {"instances": "instance_id", "stores": "node"}.get(kind, "name")
+    return {one[key]: one for one in fronts.view()[kind]}
+
+
+def admin(fronts: Fronts, one: dict[str, Any], path: str) -> tuple[int, str]:
+    answer = httpx.get(one["metrics_url"].replace("/metrics", path), timeout=10.0)
+    return answer.status_code, answer.text.strip()
+
+
+def restart(fronts: Fronts, kind: str, name: str, *signals: signal.Signals) -> float:
+    """Tell one process to go and return when its successor is ready, and after how many seconds."""
+    before = listed(fronts, kind)[name]
+    assert admin(fronts, before, "/readyz") == (200, "ready")
+    begun_s = time.monotonic()
+    for number in signals or (signal.SIGTERM,):
+        os.kill(before["pid"], number)
+
+    def back() -> bool:
+        now = listed(fronts, kind).get(name)
+        if now is None or now["pid"] == before["pid"] or now.get("state", "alive") != "alive":
+            return False
+        try:
+            return admin(fronts, now, "/readyz")[0] == 200
+        except httpx.TransportError:
+            return False
+
+    fronts.wait(f"the old {name} ends", lambda: not alive(before["pid"]), BACK_S)
+    fronts.wait(f"a new {name} is ready", back, BACK_S)
+    return time.monotonic() - begun_s
+
+
+def test_every_process_is_restarted_under_streams_and_no_request_fails(fronts: Fronts):
+    turns = [
+        *(("stores", name) for name in listed(fronts, "stores")),
+        *(("instances", name) for name in listed(fronts, "instances")),
+        *(("gateways", name) for name in listed(fronts, "gateways")),
+        ("cores", fronts.leader()["name"]),
+    ]
+    assert len(turns) == 6
+    with Streams(fronts) as streams:
+        streams.wait_answered(2)
+        for kind, name in turns:
+            took_s = restart(fronts, kind, name)
+            print(f"{name} was back after {took_s:.1f} s")
+            streams.wait_answered(4)
+    assert not streams.failures
+
+
+def test_a_stream_that_is_longer_than_the_drain_is_handed_over(fronts: Fronts):
+    prompt = random_prompt(60, 999)
+    quiet = fronts.client.stream(prompt, max_tokens=300, **GREEDY).result()
+    stream = fronts.client.stream(prompt, max_tokens=300, **GREEDY)
+    stream.wait_tokens(5)
+    restart(fronts, "instances", "decode-0", signal.SIGTERM, signal.SIGTERM)
+    assert stream.result().outcome == quiet.outcome
+
+
+def test_a_store_that_is_back_is_used_again_by_the_engines_that_stayed(fronts: Fronts):
+    name = next(iter(listed(fronts, "stores")))
+    restart(fronts, "stores", name)
+    seeds = itertools.count(5000)
+
+    def hit() -> bool:
+        prompt = random_prompt(200, next(seeds))
+        fronts.client.complete(prompt, max_tokens=2, **GREEDY)
+        pages = [one["metrics_url"] for one in listed(fronts, "instances").values()]
+        return sum(fronts.metric(page, "mooncake_kv_save_blocks_total") for page in pages) > saved
+
+    pages = [one["metrics_url"] for one in listed(fronts, "instances").values()]
+    saved = sum(fronts.metric(page, "mooncake_kv_save_blocks_total") for page in pages)
+    fronts.wait("blocks go into the new store", hit, 60.0)
