@@ -3,6 +3,7 @@
 Imports nothing heavy before it runs, as mooncake.cli.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,8 +50,10 @@ def show(
         from rich.table import Table
 
         from mooncake.core.options_base import values_of
-        from mooncake.core.settings import load
+        from mooncake.core.settings import load, misspelt
 
+        for name, near in misspelt(os.environ).items():
+            typer.echo(f"{name}: no such setting; did you mean {near}?", err=True)
         values = values_of(load(_kind(process), {"config": file} if file else {}, is_partial=True))
         if json:
             typer.echo(msgspec.json.format(msgspec.json.encode(values)).decode())

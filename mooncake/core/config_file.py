@@ -64,8 +64,10 @@ class ConfigFile(msgspec.Struct, frozen=True):
 
     def _of(self, kind: type[Options], said: dict[str, Entry]) -> tuple[dict[str, Entry], list[Problem]]:
         keys = settings_of(kind)
+        spellings = {name: one.key for one in keys.values() for name in one.names}
         found, problems = {}, []
-        for key, entry in said.items():
+        for spelling, entry in said.items():
+            key = spellings.get(spelling, spelling)
             if key not in keys:
                 advice = nearest(key, keys)
             elif keys[key].secret:

@@ -134,6 +134,11 @@ class Setting(msgspec.Struct, frozen=True):
     flags: tuple[str, ...]
 
     @property
+    def names(self) -> list[str]:
+        """Its key, and other spellings of it."""
+        return [self.key, *(flag.removeprefix("--").replace("-", "_") for flag in self.flags)]
+
+    @property
     def env(self) -> str:
         """Name of its environment variable."""
         return ENV_PREFIX + self.key.upper()

@@ -1,8 +1,9 @@
 """Fills a process's settings: flags > environment (MOONCAKE_KEY) > settings file > defaults."""
 
+import difflib
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic_settings import (
     BaseSettings,
@@ -13,8 +14,11 @@ from pydantic_settings import (
 
 from mooncake.core.config_file import ConfigFile, read_config
 from mooncake.core.errors import ConfigError
-from mooncake.core.options import Served
+from mooncake.core.options import SECTIONS, Served
 from mooncake.core.options_base import ENV_PREFIX, Options, settings_of, told
+
+LIKE: Final = 0.9
+"""How alike two names are of which one is a slip of the other: below this, Kubernetes' own variables are."""
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -56,6 +60,7 @@ def fill(
         is_partial: what has to be said need not be.
     """
     known = settings_of(kind)
+    keys = {name: one.key for one in known.values() for name in one.names}
     absent = {key: "" for key, one in known.items() if is_partial and one.default is None}
     said, problems = file.of(kind.section)
     found: dict[str, str] = {}
@@ -76,10 +81,13 @@ def fill(
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            in_env = {key: value for key, value in env_settings().items() if key in known and looks_around}
             in_file = {key: entry.value for key, entry in said.items()}
             found.update({key: file.origin(entry) for key, entry in said.items()})
-            found.update({key: known[key].env for key in in_env})
+            in_env = {}
+            for name, value in env_settings().items():
+                if name in keys and looks_around:
+                    in_env[keys[name]] = value
+                    found[keys[name]] = ENV_PREFIX + name.upper()
             found.update({key: "--" + key.replace("_", "-") for key in flags})
             return (
                 init_settings,
@@ -102,3 +110,14 @@ def fill(
     if problems:
         raise told(problems)
     return options
+
+
+def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables that are no setting of any process but look like one -> the one they look like."""
+    known = {one.env for kind in SECTIONS.values() for one in settings_of(kind).values()}
+    found = {}
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            for near in difflib.get_close_matches(name, sorted(known), n=1, cutoff=LIKE):
+                found[name] = near
+    return found

@@ -58,6 +58,19 @@ def test_values_are_shown_with_who_said_them_and_secrets_are_not(write, monkeypa
     assert values["kv_memory" if "kv_memory" in values else "block_size"]["origin"] == "default"
 
 
+def test_a_variable_with_a_slip_is_pointed_out_and_those_of_others_are_not(monkeypatch):
+    monkeypatch.setenv("MOONCAKE_TTFT_SLO", "5")
+    monkeypatch.setenv("MOONCAKE_SECRET_FILE", "/s")
+    monkeypatch.setenv("MOONCAKE_MASTER", "upstream's")
+    monkeypatch.setenv("MOONCAKE_GATEWAY_SERVICE_HOST", "Kubernetes'")
+    monkeypatch.setenv("MOONCAKE_GATEWAY_SERVICE_PORT_HTTP", "Kubernetes'")
+    result = run("show", "up", "--json")
+    assert result.stderr.splitlines() == [
+        "MOONCAKE_TTFT_SLO: no such setting; did you mean MOONCAKE_TTFT_SLO_S?"
+    ]
+    assert json.loads(result.stdout)["ttft_slo_s"]["value"] == "0"
+
+
 def test_a_right_file_is_said_to_be_right(write, monkeypatch):
     monkeypatch.setenv("MOONCAKE_PORT", "wrong: another machine's business")
     tenants = write('[tenants.a]\nkeys_env = ["A_KEY"]\n[tenants.b]\nkeys_env = ["B_KEY"]\n', "t.toml")

@@ -92,6 +92,15 @@ def test_the_metadata_of_all_is_the_conductors_too(write):
     assert load(ConductorOptions, {"config": path}).metadata_endpoint == "etcd://127.0.0.1:2379"
 
 
+def test_its_other_spelling_is_understood_everywhere(write, monkeypatch):
+    path = write("conductor:\n  metadata_endpoint: etcd://127.0.0.1:1\n")
+    assert load(ConductorOptions, {"config": path}).metadata_endpoint == "etcd://127.0.0.1:1"
+    monkeypatch.setenv("MOONCAKE_METADATA_ENDPOINT", "etcd://127.0.0.1:2")
+    options = load(ConductorOptions, {"config": path})
+    assert options.metadata_endpoint == "etcd://127.0.0.1:2"
+    assert options.origins["metadata"] == "MOONCAKE_METADATA_ENDPOINT"
+
+
 def test_a_file_without_sections_is_of_whoever_reads_it(write):
     path = write("prefill: 2\nport: 9000\n")  # also names of sections may be keys
     options = load(UpOptions, {"config": path})
