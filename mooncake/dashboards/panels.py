@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models.prometheus import Dataquery as PromQuery
 
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "mooncake"
-GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+GREEN, ORANGE, RED, BLUE, GREY = "green", "orange", "red", "blue", "#808080"
 WIDTH = 24
 """Columns of Grafana's grid."""
 _VARIABLES = {
@@ -263,9 +263,10 @@ def _thresholds(base: str, steps: Steps) -> dashboard.ThresholdsConfig:
 
 
 def _nothing(text: str) -> models.SpecialValueMap:
-    """Return what shows `text` instead of NaN: a quantile of nothing."""
+    """Return what shows `text` for nothing, in grey: the colour of the lowest value would say that it is bad."""
     return models.SpecialValueMap(
         models.DashboardSpecialValueMapOptions(
-            match=models.SpecialValueMatch.NULL_AND_NAN, result=models.ValueMappingResult(text=text)
+            match=models.SpecialValueMatch.NULL_AND_NAN,
+            result=models.ValueMappingResult(text=text, color=GREY),
         )
     )
