@@ -263,7 +263,7 @@ def _thresholds(base: str, steps: Steps) -> dashboard.ThresholdsConfig:
 
 
 def _nothing(text: str) -> models.SpecialValueMap:
-    """Return what shows `text` for nothing, in grey: the colour of the lowest value would say that it is bad."""
+    """Return what shows `text` for nothing, in grey: else it has the colour of the lowest value."""
     return models.SpecialValueMap(
         models.DashboardSpecialValueMapOptions(
             match=models.SpecialValueMatch.NULL_AND_NAN,
