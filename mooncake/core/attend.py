@@ -10,7 +10,7 @@ from mooncake.core.admin import AdminServer, metrics_url
 from mooncake.core.config import admin_token
 from mooncake.core.drain import Leaving
 from mooncake.core.health import Health
-from mooncake.core.vitals import beating, lag_histogram, refuse_shared_files
+from mooncake.core.vitals import VitalsCollector, beating, lag_histogram, refuse_shared_files
 
 
 class AdminOptions(Protocol):
@@ -49,6 +49,7 @@ class Attended:
         self.lag_s = lag_s
         self.admin = admin
         self.metrics_url = url
+        self.children: dict[str, int] = {}  # kind -> pid of those that serve no metrics themselves
         self.look: Callable[[], None] = lambda: None
 
 
@@ -72,7 +73,8 @@ async def attended(kind: str, options: AdminOptions, registry: CollectorRegistry
     try:
         url = metrics_url(options.admin_port, options.admin_host, options.address)
         own = Attended(health, leaving, lag_histogram(registry), admin, url)
-        async with beating(kind, registry, health, own.lag_s, lambda: own.look()):
+        registry.register(VitalsCollector(kind, own.children))
+        async with beating(kind, health, own.lag_s, lambda: own.look()):
             yield own
     finally:
         if admin is not None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,30 @@ def lag_histogram(registry: CollectorRegistry) -> Histogram:
 class VitalsCollector(Collector):
     """Reads /proc at scrape time. What a kernel does not tell is left out."""
 
-    def __init__(self, kind: str, pid: int = 0) -> None:
-        """`pid`: of a child that serves no metrics itself; 0 = this process."""
-        self._kind, self._pid = kind, pid or os.getpid()
+    def __init__(self, kind: str, children: Mapping[str, int] | None = None) -> None:
+        """`kind`: of this process; `children`: kind -> pid of those that serve no metrics themselves."""
+        self._kind, self._children = kind, {} if children is None else children
 
     def collect(self) -> Any:
         """Yield one family for each vital sign."""
+        pids = {self._kind: os.getpid(), **self._children}
         for name, text, read in (
             ("resident_bytes", "Memory in RAM, shared pages included", _resident_bytes),
             ("open_fds", "Open file descriptors", _open_fds),
             ("threads", "Threads", _threads),
         ):
             gauge = GaugeMetricFamily(f"mooncake_process_{name}", text, labels=LABELS)
-            self._tell(gauge, read)
+            _tell(gauge, pids, read)
             yield gauge
         cpu = CounterMetricFamily("mooncake_process_cpu_seconds", "CPU time used", labels=LABELS)
-        self._tell(cpu, _cpu_s)
+        _tell(cpu, pids, _cpu_s)
         yield cpu
 
-    def _tell(self, family: Any, read: Callable[[int], float]) -> None:
+
+def _tell(family: Any, pids: Mapping[str, int], read: Callable[[int], float]) -> None:
+    for kind, pid in pids.items():
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, or is not ours to look at
-            family.add_metric([self._kind], read(self._pid))
+            family.add_metric([kind], read(pid))
 
 
 def _resident_bytes(pid: int) -> float:
@@ -102,13 +105,11 @@ def _stat(pid: int) -> list[str]:
 @contextlib.asynccontextmanager
 async def beating(
     kind: str,
-    registry: CollectorRegistry,
     health: Health,
     lag_s: Histogram,
     look: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[None]:
     """Measure the running loop's lag, keep `health` alive by it, and `look` around at each beat."""
-    registry.register(VitalsCollector(kind))
     task = asyncio.create_task(_beat(lag_s.labels(kind), health, look), name="beat")
     try:
         yield

@@ -31,7 +31,6 @@ from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import WorkerOptions
 from mooncake.core.reload import Reloader, has_terminal, reloading
-from mooncake.core.vitals import VitalsCollector
 from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
@@ -225,7 +224,6 @@ class Instance:
         registry.register(PulseCollector(pulse, spec.instance_id, self._role_now))
         registry.register(self._gpu)
         registry.register(MetadataCollector(process_meter()))
-        registry.register(VitalsCollector("engine", engine.pid))
         metadata = metered(open_metadata(self._options.metadata))
         try:
             async with (
@@ -233,6 +231,7 @@ class Instance:
                 reloading(self._options, registry, own.admin) as self._reloader,
             ):
                 own.leaving.in_flight = lambda: sum(int(pulse.read(name)) for name in REQUESTS)
+                own.children["engine"] = engine.pid
                 self._attended = asyncio.get_running_loop(), own
                 await self._register(spec, pulse, engine, metadata, own)
         finally:

@@ -36,8 +36,7 @@ def test_a_child_is_told_of_until_it_is_gone():
     argv = [sys.executable, "-c", "print(flush=True), input()"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        registry.register(VitalsCollector("prefill"))
-        registry.register(VitalsCollector("engine", child.pid))
+        registry.register(VitalsCollector("prefill", {"engine": child.pid}))
         assert value(registry, "threads", "engine") == 1
         assert value(registry, "resident_bytes", "engine") > 1 << 20
         child.communicate(b"\n")
@@ -47,7 +46,7 @@ def test_a_child_is_told_of_until_it_is_gone():
 
 async def test_a_blocked_loop_shows_as_lag_and_the_beat_goes_on():
     registry, health, turned = CollectorRegistry(), Health(), asyncio.Event()
-    async with beating("gateway", registry, health, lag_histogram(registry), turned.set):
+    async with beating("gateway", health, lag_histogram(registry), turned.set):
         await turned.wait()
         await asyncio.sleep(0)  # it sleeps now
         time.sleep(4 * BEAT_S)  # noqa: ASYNC251 - that is what is measured
@@ -69,7 +68,7 @@ async def test_a_look_that_fails_does_not_stop_the_beat():
             enough.set()
         raise ValueError("no")
 
-    async with beating("gateway", registry, health, lag_histogram(registry), look), asyncio.timeout(10.0):
+    async with beating("gateway", health, lag_histogram(registry), look), asyncio.timeout(10.0):
         await enough.wait()
 
 
