@@ -234,7 +234,8 @@ class Dispatcher:
     def on_outputs(self, link: Link, outputs: EngineCoreOutputs) -> None:
         """See Sink. Runs once per engine step: the gateway's hot path."""
         now_s = time.monotonic()
-        legs.shift_events(outputs.outputs, now_s - outputs.timestamp)
+        stamp_s = outputs.timestamp
+        legs.shift_events(outputs.outputs, now_s - stamp_s)
         outputs.timestamp = now_s  # engines on other hosts have other monotonic clocks
         outputs.engine_index = self._members.engine_slot(link.instance_id)
         kept: list[EngineCoreOutput] = []
@@ -254,7 +255,7 @@ class Dispatcher:
             self._on_output(running, output, now_s, kept)
         if kept or not pure:
             batch = len(outputs.outputs)
-            self._meter.frame(link.instance_id, now_s, batch, context_tokens, pure)
+            self._meter.frame(link.instance_id, now_s, stamp_s, batch, context_tokens, pure)
         outputs.outputs = kept
         # statistics travel even when every request of the step is gone, else gauges freeze
         if kept or outputs.scheduler_stats is not None:

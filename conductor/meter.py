@@ -17,11 +17,11 @@ TBT_GAP_S_MAX = 5.0
 
 
 class _Steps:
-    __slots__ = ("count", "last_s", "prompts", "prompts_s")
+    __slots__ = ("count", "prompts", "prompts_s", "stamp_s")
 
     def __init__(self) -> None:
         self.count = 0
-        self.last_s = 0.0
+        self.stamp_s = 0.0
         self.prompts: list[tuple[float, int, int]] = []  # of this frame: scheduled_s, tokens computed, known
         self.prompts_s = 0.0  # end of the last step in which one was done
 
@@ -90,12 +90,15 @@ class Meter:
             metrics.prefix_real_hit_blocks.inc(blocks)
             metrics.prefix_hit_error.observe(blocks - client.plan.hit_blocks)
 
-    def frame(self, instance_id: str, now_s: float, batch: int, context_tokens: int, pure: bool) -> None:
+    def frame(
+        self, instance_id: str, now_s: float, stamp_s: float, batch: int, context_tokens: int, pure: bool
+    ) -> None:
         """One engine step came in.
 
         Args:
             instance_id: the engine's.
             now_s: when it came.
+            stamp_s: when it was done, on the engine's clock: frames that wait for a busy gateway come together.
             batch: requests in it.
             context_tokens: tokens in the contexts of these requests.
             pure: no request of it was prefilled in this step.
@@ -106,10 +109,10 @@ class Meter:
         steps.count += 1
         if pure and steps.count > TBT_SAMPLE:
             steps.count = 0
-            gap_s = now_s - steps.last_s
+            gap_s = stamp_s - steps.stamp_s
             if gap_s < TBT_GAP_S_MAX:
                 self._decider.stepped(batch, context_tokens, gap_s)
-        steps.last_s = now_s
+        steps.stamp_s = stamp_s
 
     def _steps_of(self, instance_id: str) -> _Steps:
         steps = self._steps.get(instance_id)
