@@ -98,7 +98,7 @@ class Meter:
         Args:
             instance_id: the engine's.
             now_s: when it came.
-            stamp_s: when it was done, on the engine's clock: frames that wait for a busy gateway come together.
+            stamp_s: when it was done, on the engine's clock: a busy gateway takes many frames at once.
             batch: requests in it.
             context_tokens: tokens in the contexts of these requests.
             pure: no request of it was prefilled in this step.

@@ -1,4 +1,4 @@
-"""What a gateway learns from frames of engines is what engines did, not when the gateway found time for it."""
+"""What a gateway learns from frames of engines is what engines did, not when it found time for them."""
 
 import pytest
 from prometheus_client import CollectorRegistry
