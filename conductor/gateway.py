@@ -256,9 +256,10 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
             reloading(options, process_metrics().registry, own.admin, cluster.prepare)
         )
         record = front_record(options, args, own.metrics_url)
+        this = part_of("conductor" if alone else record.name, own.metrics_url)
         await stack.enter_async_context(
             live_page(
-                own.admin, part_of(record.name, own.metrics_url), process_metrics().registry,
+                own.admin, this, process_metrics().registry,
                 cluster_parts(cluster.view, metadata), prometheus_url=options.prometheus_url, always=alone,
             )
         )  # fmt: skip
