@@ -47,7 +47,7 @@ from mooncake.core.keys import BlockNames
 from mooncake.core.messages import Term
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span
+    from mooncake.core.tracing_sdk import Span
 
 log = structlog.get_logger(__name__)
 
@@ -280,7 +280,7 @@ class CoreDesk:
         self, gateway: _Gateway, number: int, asked: RemoteAsked, answer: Plan | Rejection, root: str
     ) -> None:
         if asked.span is not None:
-            asked.span.set_attributes({**attributes(answer), "mooncake.term": self.term.number})
+            asked.span.attributes.update({**attributes(answer), "mooncake.term": self.term.number})
             asked.span.end()
         if isinstance(answer, Rejection):
             self._send(gateway.identity, number, Answer(self.term, None, answer))

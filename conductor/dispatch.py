@@ -403,7 +403,8 @@ class Dispatcher:
 
     def _leg_span(self, client: Client, trace: AnswerTrace, command: Send, source: str, target: str) -> str:
         record = self._members.view.record(command.instance_id)
-        where: dict[str, str | int] = {"mooncake.source_node": source, "mooncake.target_node": target}
+        nodes = {"mooncake.source_node": source, "mooncake.target_node": target}
+        where: dict[str, str | int] = {key: node for key, node in nodes.items() if node}
         if record is not None:
             blocks = -(-client.machine.facts.prompt_len // record.block_size)
             where["mooncake.node"] = record.node

@@ -17,10 +17,8 @@ from conductor.why import attributes
 from mooncake.core.tracing import WallClock
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span
-
     from conductor.vllm_seam import EngineCoreOutput, EngineCoreRequest
-    from mooncake.core.tracing_sdk import Tracing
+    from mooncake.core.tracing_sdk import Span, Tracing
 
 OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
@@ -79,11 +77,9 @@ class RequestTrace:
     )
 
     def __init__(self, tracing: "Tracing", span: "Span") -> None:
-        from mooncake.core.tracing_sdk import named, trace_id
-
         self._tracing = tracing
         self.span = span
-        self.named, self.trace_id = named(span), trace_id(span)
+        self.named, self.trace_id = span.traceparent, span.trace_id
         self._input = self._output = self._cached = 0
         self._reasons: list[str] = []
         self._ttft_s = 0.0
@@ -92,21 +88,18 @@ class RequestTrace:
         """Begin one answer; `sibling`: it has the prompt of another one."""
         params = request.sampling_params
         if params is not None and not sibling:
-            asked = {"gen_ai.request.temperature": params.temperature, "gen_ai.request.top_p": params.top_p}
+            self.span.attributes["gen_ai.request.temperature"] = params.temperature
             if params.max_tokens is not None:
-                asked["gen_ai.request.max_tokens"] = params.max_tokens
-            self.span.set_attributes(asked)
+                self.span.attributes["gen_ai.request.max_tokens"] = params.max_tokens
         if request.lora_request is not None:
-            self.span.set_attribute("gen_ai.request.model", request.lora_request.lora_name)
+            self.span.attributes["gen_ai.request.model"] = request.lora_request.lora_name
         if not sibling:
             self._input += len(request.prompt_token_ids or ())
         return AnswerTrace(self, self._tracing, started_s)
 
     def first(self, ttft_s: float, cached_tokens: int) -> None:
         """An answer's first token goes to the client."""
-        if not self._ttft_s:
-            self._ttft_s = ttft_s
-            self.span.add_event("first_token")
+        self._ttft_s = self._ttft_s or ttft_s
         self._cached += cached_tokens
 
     def over(self, tokens: int, reason: str) -> None:
@@ -117,24 +110,22 @@ class RequestTrace:
 
     def ended(self, status: int, *, complete: bool) -> None:
         """The HTTP response ended, or its client left; status 0: nothing was sent."""
-        from mooncake.core.tracing_sdk import failed
-
         span = self.span
-        span.set_attributes({
+        span.attributes.update({
             "gen_ai.usage.input_tokens": self._input,
             "gen_ai.usage.output_tokens": self._output,
             "gen_ai.usage.cache_read.input_tokens": self._cached,
-            "gen_ai.response.finish_reasons": self._reasons,
+            "gen_ai.response.finish_reasons": tuple(self._reasons),
         })  # fmt: skip
         if status:
-            span.set_attribute("http.response.status_code", status)
+            span.attributes["http.response.status_code"] = status
         if self._ttft_s:
-            span.set_attribute("gen_ai.server.time_to_first_token", self._ttft_s)
+            span.attributes["gen_ai.server.time_to_first_token"] = self._ttft_s
         if status >= 500:
-            failed(span, f"HTTP {status}")
+            span.failed(f"HTTP {status}")
         elif not complete:
-            span.set_attribute("mooncake.client_left", True)
-            failed(span, "the client left")
+            span.attributes["mooncake.client_left"] = True
+            span.failed("the client left")
         span.end()
 
 
@@ -163,26 +154,18 @@ class AnswerTrace:
     @property
     def deciding(self) -> str:
         """The decision's span, for who decides elsewhere."""
-        from mooncake.core.tracing_sdk import named
-
-        return "" if self._decide is None else named(self._decide)
+        return "" if self._decide is None else self._decide.traceparent
 
     def decided(self, now_s: float, answer: Plan | Rejection, blocks: int) -> None:
         """It has a plan, or is turned away; `blocks` of its prompt have names."""
-        from mooncake.core.tracing_sdk import failed
-
         span, self._decide = self._decide, None
         if span is None:  # turned away after it was planned
             span = self._begin("conductor.check", now_s)
-        span.set_attributes(
-            {
-                "mooncake.waited_s": now_s - self._started_s,
-                "mooncake.prompt_blocks": blocks,
-                **attributes(answer),
-            }
-        )
+        span.attributes.update(attributes(answer))
+        span.attributes["mooncake.waited_s"] = now_s - self._started_s
+        span.attributes["mooncake.prompt_blocks"] = blocks
         if isinstance(answer, Rejection):
-            failed(span, str(answer.reason))
+            span.failed(str(answer.reason))
         span.end(self._clock.ns(now_s))
 
     def sent(
@@ -198,33 +181,32 @@ class AnswerTrace:
             where: node, sources and sizes, as attributes.
             resume_n: tokens that the client has.
         """
-        from mooncake.core.tracing_sdk import named
-
         earlier = list(self._legs.values())
         before = next((one.span for one in reversed(earlier) if _side(one.leg) == _side(leg)), None)
         span = self._begin(str(leg), now_s, {"mooncake.instance": instance_id, **where}, before)
         if before is not None:
-            span.set_attribute("mooncake.attempt", 1 + sum(_side(one.leg) == _side(leg) for one in earlier))
+            span.attributes["mooncake.attempt"] = 1 + sum(_side(one.leg) == _side(leg) for one in earlier)
         if resume_n:
-            span.set_attribute("mooncake.resumed_tokens", resume_n)
+            span.attributes["mooncake.resumed_tokens"] = resume_n
         if len(self._legs) < LEGS_MAX:
-            self._legs[eid] = _Leg(leg, instance_id, span, where)
-        return named(span)
+            self._legs[eid] = _Leg(leg, instance_id, span, where, now_s)
+        return span.traceparent
 
     def output(self, now_s: float, eid: str, output: "EngineCoreOutput") -> None:
         """The first output of a leg came, its event times on our clock."""
         leg = self._legs.get(eid)
         if leg is None:
             return
-        for event in output.events or ():
-            leg.span.add_event(event.type.name.lower(), None, self._clock.ns(event.timestamp))
+        about = leg.span.attributes
+        about["mooncake.first_output_s"] = now_s - leg.sent_s
+        at_s = {event.type.name: event.timestamp for event in output.events or ()}
+        if "QUEUED" in at_s and "SCHEDULED" in at_s:
+            about["mooncake.queue_s"] = at_s["SCHEDULED"] - at_s["QUEUED"]
         if (stats := output.prefill_stats) is not None:
-            computed, cached = stats.num_computed_tokens, stats.num_cached_tokens
-            known = {"mooncake.computed_tokens": computed, "mooncake.cached_tokens": cached}
-            leg.span.set_attributes(known)
+            about["mooncake.computed_tokens"] = stats.num_computed_tokens
+            about["mooncake.cached_tokens"] = stats.num_cached_tokens
             if leg.leg is not Leg.DECODE:
-                self._cached = max(0, cached)
-        leg.span.add_event("first_output", None, self._clock.ns(now_s))
+                self._cached = max(0, stats.num_cached_tokens)
         if self._handed_s and leg.leg is Leg.DECODE:
             self._handover(now_s, leg)
 
@@ -267,7 +249,7 @@ class AnswerTrace:
     def moved(self, reason: str, emitted: int) -> None:
         """A leg is to be placed again; its client has `emitted` tokens."""
         told: dict[str, Any] = {"mooncake.reason": reason, "mooncake.emitted_tokens": emitted}
-        self._request.span.add_event("migration" if emitted else "retry", told)
+        self._request.span.event("migration" if emitted else "retry", told)
 
     def first(self, ttft_s: float) -> None:
         """Its first token goes to the client."""
@@ -277,7 +259,7 @@ class AnswerTrace:
         """Nothing more happens; its client has `tokens`."""
         if self._decide is not None:  # its client left before
             span, self._decide = self._decide, None
-            span.set_attribute("mooncake.decision", "none")
+            span.attributes["mooncake.decision"] = "none"
             span.end(self._clock.ns(now_s))
         for eid in self._legs:
             self.leg_lost(now_s, eid, "")
@@ -285,23 +267,24 @@ class AnswerTrace:
 
 
 class _Leg:
-    __slots__ = ("done", "instance_id", "leg", "over", "span", "where")
+    __slots__ = ("done", "instance_id", "leg", "over", "sent_s", "span", "where")
 
-    def __init__(self, leg: Leg, instance_id: str, span: "Span", where: dict[str, Any]) -> None:
+    def __init__(
+        self, leg: Leg, instance_id: str, span: "Span", where: dict[str, Any], sent_s: float
+    ) -> None:
         self.leg = leg
         self.instance_id = instance_id
         self.span = span
         self.where = where
+        self.sent_s = sent_s
         self.done = False  # as it should
         self.over = False
 
     def end(self, end_ns: int, attributes: dict[str, Any], why: str = "") -> None:
-        from mooncake.core.tracing_sdk import failed
-
         self.over = True
-        self.span.set_attributes(attributes)
+        self.span.attributes.update(attributes)
         if why:
-            failed(self.span, why)
+            self.span.failed(why)
         self.span.end(end_ns)
 
 

@@ -148,17 +148,19 @@ def attributes(answer: Plan | Rejection) -> dict[str, str | int | float]:
     """Return an answer as a span has it (conductor.spans)."""
     if isinstance(answer, Rejection):
         return {"mooncake.decision": "rejected", "mooncake.reason": str(answer.reason)}
-    return {
+    about: dict[str, str | int | float] = {
         "mooncake.decision": str(answer.decision),
-        "mooncake.prefill": answer.prefill or "",
-        "mooncake.decode": answer.decode or "",
         "mooncake.hit_blocks": answer.hit_blocks,
-        "mooncake.fetch_blocks": answer.fetch_blocks,
-        "mooncake.fetch_node": answer.fetch_node or "",
         "mooncake.predicted_ttft_s": answer.predicted_ttft_s,
-        "mooncake.predicted_prefill_s": answer.predicted_prefill_s,
         "mooncake.predicted_tbt_s": answer.predicted_tbt_s,
     }
+    for key, name in (("prefill", answer.prefill), ("decode", answer.decode)):
+        if name is not None:
+            about[f"mooncake.{key}"] = name
+    if answer.fetch_blocks:
+        about["mooncake.fetch_blocks"] = answer.fetch_blocks
+        about["mooncake.fetch_node"] = answer.fetch_node or ""
+    return about
 
 
 class Decided:

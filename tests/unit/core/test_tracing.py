@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from mooncake.core import tracing_sdk
 from mooncake.core.errors import ConfigError
 from mooncake.core.tracing import ENDPOINT_ENV, endpoint, open_tracing, use_endpoint
-from mooncake.core.tracing_sdk import Tracing, named, trace_id
+from mooncake.core.tracing_sdk import Tracing
 
 
 @pytest.fixture(autouse=True)
@@ -112,14 +112,14 @@ def test_spans_of_other_processes_join_by_name() -> None:
     other = Tracing(exporter, "prefill", registry=CollectorRegistry())
     above = one.served("above", {}, {})
     assert above is not None
-    below = other.begin("below", named(above), 1_000)
-    assert trace_id(below) == trace_id(above)
+    below = other.begin("below", above.traceparent, 1_000)
+    assert below.trace_id == above.trace_id
     below.end(2_000)
     other.begin("nobody's", "no traceparent").end()
     other.flush()
     first, second = exporter.get_finished_spans()
     assert first.parent is not None
-    assert first.parent.span_id == above.get_span_context().span_id
+    assert first.parent.span_id == above.context.span_id
     assert (first.start_time, first.end_time) == (1_000, 2_000)
     assert second.parent is None
 
