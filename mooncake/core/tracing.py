@@ -29,7 +29,7 @@ def use_endpoint(url: str) -> None:
         ConfigError: it is no URL.
     """
     if url:
-        _checked(url, "otlp_endpoint")
+        check_url(url, "otlp_endpoint")
         os.environ[ENDPOINT_ENV] = url
 
 
@@ -43,12 +43,17 @@ def endpoint() -> str:
         return ""
     for name in (TRACES_ENDPOINT_ENV, ENDPOINT_ENV):
         if url := os.environ.get(name, "").strip():
-            _checked(url, name)
+            check_url(url, name)
             return url
     return ""
 
 
-def _checked(url: str, key: str) -> None:
+def check_url(url: str, key: str) -> None:
+    """Return if `url` may be where spans go.
+
+    Raises:
+        ConfigError: it is no URL; `key` is who said it.
+    """
     if not _URL.fullmatch(url):
         raise fail(
             key, url, "must be http://HOST:PORT of an OTLP collector; its HTTP port is 4318, gRPC's 4317"
