@@ -55,8 +55,11 @@ def _flag(one: Setting) -> str:
 
 
 def _meaning(one: Setting) -> str:
-    choices = f" One of {', '.join(f'`{name}`' for name in one.kind.split('|'))}." if "|" in one.kind else ""
-    return one.text.replace("|", "\\|") + choices
+    if "|" in one.kind:
+        rest = f" One of {', '.join(f'`{name}`' for name in one.kind.split('|'))}."
+    else:
+        rest = f" ({one.range})" if one.range else ""
+    return one.text.replace("|", "\\|") + rest
 
 
 def main() -> int:

@@ -129,9 +129,19 @@ class Setting(msgspec.Struct, frozen=True):
     text: str
     default: str | None
     kind: str  # flag | whole number | number | size | cores | words | text, or the choices by |
+    low: float | None
+    high: float | None
     reloads: bool
     secret: bool
     flags: tuple[str, ...]
+
+    @property
+    def range(self) -> str:
+        """Values that it may have, as people write them; "" = any."""
+        low, high = ("" if one is None else shown(self.kind, one) for one in (self.low, self.high))
+        if low and high:
+            return f"{low}..{high}"
+        return f"at least {low}" if low else f"at most {high}" if high else ""
 
     @property
     def names(self) -> list[str]:
@@ -313,8 +323,18 @@ def settings_of(kind: type[Options]) -> Mapping[str, Setting]:
         if meta.shown is not None:
             default = meta.shown
         key = info.alias or field
+        low, high = _limits(info)
         found[key] = Setting(
-            key, field, info.description or "", default, what, meta.reloads, meta.secret, meta.flags
+            key,
+            field,
+            info.description or "",
+            default,
+            what,
+            low,
+            high,
+            meta.reloads,
+            meta.secret,
+            meta.flags,
         )
     return found
 
@@ -348,6 +368,13 @@ def kind_of(info: FieldInfo) -> str:
     return types[annotation]  # type: ignore[index]
 
 
+def _limits(info: FieldInfo) -> tuple[float | None, float | None]:
+    found: dict[str, float] = {}
+    for rule in info.metadata:
+        found |= {name: getattr(rule, name) for name in ("ge", "le") if hasattr(rule, name)}
+    return found.get("ge"), found.get("le")
+
+
 def _meta(info: FieldInfo) -> _Meta:
     extra = info.json_schema_extra
     assert isinstance(extra, dict), "declare it by setting() or fact()"
@@ -355,44 +382,37 @@ def _meta(info: FieldInfo) -> _Meta:
 
 
 def _problems(kind: type[Options], values: Mapping[str, Any], error: ValidationError) -> list[Problem]:
-    fields = {info.alias or name: (name, info) for name, info in kind.model_fields.items()}
-    keys = {name: key for key, (name, _) in fields.items()}
+    known = settings_of(kind)
+    keys = {one.field: key for key, one in known.items()}
     found = []
     for one in error.errors(include_url=False):
         name = str(one["loc"][0]) if one["loc"] else ""
         key = keys.get(name, name)
-        if key not in fields:
-            found.append(Problem(name, repr(values.get(name)), nearest(name, settings_of(kind))))
-            continue
-        field, info = fields[key]
-        given = values.get(key, values.get(field))
-        value = "" if one["type"] == "missing" else MASK if _meta(info).secret else repr(given)
-        found.append(Problem(key, value, _advice(key, info, one), kind.origin(key)))
+        if key in known:
+            given = values.get(key, values.get(known[key].field))
+            value = "" if one["type"] == "missing" else MASK if known[key].secret else repr(given)
+            found.append(Problem(key, value, _advice(known[key], one), kind.origin(key)))
+        elif name in kind.model_fields:
+            found.append(Problem(name, repr(values.get(name)), str(one["msg"])))
+        else:
+            found.append(Problem(name, repr(values.get(name)), nearest(name, known)))
     return list(dict.fromkeys(found))
 
 
-def _advice(key: str, info: FieldInfo, error: Any) -> str:
-    what = kind_of(info)
+def _advice(one: Setting, error: Any) -> str:
     if error["type"] == "missing":
-        flag = "--" + key.replace("_", "-")
-        return f"has to be said: {flag}, {ENV_PREFIX}{key.upper()}, or {key} in the file of --config"
+        flag = "--" + one.key.replace("_", "-")
+        return f"has to be said: {flag}, {one.env}, or {one.key} in the file of --config"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    if key == "port" and str(error["input"]).startswith("tcp://"):
+    if one.key == "port" and str(error["input"]).startswith("tcp://"):
         return (
             "Kubernetes sets it for a Service of that name: enableServiceLinks: false in the pod, or unset it"
         )
-    limits = {
-        name: getattr(rule, name) for rule in info.metadata for name in ("ge", "le") if hasattr(rule, name)
-    }
-    low, high = (shown(what, limits[name]) if name in limits else "" for name in ("ge", "le"))
-    wide = (
-        f"{low}..{high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else ""
-    )
-    if "|" in what:
-        return f"must be one of {', '.join(what.split('|'))}"
-    if what == "flag":
+    if "|" in one.kind:
+        return f"must be one of {', '.join(one.kind.split('|'))}"
+    if one.kind == "flag":
         return "must be true or false"
-    if what in ("whole number", "number") and not error["type"].endswith("than_equal"):
-        return f"must be a {what}{f', {wide}' if wide else ''}"
-    return f"must be {wide}" if wide else str(error["msg"])
+    if one.kind in ("whole number", "number") and not error["type"].endswith("than_equal"):
+        return f"must be a {one.kind}{f', {one.range}' if one.range else ''}"
+    return f"must be {one.range}" if one.range else str(error["msg"])

@@ -122,8 +122,11 @@ class Cluster:
         self.run_dir = Path(tempfile.mkdtemp(prefix="mc-"))
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = self.run_dir / "up.out"
+        self.settings = self.run_dir / "mooncake.yaml"
+        self.settings.write_text("")
         env = {
             **os.environ, TAG: self.tag,
+            "MOONCAKE_CONFIG": str(self.settings),
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
             "CXX": "/bin/false",  # nothing needs a compiler, grammars included
         }  # fmt: skip

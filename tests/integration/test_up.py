@@ -1,6 +1,8 @@
 """`mooncake up` as a command: it starts, says so, stops when told, and never leaves a process behind."""
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -44,6 +46,30 @@ class TestCtrlC:
         )
         assert answer.status_code == 200
         assert httpx.get(f"{cluster.url}/health").status_code == 200
+
+    def test_objectives_change_while_a_stream_runs(self, cluster: Cluster):
+        def ask() -> int:
+            body = {"model": cluster.client.model, "prompt": [9, 8, 7], "max_tokens": 1}
+            return httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=30.0).status_code
+
+        def holds(text: str) -> None:
+            before = cluster.metric("mooncake_config_reloads_total")
+            cluster.settings.write_text(text)
+            os.kill(cluster.view()["pid"], signal.SIGHUP)
+            wait_until("a reload", lambda: cluster.metric("mooncake_config_reloads_total") > before, 30.0)
+
+        stream = cluster.client.stream([5, 6, 7, 8], max_tokens=400, temperature=0.0, ignore_eos=True)
+        stream.wait_tokens(5)
+        assert ask() == 200
+        holds("up:\n  ttft_slo_s: 0.000001\n")
+        assert ask() == 429
+        holds("up:\n  ttft_slo_s: never\n")
+        assert ask() == 429, "a wrong file changes nothing"
+        assert cluster.metric("mooncake_config_last_reload_success") == 0
+        holds("")
+        assert ask() == 200
+        assert cluster.metric("mooncake_config_last_reload_success") == 1
+        assert len(stream.result().tokens) == 400, "what was in flight went on"
 
     @pytest.mark.last
     def test_ctrl_c_finishes_requests_and_leaves_nothing(self, cluster: Cluster):
