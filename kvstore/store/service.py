@@ -217,6 +217,7 @@ class StoreService:
     async def save(self, stop: Callable[[], bool]) -> None:
         """Copy to the SSD, if there is one, what only memory has, until it must `stop`."""
         if self.tiering:
+            self.requests.flush()  # what has just been committed counts, too
             await self.tiering.save(stop)
 
     async def run_until(self, stop: asyncio.Event) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 from hashlib import sha256
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -169,6 +170,22 @@ async def test_kv_is_served_after_a_restart(tmp_path):
         assert await World(again).get(*range(6)) == 6
     finally:
         await again.close()
+
+
+async def test_a_store_that_is_to_go_saves_everything_at_once_and_serves_on(tmp_path):
+    service = StoreService(msgspec.structs.replace(config(tmp_path), ssd_age_s=3600.0))
+    await service.start()
+    try:
+        world = World(service)
+        await world.put(*range(6))
+        await service.save(lambda: True)
+        assert service.unsaved == 6, "it had to stop at once"
+        await service.save(lambda: False)
+        assert service.unsaved == 0
+        assert all(key(number) in service.tiering.tier for number in range(6))
+        assert await world.get(*range(6)) == 6
+    finally:
+        await service.close()
 
 
 async def names_of(service: StoreService) -> list[bytes]:
