@@ -57,6 +57,7 @@ class FakeEngine:
         self.received: list[EngineCoreRequest] = []
         self.aborted: list[str] = []
         self.hellos = 0
+        self.cached = (0, 0)
         self.frozen = threading.Event()
         self.stands = threading.Event()  # frozen took effect
         self.moved = (0.0, 0.0, 0.0, 0.0)  # bytes and seconds: loaded, fetched
@@ -180,11 +181,14 @@ class FakeEngine:
         if job.first:
             job.first = False
             # a decode engine finds the prompt in the pool; only leg 1 and whole legs compute it
-            cached = len(prompt) if job.kv["leg"] == "decode" else 0
+            found = self.cached  # in its own cache, and in the pool
+            cached = len(prompt) if job.kv["leg"] == "decode" else sum(found)
             output.prefill_stats = PrefillStats(
                 num_prompt_tokens=len(prompt),
                 num_computed_tokens=len(prompt) - cached,
                 num_cached_tokens=cached,
+                num_local_cached_tokens=found[0],
+                num_external_cached_tokens=found[1],
             )
             output.events = [
                 EngineCoreEvent(EngineCoreEventType.QUEUED, now_s - 0.002),

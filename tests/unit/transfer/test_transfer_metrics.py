@@ -166,3 +166,17 @@ def test_threads_lose_no_count() -> None:
     counts = metrics.counts()
     assert counts.seconds["shm", "peer:1", "read"] == 400
     assert counts.inflight_bytes["shm", "peer:1"] == 0
+
+
+def test_how_long_parts_took_is_a_histogram_of_those_that_moved_single_ones_among_them():
+    metrics, registry = TransferMetrics(), CollectorRegistry()
+    registry.register(TransferCollector(metrics))
+    metrics.moved("tcp", "a", Opcode.READ, 10, 0.03)
+    metrics.moved("tcp", "b", Opcode.READ, 0, 9.0)  # it failed whole: no time of a move
+    metrics.single("tcp", "b", Opcode.READ, 10, 1e-4)
+
+    def count(le: str) -> float | None:
+        labels = {"transport": "tcp", "op": "read", "le": le}
+        return registry.get_sample_value("mooncake_transfer_part_seconds_bucket", labels)
+
+    assert [count(le) for le in ("5e-05", "0.0001", "0.02", "0.05", "+Inf")] == [0, 1, 1, 2, 2]
