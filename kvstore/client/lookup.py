@@ -81,7 +81,7 @@ class Lookup:
             if not self._own and self._ended.poll(0, 1):
                 return None
             return reader if reader.is_fresh(time.monotonic()) else None
-        except ValueError:  # closed
+        except (ValueError, OSError):  # closed before, or while the kernel was asked
             return None
 
     def close(self) -> None:

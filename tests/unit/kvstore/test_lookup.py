@@ -1,5 +1,8 @@
 """Reads of a store of this host by its table: they ask nobody, and never believe what does not verify."""
 
+import errno
+import os
+import select
 import signal
 import threading
 
@@ -123,6 +126,28 @@ def test_a_store_that_stands_still_is_asked_before_it_is_believed(store, pool):
     until(lambda: access.shown.table is None, "no sign of life")
     store.signal(signal.SIGCONT)
     until(lambda: access.shown.table is not None, "it lives again")
+
+
+class Closing:
+    """An epoll that another thread closes while the kernel is asked."""
+
+    def __init__(self, asked: select.epoll) -> None:
+        self.asked = asked
+
+    def poll(self, timeout: float, events: int) -> list[tuple[int, int]]:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def close(self) -> None:
+        self.asked.close()
+
+
+def test_a_table_that_another_thread_lets_go_of_meanwhile_is_read_no_more(store, pool):
+    pool.put(["a"], [b"a"])
+    (access,) = pool._members.stores.values()
+    lookup = access.shown._lookup
+    lookup._ended = Closing(lookup._ended)
+    assert access.shown.table is None
+    assert pool.get(["a"]) == [b"a"]  # the store is asked
 
 
 def test_a_store_without_a_table_is_asked(store, monkeypatch):
