@@ -172,7 +172,7 @@ function drawLines(panel, body, data) {
     chart.setData([data.times, ...drawn], true);
   } else {
     chart?.destroy();
-    const canvas = element("div", { className: "canvas" });
+    const canvas = element("div", { className: "canvas", role: "img", "aria-label": `${panel.title}: a chart of the lines named below` });
     body.replaceChildren(canvas, element("table", { className: "legend" }));
     body.chart = newChart(panel, canvas, data, drawn, stacked);
     body.chart.shape = shape;
@@ -187,7 +187,7 @@ function newChart(panel, canvas, data, drawn, stacked) {
   const bands = stacked ? drawn.slice(1).map((_, i) => ({ series: [i + 2, i + 1], fill: tint(COLORS[(i + 1) % COLORS.length], fill) })) : [];
   const chart = new window.uPlot({
     width: Math.max(50, canvas.clientWidth), height: Math.max(60, canvas.clientHeight),
-    legend: { show: false },
+    legend: { show: false }, padding: [8, 10, 0, 0],
     cursor: { sync: { key: SYNC }, points: { size: 6 }, drag: { x: false, y: false } },
     scales: { x: { time: true }, y: { range: (_, low, high) => limits(low, high, min, max) } },
     axes: [
