@@ -79,7 +79,7 @@ class Drains(Options):
     """A process that finishes what it has."""
 
     drain_s: float = setting(
-        DRAIN_S, "Seconds that work in flight gets after SIGTERM or POST /drain.", low=0, high=DRAIN_S_MAX
+        DRAIN_S, "Seconds that work in flight gets after SIGTERM.", low=0, high=DRAIN_S_MAX
     )
 
 
