@@ -132,6 +132,16 @@ class _AnyKey(Mapping[str, str]):
         return 0
 
 
+@config.command()
+def schema() -> None:
+    """Print a JSON Schema of the settings file, for editors."""
+    import msgspec
+
+    from mooncake.settings_schema import schema as made
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(made())).decode())
+
+
 def _kind(process: str) -> "type[Options]":
     from mooncake.core.config import fail
     from mooncake.core.options import SECTIONS

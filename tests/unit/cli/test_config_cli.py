@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from mooncake import cli, settings_page
@@ -114,3 +116,20 @@ def test_the_file_on_the_page_is_right(write):
     tenants = write("", "t.toml")
     result = run("check", write(example.replace("/etc/mooncake/tenants.toml", tenants)))
     assert result.exit_code == 0, result.output
+
+
+def test_editors_get_a_schema_that_takes_what_is_right_and_nothing_else():
+    made = json.loads(run("schema").output)
+    validator = jsonschema.Draft202012Validator(made)
+    validator.check_schema(made)
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    for text in (
+        example,
+        "store: {hugepages: off, node: 007, ssd: }",
+        "up: {cores: 0, vllm_args: [a]}\nstore:",
+        "{}",
+    ):
+        validator.validate(yaml.safe_load(text))
+    for text in ("up: {prt: 1}", "up: {port: 0}", "other: {}", "up: {api_key: k}", "common: {policy: best}"):
+        assert not validator.is_valid(yaml.safe_load(text)), text
