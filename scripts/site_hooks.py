@@ -21,6 +21,11 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
 }
 """Page of the site -> the file it is."""
+WIDE = ("comparison.md", "configuration.md", "metrics.md")
+"""Their tables get the room of the table of contents."""
+_FENCE = re.compile(r"\s*(```|~~~)")
+_BLOCK = re.compile(r"(?P<list>[-*] |\d+\. )|(?P<table>\|)")
+"""Python-Markdown wants a blank line before a list or a table; GitHub does not, and our pages have none."""
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -55,6 +60,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Let links to files outside docs/ lead to their page of the site, or be the file's name."""
     uri = page.file.src_uri
+    if uri in WIDE:
+        page.meta["hide"] = ["toc"]
     here = posixpath.dirname(PAGES.get(uri, f"docs/{uri}"))
 
     def link(match: re.Match[str]) -> str:
@@ -72,4 +79,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({inside}{anchor})"
         return text if text.strip("`") == path else f"{text} (`{path}`)"
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(link, _with_blanks(markdown))
+
+
+def _with_blanks(markdown: str) -> str:
+    """Put a blank line before each list and table that follows a paragraph."""
+    lines: list[str] = []
+    inside, before = False, ""  # a fence; the kind of the block that goes on
+    for line in markdown.splitlines():
+        if _FENCE.match(line):
+            inside = not inside
+        found = None if inside else _BLOCK.match(line)
+        kind = "" if found is None else str(found.lastgroup)
+        if kind and kind != before and lines and lines[-1].strip():
+            lines.append("")
+        lines.append(line)
+        if kind:
+            before = kind
+        elif not line.strip() or not line.startswith(" "):
+            before = ""  # what is indented belongs to the list's entry
+    return "\n".join(lines) + "\n"

@@ -49,6 +49,12 @@ def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
         assert not FETCHED.search(page.read_text()), page
 
 
+def test_lists_and_tables_are_such_though_no_blank_line_stands_before_them(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = re.sub("<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+        assert not re.findall(r"(?m)^(?:<p>)?(?:[-*] |\| ).{0,80}", text), page
+
+
 def test_python_reference_comes_from_docstrings(site: Path) -> None:
     text = (site / "api.html").read_text()
     for name in (
