@@ -47,6 +47,7 @@ from mooncake.core.options_base import (
     refusals,
     setting,
 )
+from mooncake.core.tracing import check_url
 
 METADATA: Final = "tcp://127.0.0.1:7700"
 """Where a Conductor serves metadata, unless it is told otherwise."""
@@ -142,6 +143,15 @@ class Traced(Options):
     otlp_endpoint: str = setting(
         "", "Where spans go, http://HOST:4318; empty = as OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."
     )
+
+    def conflicts(self) -> list[Problem]:
+        """See Options."""
+        found = super().conflicts()
+        if not self.otlp_endpoint:
+            return found
+        return found + refusals(
+            "otlp_endpoint", self.otlp_endpoint, lambda: check_url(self.otlp_endpoint, "otlp_endpoint")
+        )
 
 
 class Modelled(Options):

@@ -38,6 +38,7 @@ STORE = StoreOptions(node="n", capacity_bytes=1 << 30, run_dir="/r", metadata="t
         (GATEWAY, {"inline": "perhaps"}, "inline = 'perhaps': must be true or false"),
         (GATEWAY, {"vllm_args": "it's"}, "as in a shell"),
         (GATEWAY, {"admin_port": 9000, "admin_host": "0.0.0.0"}, "MOONCAKE_ADMIN_TOKEN"),
+        (GATEWAY, {"otlp_endpoint": "here"}, "otlp_endpoint = 'here': must be http://HOST:PORT"),
         (STORE, {"capacity_bytes": 3}, "capacity"),
         (STORE, {"node": "a b"}, "node"),
         (STORE, {"address": "10.0.0.5"}, "MOONCAKE_SECRET_FILE"),
