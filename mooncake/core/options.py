@@ -162,7 +162,9 @@ class Modelled(Options):
     max_model_len: int = setting(
         0, "Longest context in tokens; 0 = the model's own.", low=0, high=MODEL_LEN_MAX
     )
-    block_size: BlockTokens = setting(32, "Tokens of a KV block, a multiple of 32; the same in all of a cluster.")
+    block_size: BlockTokens = setting(
+        32, "Tokens of a KV block, a multiple of 32; the same in all of a cluster."
+    )
     vllm_args: Words = setting([], "More arguments for vLLM; on the command line after --.")
 
 
