@@ -188,6 +188,7 @@ def guarded(service: str, options: Options, main: Callable[[], int]) -> int:
     logs.setup(service, options.log_level, options.log_format)
     if not has_terminal():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody who can reload
+    signal.signal(signal.SIGTERM, _leave)
     try:
         if isinstance(options, Traced) and options.otlp_endpoint:
             from mooncake.core.tracing import use_endpoint
@@ -199,6 +200,14 @@ def guarded(service: str, options: Options, main: Callable[[], int]) -> int:
         return exit_code(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _leave(number: int, frame: object) -> None:  # noqa: ARG001
+    """End at once: until a process has something to finish, and takes the signal over.
+
+    The first process of a container would not hear the signal at all without a handler.
+    """
+    raise SystemExit(0)
 
 
 def main() -> int:
