@@ -6,14 +6,14 @@ a line is a fault of the page and not of the data. Counters rise in waves and on
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import promql_parser
 
 from mooncake.live.boards import expressions, filled, load_boards
 from mooncake.live.promql import parsed
-from mooncake.live.ring import ROUND_S, Part, Ring, part_of
+from mooncake.live.ring import ROUND_S, Page, Part, Ring, Sample, part_of
 
 PROCESSES = ("gateway-0", "prefill-0", "decode-0")
 LIMITS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, math.inf)
@@ -30,6 +30,7 @@ def metrics_wanted() -> Wanted:
     for board in load_boards().values():
         for _, expression in expressions(board):
             _walk(parsed(filled(expression)), {}, wanted)
+    wanted.pop("up", None)  # said by who asks
     return wanted
 
 
@@ -62,12 +63,19 @@ def _label_sets(matchers: list[Any], grouped: Mapping[str, None]) -> list[dict[s
     return sets
 
 
-def page(wanted: Wanted, process: str, rounds: int) -> str:
-    """Return what a process says after so many rounds of life."""
-    return "\n".join(_lines(wanted, process, rounds)) + "\n"
+class Shape(NamedTuple):
+    """How one series moves."""
+
+    name: str
+    labels: dict[str, str]
+    seed: int
+    speed: float
+    counts: bool
 
 
-def _lines(wanted: Wanted, process: str, rounds: int) -> Iterator[str]:
+def shapes(wanted: Wanted, process: str) -> list[Shape]:
+    """Return the series of a process."""
+    found = []
     for name, sets in wanted.items():
         for labels in sets:
             seed = zlib.crc32(f"{name}{labels}{process}".encode())
@@ -75,13 +83,25 @@ def _lines(wanted: Wanted, process: str, rounds: int) -> Iterator[str]:
             if name.endswith("_bucket"):
                 for n, limit in enumerate(LIMITS):
                     text = "+Inf" if math.isinf(limit) else f"{limit:g}"
-                    yield _line(
-                        name, {**dict(labels), "le": text}, int(_grown(speed * (n + 1), seed, rounds))
-                    )
-            elif name.endswith(("_total", "_sum", "_count")):
-                yield _line(name, dict(labels), round(_grown(speed, seed, rounds), 3))
+                    found.append(Shape(name, {**dict(labels), "le": text}, seed, speed * (n + 1), True))
             else:
-                yield _line(name, dict(labels), round(speed * (1.2 + math.sin(rounds / 25 + seed % 7)), 4))
+                counts = name.endswith(("_total", "_sum", "_count"))
+                found.append(Shape(name, dict(labels), seed, speed, counts))
+    return found
+
+
+def page(series: list[Shape], rounds: int) -> list[Sample]:
+    """Return what a process says after so many rounds of life."""
+    return [
+        (
+            one.name,
+            one.labels,
+            round(_grown(one.speed, one.seed, rounds), 3)
+            if one.counts
+            else round(one.speed * (1.2 + math.sin(rounds / 25 + one.seed % 7)), 4),
+        )
+        for one in series
+    ]
 
 
 def _grown(speed: float, seed: int, rounds: int) -> float:
@@ -90,21 +110,17 @@ def _grown(speed: float, seed: int, rounds: int) -> float:
     return speed * ROUND_S * (1.1 * rounds + waves)
 
 
-def _line(name: str, labels: Mapping[str, str], value: float) -> str:
-    inner = ",".join(f'{key}="{text}"' for key, text in labels.items())
-    return f"{name}{{{inner}}} {value}" if inner else f"{name} {value}"
-
-
 def fill(ring: Ring, end_s: float, rounds: int = ROUNDS) -> None:
     """Let `rounds` rounds happen, the last at `end_s`."""
     wanted = metrics_wanted()
     parts: dict[str, Part] = {name: part_of(name, f"http://{name}:9/metrics") for name in PROCESSES}
+    series = {name: shapes(wanted, name) for name in PROCESSES}
     for n in range(1, rounds + 1):
-        pages: dict[Part, str | None] = {}
+        pages: dict[Part, Page | None] = {}
         for name, part in parts.items():
             is_last = name == PROCESSES[-1]
             if is_last and RESTART_AT - 3 <= n < RESTART_AT:
                 pages[part] = None
             else:
-                pages[part] = page(wanted, name, n - RESTART_AT if is_last and n >= RESTART_AT else n)
+                pages[part] = page(series[name], n - RESTART_AT if is_last and n >= RESTART_AT else n)
         ring.add(end_s - ROUND_S * (rounds - n), pages)
