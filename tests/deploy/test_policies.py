@@ -271,8 +271,10 @@ def test_those_who_talk_may_at_both_ends(overlay: str) -> None:
     for source in OURS:
         if source in there:
             assert _lets(overlay, there[source], there["etcd"], 2379), source
-    assert not _lets(overlay, there["gateway"], there["core"], 9100)
+    for looking in ("core", "gateway"):  # the live page, `mooncake top`
+        assert all(_lets(overlay, there[looking], there[one], 9100) for one in OURS if one in there)
     assert not _lets(overlay, there["prefill"], there["gateway"], 9100)
+    assert not _lets(overlay, there["prefill"], there["etcd"], 2381)
     if "store" in there:
         assert not _lets(overlay, there["gateway"], there["store"], EPHEMERAL[0])
 
