@@ -153,6 +153,8 @@ class GatewayMetrics(DecisionMetrics):
             ["reason"],
             registry=registry,
         )
+        for reason in ("link down", "silent"):  # the usual ones are shown as 0
+            self.migrations.labels(reason)
         self.retries = Counter(
             "mooncake_retries", "Legs placed again before the first token.", registry=registry
         )

@@ -33,6 +33,8 @@ class RoleMetrics:
         self.switches = Counter(
             "mooncake_role_switches", "Changes of roles begun, by the new role.", ["role"], registry=registry
         )
+        for role in ("prefill", "decode"):
+            self.switches.labels(role)  # shown as 0
         self.pressure = Gauge(
             "mooncake_planner_pressure_ratio",
             "What the planner expects a pool to feel; above 1 it is too small.",
