@@ -71,7 +71,12 @@ def model_folder(target: Path, *, tiny: bool) -> int:
     return int(config["vocab_size"])
 
 
-def _wait(url: str, what: str, log: Path, process: "subprocess.Popen[bytes]") -> None:
+def wait_answering(url: str, what: str, log: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Return when the server at `url` answers a chat.
+
+    Raises:
+        PeerTimeout: it does not; the message has the end of its `log`.
+    """
     end_s = time.monotonic() + START_S_MAX
     payload = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
     while time.monotonic() < end_s and process.poll() is None:
@@ -85,7 +90,8 @@ def _wait(url: str, what: str, log: Path, process: "subprocess.Popen[bytes]") ->
     raise PeerTimeout(f"{what} does not answer: {' '.join(tails)}")
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End what `start` began, with all of its group."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -94,7 +100,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
+def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a process group whose output goes to `log`."""
     with log.open("wb") as out:
         return subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -118,12 +125,12 @@ def serving(*, tiny: bool, fronts: int, step_s: float, venvs: dict[str, str | No
         )  # fmt: skip
         (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
         argv = [sys.executable, "-m", "benchmarks.gateway_peers.stack", str(folder / "plan.json")]
-        stack = _start(argv, folder / "stack.log")
-        ended.callback(_stop, stack)
-        _wait(f"http://127.0.0.1:{plan.gateway_port}", "our gateway", folder / "gateway.log", stack)
+        stack = start(argv, folder / "stack.log")
+        ended.callback(stop, stack)
+        wait_answering(f"http://127.0.0.1:{plan.gateway_port}", "our gateway", folder / "gateway.log", stack)
         for index, port in enumerate(plan.front_ports):
-            _wait(f"http://127.0.0.1:{port}", "our front", folder / f"front-{index}.log", stack)
-        _wait(f"http://127.0.0.1:{plan.plain_port}", "plain vLLM", folder / "plain.log", stack)
+            wait_answering(f"http://127.0.0.1:{port}", "our front", folder / f"front-{index}.log", stack)
+        wait_answering(f"http://127.0.0.1:{plan.plain_port}", "plain vLLM", folder / "plain.log", stack)
         pids = json.loads((folder / "pids.json").read_text())
         found = [
             Way("ours", plan.gateway_port, [pids["gateway"]]),
@@ -141,9 +148,9 @@ def serving(*, tiny: bool, fronts: int, step_s: float, venvs: dict[str, str | No
                 *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(harness.free_port())),
                 *("--log-level", "error"),
             ]  # fmt: skip
-            router = _start(argv, log)
-            ended.callback(_stop, router)
-            _wait(f"http://127.0.0.1:{port}", name, log, router)
+            router = start(argv, log)
+            ended.callback(stop, router)
+            wait_answering(f"http://127.0.0.1:{port}", name, log, router)
             found.append(Way(f"{name} + plain", port, [router.pid, pids["plain"]]))
         own = [
             Way(f"front {index}", port, [pids[f"front-{index}"]])
