@@ -88,7 +88,9 @@ async function refreshPanel(item, now) {
   try {
     const targets = item.panel.targets ?? [];
     const found = await Promise.all(targets.map((target) => series(filled(target.expr, state.chosen, now), now)));
-    draw(item.panel, item.body, targets.map((target, i) => ({ target, found: found[i] })), now);
+    item.results = targets.map((target, i) => ({ target, found: found[i] }));
+    item.now = now;
+    draw(item.panel, item.body, item.results, now);
   } catch (error) {
     if (error instanceof Unauthorized) throw error;
     drawError(item.body, error);
@@ -226,7 +228,10 @@ options(byId("span"), SPANS, state.span);
 options(byId("every"), EVERY, state.every);
 byId("span").addEventListener("change", (event) => { state.span = Number(event.target.value); address(); refresh(); });
 byId("every").addEventListener("change", (event) => { state.every = Number(event.target.value); refresh(); });
-byId("theme").addEventListener("click", () => { theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); refresh(); });
+byId("theme").addEventListener("click", () => {
+  theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  for (const { panel, body, results, now } of state.panels) if (results) draw(panel, body, results, now); // canvases know no CSS
+});
 byId("login").addEventListener("close", () => { remember(byId("token").value); byId("token").value = ""; start().catch(failed); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 document.addEventListener("scroll", hideTip, { passive: true });
