@@ -15,6 +15,8 @@ CRDS = Path(__file__).parent / "crds"
 FOREIGN = {path.stem for path in CRDS.glob("*.json")}
 VERSIONS = ("1.32", "1.37")
 """The oldest that the guide names, and the newest that is known here."""
+ANNOTATION_BYTES_MAX = 262_144
+"""Of all annotations of an object; `kubectl apply` keeps there what it applied last."""
 
 
 def distinct() -> list[Any]:
@@ -68,3 +70,9 @@ def test_rendering_is_repeatable() -> None:
     first = rendered("prod")
     rendered.cache_clear()
     assert rendered("prod") == first
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_fits_the_annotation_in_which_kubectl_keeps_it(overlay: str) -> None:
+    for one in objects(overlay):
+        assert len(json.dumps(one)) < ANNOTATION_BYTES_MAX, one["metadata"]["name"]
