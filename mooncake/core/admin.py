@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from mooncake.core.config import LOOPBACK, is_loopback
 from mooncake.core.health import Health, Verdict
@@ -205,11 +205,11 @@ class AdminServer:
         return self._routes[max(above, key=len)] if above else None
 
     def _metrics(self, asked: Asked) -> Answer:
-        encode, content_type = choose_encoder(asked.headers.get("accept", ""))
-        body = encode(self._registry)
+        # never OpenMetrics, which Prometheus would rather have: that encoder writes vllm:x as vllm_x
+        body = generate_latest(self._registry)
         if len(body) >= GZIP_BYTES_MIN and "gzip" in asked.headers.get("accept-encoding", ""):
-            return Answer(200, gzip.compress(body, 1), content_type, {"Content-Encoding": "gzip"})
-        return Answer(200, body, content_type)
+            return Answer(200, gzip.compress(body, 1), CONTENT_TYPE_PLAIN_0_0_4, {"Content-Encoding": "gzip"})
+        return Answer(200, body, CONTENT_TYPE_PLAIN_0_0_4)
 
     def _drain(self, asked: Asked) -> Answer:
         assert self._drains is not None

@@ -127,8 +127,11 @@ def test_metrics_are_served_and_large_ones_are_compressed_for_who_can_read_that(
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     assert b"things_total 3.0" in body
-    open_metrics = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    assert ask(server, "/metrics", headers=open_metrics)[2].endswith(b"# EOF\n")
+    Counter("vllm:things", "Of vLLM.", registry=registry).inc()
+    as_prometheus = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+    status, headers, body = ask(server, "/metrics", headers=as_prometheus)
+    assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert b"\nvllm:things_total 1.0\n" in body
     many = Counter("many", "Many.", ["which"], registry=registry)
     for which in range(200):
         many.labels(str(which)).inc()
