@@ -14,8 +14,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from mooncake.core.config import API_KEY_ENV, admin_token, fail, is_loopback
+from mooncake.core.config import API_KEY_ENV, API_KEY_FILE_ENV, API_KEY_HINT, admin_token, fail, is_loopback
 from mooncake.core.errors import MooncakeError, PeerGone, ProtocolError, RequestError
+from mooncake.core.options import read_secret
 from mooncake.top_draw import draw
 from mooncake.top_pages import Look, Members, Page
 from mooncake.top_stats import front_rows, instance_rows, marks, store_rows, totals
@@ -103,7 +104,7 @@ class Cluster:
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (401, 403):
-                raise RequestError(f"{url} wants a key: set {API_KEY_ENV}") from error
+                raise RequestError(f"{url} wants a key: {API_KEY_HINT}") from error
             raise ProtocolError(f"{url} answers HTTP {error.code}: is this a Mooncake gateway?") from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
@@ -118,7 +119,7 @@ def top(
     Raises:
         MooncakeError: the first look failed, see Cluster.
     """
-    cluster = Cluster(url, os.environ.get(API_KEY_ENV, ""), admin_token())
+    cluster = Cluster(url, api_key(), admin_token())
     try:
         before = cluster.look()
         if once or as_json:
@@ -147,6 +148,17 @@ def top(
                 before = now
     except KeyboardInterrupt:
         return 0
+
+
+def api_key() -> str:
+    """Return the key that clients of this cluster show, from the environment; "" = none.
+
+    Raises:
+        ConfigError: its file cannot be read.
+    """
+    if path := os.environ.get(API_KEY_FILE_ENV, ""):
+        return read_secret(API_KEY_FILE_ENV, path)
+    return os.environ.get(API_KEY_ENV, "")
 
 
 def as_text(before: Look, now: Look) -> str:

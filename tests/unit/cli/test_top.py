@@ -281,7 +281,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(monkeypatch) -> Iterator[tuple[str, type[Handler]]]:
-    monkeypatch.delenv("MOONCAKE_API_KEY", raising=False)
+    for name in ("MOONCAKE_API_KEY", "MOONCAKE_API_KEY_FILE", "MOONCAKE_ADMIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
     class Mine(Handler):
@@ -384,6 +385,16 @@ def test_the_key_comes_from_the_environment(served, monkeypatch):
     assert result.exit_code == 1
     assert "MOONCAKE_API_KEY" in result.output
     monkeypatch.setenv("MOONCAKE_API_KEY", "secret")
+    assert "decode-0" in shown(served[0])
+
+
+def test_the_key_comes_from_a_file_where_secrets_are_files(served, monkeypatch, tmp_path):
+    served[1].key = "secret"
+    monkeypatch.setenv("MOONCAKE_API_KEY_FILE", str(tmp_path / "key"))
+    result = CliRunner().invoke(cli.app, ["top", "--once", "--url", served[0]])
+    assert result.exit_code != 0
+    assert "MOONCAKE_API_KEY_FILE" in result.output
+    (tmp_path / "key").write_text("secret\n")
     assert "decode-0" in shown(served[0])
 
 
