@@ -29,6 +29,8 @@ OPERATIONS: Final = {
 """Paths that are traced, as gen_ai.operation.name has them."""
 PROPAGATION: Final = frozenset((b"traceparent", b"tracestate"))
 """vLLM would put them into every token's message, and say that its own tracing is off."""
+COMPLETE: Final = ("length", "stop")
+"""Finish reasons of a leg that did its work."""
 LEGS_MAX: Final = 64
 """Attempts of one answer that get a span: a machine gives up long before."""
 
@@ -226,12 +228,13 @@ class AnswerTrace:
         leg = self._legs.get(eid)
         if leg is None or leg.over:
             return
-        leg.done = True
-        if leg.leg is Leg.PREFILL:
-            self._handed_s = now_s
-        else:
+        leg.done = reason in COMPLETE
+        if leg.leg is not Leg.PREFILL:
             self._reason = reason
-        leg.end(self._clock.ns(now_s), {"mooncake.finish": reason})
+        elif leg.done:
+            self._handed_s = now_s
+        why = "" if leg.done else "the engine says: " + reason
+        leg.end(self._clock.ns(now_s), {"mooncake.finish": reason}, why)
 
     def leg_lost(self, now_s: float, eid: str, why: str) -> None:
         """A leg's engine is gone, or the leg is no longer wanted ("")."""

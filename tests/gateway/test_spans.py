@@ -144,6 +144,25 @@ async def test_what_moves_has_a_span_for_each_attempt_linked_to_the_one_before(
     assert "migration" in [event.name for event in traced.one("gateway.request").events]
 
 
+async def test_a_leg_that_fails_is_an_error_and_the_next_one_a_second_attempt(
+    make_world: MakeWorld, traced: Traced
+) -> None:
+    world = make_world()
+    for name in ("p0", "p1"):
+        (await world.engine(name, "prefill")).fail_next = 1
+    await world.engine("d0", "decode")
+    trace = traced.begin()
+    await world.finish(traced.add(world, trace))
+    trace.ended(200, complete=True)
+    failed, again = [span for span in traced.spans() if span.name == "prefill"][:2]
+    assert failed.status.status_code is StatusCode.ERROR
+    assert (failed.attributes or {})["mooncake.finish"] == "error"
+    assert (again.attributes or {})["mooncake.attempt"] == 2
+    assert [link.context for link in again.links] == [failed.context]
+    assert "retry" in [event.name for event in traced.one("gateway.request").events]
+    assert (traced.one("gateway.request").attributes or {})["gen_ai.response.finish_reasons"] == ("length",)
+
+
 async def test_who_is_turned_away_has_a_decision_that_says_why(make_world: MakeWorld, traced: Traced) -> None:
     world = make_world()
     trace = traced.begin()
