@@ -248,7 +248,7 @@ def _meter(share: float | None, width: int) -> Text:
     text = Text()
     if width >= BAR_WIDTH_MIN:
         filled = round(min(1.0, max(0.0, share)) * BAR_CELLS)
-        text.append("━" * filled, style).append("━" * (BAR_CELLS - filled), "bright_black").append(" ")
+        text.append("━" * filled, style).append("━" * (BAR_CELLS - filled), "grey35").append(" ")
     return text.append(f"{share:4.0%}", style if share >= FILLING else "")
 
 

@@ -28,6 +28,8 @@ STEPS_MAX = 720
 """Points of a line: more than a screen has room for, and an hour at the ring's own step."""
 SERIES_MAX = 200
 """Lines of one query; nobody can tell more apart. The answer says that some are left out."""
+CELLS_MAX = 2_000_000
+"""Series that a query reads, times steps: its arrays have 16 MB then, and there are about ten at a time."""
 AT_ONCE_MAX = 2
 """Queries evaluated at the same time: they compete with the process's own work for the interpreter."""
 WAIT_S_MAX = 10.0
@@ -151,7 +153,10 @@ class LivePage:
         if not self._turns.acquire(timeout=WAIT_S_MAX):
             return 503, {"status": "error", "errorType": "timeout", "error": "too many ask: try again"}
         try:
-            found = evaluate(expression, self._ring.samples(names_of(expression)), times_s)
+            samples = self._ring.samples(names_of(expression))
+            if len(samples.labels) * len(times_s) > CELLS_MAX:
+                raise RequestError(f"{len(samples.labels)} series at {len(times_s)} times: ask for less")
+            found = evaluate(expression, samples, times_s)
         finally:
             self._turns.release()
         answer: dict[str, object] = {

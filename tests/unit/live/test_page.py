@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from mooncake.core.admin import AdminServer
+from mooncake.live import page as page_module
 from mooncake.live import scrape
 from mooncake.live.boards import load_boards
 from mooncake.live.page import SERIES_MAX, LivePage
@@ -102,6 +103,13 @@ def test_more_series_than_a_chart_can_show_are_cut_and_told():
         assert answer["warnings"] == [f"{SERIES_MAX} of {SERIES_MAX + 5} series are shown"]
     finally:
         admin.close()
+
+
+def test_a_question_that_would_fill_the_memory_is_refused(admin, monkeypatch):
+    monkeypatch.setattr(page_module, "CELLS_MAX", 4)
+    status, answer = query(admin, "c_total", 1060, 1080)
+    assert (status, answer["error"]) == (400, "1 series at 5 times: ask for less")
+    assert query(admin, "c_total", 1060, 1075)[0] == 200
 
 
 def test_values_of_labels_fill_the_menus(admin):
