@@ -26,7 +26,7 @@ WIDE = ("comparison.md", "configuration.md", "metrics.md")
 _FENCE = re.compile(r"\s*(```|~~~)")
 _BLOCK = re.compile(r"(?P<list>[-*] |\d+\. )|(?P<table>\|)")
 """Python-Markdown wants a blank line before a list or a table; GitHub does not, and our pages have none."""
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     here = posixpath.dirname(PAGES.get(uri, f"docs/{uri}"))
 
     def link(match: re.Match[str]) -> str:
-        text, target, anchor = match[1], match[2], match[3] or ""
+        picture, text, target, anchor = match[1], match[2], match[3], match[4] or ""
         if re.match(r"[a-z]+:", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(here, target))
@@ -76,7 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             if (ROOT / path / "README.md").is_file():
                 path += "/README.md"
             inside = posixpath.relpath(path.removeprefix("docs/"), posixpath.dirname(uri) or ".")
-            return f"[{text}]({inside}{anchor})"
+            return f"{picture}[{text}]({inside}{anchor})"
         return text if text.strip("`") == path else f"{text} (`{path}`)"
 
     return _LINK.sub(link, _with_blanks(markdown))
