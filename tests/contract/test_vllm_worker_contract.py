@@ -19,6 +19,7 @@ SYMBOLS = {
     "vllm.v1.engine:core": "MooncakeEngine extends its EngineCoreProc; its MsgpackDecoder is replaced",
     "vllm.v1.engine.core:EngineShutdownState": "REQUESTED asks the busy loop to end",
     "vllm.v1.engine.utils:EngineZmqAddresses": "what a handshake would have answered",
+    "vllm.v1.metrics.stats:SchedulerStats": "what a step tells of the engine's own prefix cache",
     "vllm.v1.request:Request": "resume appends output tokens to it",
     "vllm.v1.request:RequestStatus": "FINISHED_ABORTED for everything of a gateway that is gone",
     "vllm.v1.serial_utils:MsgpackDecoder": "TolerantDecoder extends it",
@@ -106,6 +107,20 @@ class TestTheEngine:
 
         assert "output_queue" in inspect.getsource(EngineCoreProc.__init__)
         assert "client_index, outputs = output" in inspect.getsource(EngineCoreProc.process_output_sockets)
+
+    def test_says_how_many_run_and_wait_how_much_kv_is_in_use_and_what_its_cache_found(self):
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+
+        assert parameters(Scheduler.get_request_counts) == ["self"]
+        assert "num_running, num_waiting = self.get_request_counts()" in inspect.getsource(
+            Scheduler.make_stats
+        )
+        assert isinstance(KVCacheManager.usage, property)
+        found = SchedulerStats().prefix_cache_stats
+        assert isinstance(found, PrefixCacheStats)
+        assert (found.queries, found.hits, found.preempted_requests) == (0, 0, 0)
 
     def test_lets_a_scheduler_end_requests_of_a_client(self):
         from vllm.v1.core.sched.scheduler import Scheduler
