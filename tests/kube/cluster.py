@@ -22,7 +22,7 @@ from tests.integration.ports import lasting_port
 from tests.kube.standin.sandbox import unable
 
 TAG = "MOONCAKE_TEST_KUBE"
-READY_S, CALL_S, END_S, GONE_S = 60.0, 60.0, 60.0, 20.0
+READY_S, CALL_S, END_S, GONE_S = 120.0, 240.0, 60.0, 30.0
 LOG_LINES, LOG_LINE_CHARS = 25, 300
 ROOT = Path(__file__).parents[2]
 

@@ -14,14 +14,14 @@ from tests.kube.cluster import GONE_S, NEEDS_PODS, Kube, pid_of, running
 
 pytestmark = [pytest.mark.integration, NEEDS_PODS]
 HERE = Path(__file__).parent / "web"
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @pytest.fixture(scope="module")
 def kube() -> Iterator[Kube]:
     with running("--probe-factor=0.2", publish=["demo/web:80"]) as kube:
         kube.kubectl("apply", "-k", str(HERE))
-        kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=60s")
+        kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=180s")
         kube.wait("the proxy knows the pods", lambda: reaches(kube), WAIT_S)
         yield kube
 
@@ -41,6 +41,13 @@ def ask(kube: Kube, path: str = "/") -> tuple[int, str]:
     found = answer.status, answer.read().decode()
     connection.close()
     return found
+
+
+def served_by(kube: Kube, name: str, times: int = 4) -> bool:
+    """Return whether so many new connections all lead to one pod."""
+    with contextlib.suppress(ConnectionError):  # the proxy learns a little later what is gone
+        return all(f"host={name}" in ask(kube, "/facts")[1] for _ in range(times))
+    return False
 
 
 def test_a_pod_has_the_user_the_root_and_the_names_that_its_spec_says(kube: Kube) -> None:
@@ -86,7 +93,7 @@ def test_a_rolling_restart_of_a_server_that_drains_drops_no_request(kube: Kube) 
     before = {pod["metadata"]["uid"] for pod in kube.pods("demo")}
     thread.start()
     kube.kubectl("-n", "demo", "rollout", "restart", "deploy/web")
-    kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=60s")
+    kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=180s")
     kube.wait("the old pods are gone", lambda: len(kube.pods("demo")) == 2, WAIT_S)
     leave.set()
     thread.join(WAIT_S)
@@ -104,11 +111,11 @@ def test_a_process_that_stands_still_gets_no_traffic_and_is_started_again(kube: 
         return [one["targetRef"]["name"] for one in slices] == [other["metadata"]["name"]]
 
     kube.wait("the pod is not ready", left, WAIT_S)
-    kube.wait("a round of the proxy", lambda: other["metadata"]["name"] in ask(kube, "/facts")[1], WAIT_S)
+    kube.wait("the proxy knows it", lambda: served_by(kube, other["metadata"]["name"]), WAIT_S)
 
     def restarted() -> bool:
         (status,) = kube.get("pod", stopped["metadata"]["name"], "-n", "demo")["status"]["containerStatuses"]
-        return status["restartCount"] == 1 and status["ready"]
+        return status["restartCount"] >= 1 and status["ready"]
 
     kube.wait("it is started again", restarted, WAIT_S)
 
@@ -118,11 +125,11 @@ def test_a_drained_node_is_empty_and_budgets_are_kept(kube: Kube) -> None:
     assert kube.pods("demo"), "the budget lets one of two go, whose replacement has no node"
     assert kube.kubectl("get", "nodes").split()[-2] == "true"
     kube.kubectl("uncordon", "node-0")
-    kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=60s")
+    kube.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=180s")
 
 
 def test_delete_leaves_no_object_and_no_process(kube: Kube) -> None:
-    kube.kubectl("delete", "-k", str(HERE), "--timeout=60s")
+    kube.kubectl("delete", "-k", str(HERE), "--timeout=180s")
     assert not kube.get("pods", "-A")["items"]
     kube.wait("only the stand-in runs", lambda: kube.tagged() == [kube.process.pid], GONE_S)
 
@@ -130,7 +137,7 @@ def test_delete_leaves_no_object_and_no_process(kube: Kube) -> None:
 def test_nothing_survives_a_stand_in_that_is_killed(kube: Kube) -> None:
     with running("--probe-factor=0.2") as other:
         other.kubectl("apply", "-k", str(HERE))
-        other.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=60s")
+        other.kubectl("-n", "demo", "rollout", "status", "deploy/web", "--timeout=180s")
         assert len(other.tagged()) > 2
         other.process.kill()
         other.process.wait(GONE_S)

@@ -22,7 +22,7 @@ from aiohttp import web
 from tests.kube.standin.api import ApiServer
 from tests.kube.standin.controllers import Controllers
 from tests.kube.standin.kubelet import Kubelet
-from tests.kube.standin.pod import Settings, hidden_folders
+from tests.kube.standin.pod import Settings, foreign_folders, hidden_folders
 from tests.kube.standin.proxy import Proxy, Published
 from tests.kube.standin.sandbox import isolate, unable
 from tests.kube.standin.store import ObjectStore
@@ -83,9 +83,11 @@ async def serve(options: argparse.Namespace, api: socket.socket, published: list
         meta = {"name": f"node-{index}", "labels": labels}
         store.create("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": meta, "spec": {}})
     programs = Path(sys.executable).parent
+    foreign = foreign_folders(Path(sys.executable), Path(__file__))
+    hidden = [one for one in hidden_folders(Path(sys.executable)) if not one.startswith(foreign)]
     settings = Settings(
         path=f"{programs}:{SYSTEM_PATH}", probe_factor=options.probe_factor, env=pairs(options.env),
-        back_off_factor=options.back_off_factor, hidden=hidden_folders(Path(sys.executable)),
+        back_off_factor=options.back_off_factor, hidden=tuple(hidden), foreign=foreign,
         as_root=options.as_root,
     )  # fmt: skip
     claims = {name: Path(folder) for name, folder in pairs(options.claim).items()}

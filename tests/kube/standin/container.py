@@ -29,8 +29,9 @@ SHM_BYTES = 64 << 20
 
 
 def root_script(
-    root: Path, layers: Path, hosts: Path, mounts: Sequence[Mount], read_only: bool, hidden: Sequence[str]
-) -> str:
+    root: Path, layers: Path, hosts: Path, mounts: Sequence[Mount], read_only: bool,
+    hidden: Sequence[str] = (), foreign: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Return the shell script that makes a container's root and then becomes its command, "$@".
 
     Args:
@@ -40,6 +41,7 @@ def root_script(
         mounts: outer folders first.
         read_only: nothing but volumes may be written.
         hidden: folders of this machine that others may not enter; here they may.
+        foreign: file systems of this machine that are seen in the container too.
     """
     quoted = {
         name: shlex.quote(str(path)) for name, path in (("root", root), ("layers", layers), ("hosts", hosts))
@@ -49,6 +51,7 @@ def root_script(
         "mount -t overlay overlay -o lowerdir=/,upperdir={layers}/up,workdir={layers}/work".format(**quoted)
         + f" {quoted['root']}",
         "cd {root}".format(**quoted), *(f"chmod o+x .{shlex.quote(folder)}" for folder in hidden),
+        *(f"mkdir -p .{path}; mount --rbind {path} .{path}" for path in map(shlex.quote, foreign)),
         "mount -t proc proc proc", "mount --rbind /sys sys", "mount --rbind /dev dev",
         f"mount -t tmpfs -o size={SHM_BYTES},mode=1777 tmpfs dev/shm",
         "mount --bind {hosts} etc/hosts".format(**quoted),
@@ -160,10 +163,14 @@ class Container:
         """End it as a power cut would."""
         self.signal(signal.SIGKILL)
         if self._process is not None and self.running:
-            if not self.pid:
-                self._process.kill()
-            async with asyncio.timeout(KILL_S):
-                await self._process.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_S if self.pid else 0.0):
+                    await self._process.wait()
+            if self.running:  # `unshare` still waits for it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process.pid, signal.SIGKILL)
+                async with asyncio.timeout(KILL_S):
+                    await self._process.wait()
 
     async def exec(self, command: Sequence[str], timeout_s: float, log: Path | None = None) -> int | None:
         """Run a command inside; return its exit code, None if it took too long (it is killed then)."""

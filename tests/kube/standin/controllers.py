@@ -31,7 +31,7 @@ from tests.kube.standin.tables import at
 
 TICK_S = 0.5
 """For what time alone brings on: minReadySeconds."""
-NAMESPACE_S = 2.0
+NAMESPACE_S = 8.0
 """Until what is in a namespace follows it, so that `kubectl delete -k` meets the objects that it names."""
 ROUNDS_MAX = 50
 """Of steps that follow from steps (Deployment, ReplicaSet, pod, node): a handful."""

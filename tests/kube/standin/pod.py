@@ -39,6 +39,8 @@ class Settings:
     """More variables for every container: what a test tells its processes apart by."""
     hidden: tuple[str, ...] = ()
     """Folders on the way to programs that others than root may not enter."""
+    foreign: tuple[str, ...] = ()
+    """File systems that programs lie on and that are not the root's."""
     as_root: bool = False
     """Ignore users and capabilities."""
 
@@ -198,7 +200,15 @@ class Pod:
         folder = self._places.pod / f"{name}-{state.restarts}"
         layers = self._places.memory / f"{name}-{state.restarts}"
         read_only = spec.get("securityContext", {}).get("readOnlyRootFilesystem", False)
-        script = root_script(folder / "root", layers, self._hosts, mounts, read_only, self._settings.hidden)
+        script = root_script(
+            folder / "root",
+            layers,
+            self._hosts,
+            mounts,
+            read_only,
+            self._settings.hidden,
+            self._settings.foreign,
+        )
         words = [] if self._settings.as_root else privileges(self._pod, spec)
         container = Container(self._sandbox, folder, layers, words, env)
         cores = self._cores(quantity(spec.get("resources", {}).get("requests", {}).get("cpu", 0)))
@@ -310,6 +320,13 @@ class Pod:
             "state": copy.deepcopy(state.now), "lastState": copy.deepcopy(state.last),
             "image": image, "imageID": "", "containerID": f"process://{self.pid(state.name)}",
         }  # fmt: skip
+
+
+def foreign_folders(*programs: Path) -> tuple[str, ...]:
+    """Return the mount points, other than the root, on the way to programs (and to what they link to)."""
+    ways = {way for one in programs for way in (one.absolute(), one.resolve())}
+    folders = {folder for way in ways for folder in way.parents if folder != Path("/")}
+    return tuple(sorted(str(one) for one in folders if os.path.ismount(one)))
 
 
 def hidden_folders(program: Path) -> tuple[str, ...]:
