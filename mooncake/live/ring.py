@@ -215,7 +215,7 @@ def samples_of(registry: CollectorRegistry, names: Iterable[str]) -> list[Sample
     """Return these metrics of a registry as they are now; what is no number is none in JSON either."""
     families = registry.restricted_registry(names).collect()
     return [
-        (sample.name, sample.labels, sample.value)
+        (sample.name, sample.labels, float(sample.value))  # some collectors say True
         for family in families
         for sample in family.samples
         if isfinite(sample.value)

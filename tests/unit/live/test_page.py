@@ -9,6 +9,8 @@ import urllib.parse
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from mooncake.core.admin import AdminServer
 from mooncake.live import page as page_module
@@ -196,6 +198,11 @@ def test_the_first_question_is_noticed(ring):
 # ------------------------------------------------------------ the ring is filled by asking
 
 
+class SaysTrue(Collector):
+    def collect(self):
+        yield GaugeMetricFamily("c_true", "A value that is no number for JSON.", value=True)
+
+
 @pytest.fixture
 def part():
     """Another process: its registry and its admin server."""
@@ -235,13 +242,15 @@ def test_a_round_asks_all_parts_with_the_token_and_itself_directly(part):
 def test_processes_with_a_live_page_hand_over_samples_which_wakes_no_ring(part):
     registry, admin = part
     Gauge("c_age", "Of nothing.", registry=registry).set(math.nan)  # JSON has no such number
-    ring, visits = Ring(["c_total", "c_age"]), []
+    registry.register(SaysTrue())
+    ring, visits = Ring(["c_total", "c_age", "c_true"]), []
     page = LivePage(
         {}, ring, visited=lambda: visits.append(1), samples=lambda: samples_of(registry, ring.names)
     )
     page.register(admin)
     found = scrape.Source(f"{admin.url}{scrape.SAMPLES_PATH}", TOKEN).fetch()
-    assert len(found) == 200
+    assert len(found) == 201
+    assert ("c_true", {}, 1.0) in found
     assert ("c_total", {"kind": "kind-7"}, 7.0) in found
     assert visits == []
     ring.add(1000.0, {OWN: found})
