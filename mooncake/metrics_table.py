@@ -390,6 +390,10 @@ Histograms are scraped as `NAME_bucket`, `NAME_sum` and `NAME_count`. When a cou
 left out. `gen_ai_*` are OpenTelemetry's names for generative AI. Names of the original Mooncake are served by
 the drop-in commands (docs/master.md), for those who have dashboards of it.
 
+Of vLLM's own metrics (`vllm:*`), a gateway has one set for each of 8 engines; more engines share the last,
+and its gauges alternate. Every instance has its numbers on its own page (`mooncake_engine_*`), so where there
+are many, leave vLLM's out: `mooncake gateway ... -- --disable-log-stats`, three quarters of the page.
+
 Goodput is `mooncake_slo_requests_total{result="met"}`: the first token came within its objective, and at most
 a tenth of the gaps between outputs were longer than theirs. Requests bring objectives, or have the operator's
 (`mooncake_slo_objective_seconds`); without any, whatever is served is met.
