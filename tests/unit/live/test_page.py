@@ -199,6 +199,9 @@ def test_the_first_question_is_noticed(ring):
 
 
 class SaysTrue(Collector):
+    def describe(self):
+        return self.collect()
+
     def collect(self):
         yield GaugeMetricFamily("c_true", "A value that is no number for JSON.", value=True)
 
