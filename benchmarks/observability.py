@@ -1,8 +1,8 @@
 """`python -m benchmarks.observability`: what it costs a gateway to be watched.
 
-    CPU per token    gateways alike but for what they measure, over the same null engines, in turns: without
-                     our metrics, with them, with vLLM's statistics off, with a part of the requests traced.
-                     Ratios are within a round, medians over rounds.
+    CPU per token    gateways alike but for what they measure, over the same null engines, at the same time:
+                     without our metrics, with them, with the live page's ring, with vLLM's statistics off,
+                     with a part of the requests traced. Ratios are within a round, medians over rounds.
     a scrape         the page of a gateway with 64 instances: bytes, series, seconds and CPU seconds, by whose
                      series they are
 
@@ -28,27 +28,32 @@ import httpx
 import msgspec
 
 from benchmarks import harness
-from benchmarks.gateway import streaming
+from benchmarks.gateway_peers import load
 from benchmarks.gateway_peers.paths import MAX_MODEL_LEN, Way, model_folder, start, stop, wait_answering
 from benchmarks.observability_stand import Front, Stand
 
 STEP_S = 0.025
 INSTANCES = 64
 SCRAPES = 20
-NONE, METRICS, NO_STATS = "no metrics", "metrics", "metrics, no vLLM statistics"
+STREAMS = 16
+"""Of each gateway, at a token per step and stream: a tenth of what one of them can do."""
+NONE, METRICS = "no metrics", "metrics"
 
 
 def fronts(*, quick: bool) -> list[Front]:
     """Return the gateways to compare, and the one that has many instances."""
-    ports = [harness.free_port() for _ in range(18)]
 
     def front(name: str, **what: Any) -> Front:
-        return Front(name, ports.pop(), ports.pop(), ports.pop(), **what)
+        return Front(name, harness.free_port(), harness.free_port(), **what)
 
     found = [front(NONE, measures=False), front(METRICS), front("1% traced", traced=0.01)]
     if not quick:
-        found += [front(NO_STATS, vllm_stats=False), front("all traced", traced=1.0)]
-    return [*found, front(f"{INSTANCES} instances", instances=INSTANCES)]
+        found += [
+            front("live page", admin_port=harness.free_port()),
+            front("all traced", traced=1.0),
+            front("metrics, no vLLM statistics", vllm_stats=False),
+        ]
+    return [*found, front("many instances", instances=INSTANCES, admin_port=harness.free_port())]
 
 
 @contextlib.contextmanager
@@ -75,28 +80,41 @@ def standing(*, quick: bool) -> Iterator[tuple[list[Way], Way, int]]:
         yield compared, large, stand.fronts[-1].admin_port
 
 
-def compare(ways: list[Way], rounds: int, tokens: int) -> list[dict[str, dict[str, float]]]:
-    """Stream over all gateways in turns; return what each took in each round."""
+def compare(ways: list[Way], rounds: int, tokens: int) -> list[dict[str, float]]:
+    """Stream over all gateways at once; return the CPU per token of each in each round, in microseconds.
+
+    Whatever else the machine does then, it does to all of them alike.
+    """
     found = []
-    with harness.progress((rounds + 1) * len(ways)) as begin:
+    with harness.progress(rounds + 1) as begin:
         for index in range(rounds + 1):  # the first warms up
-            row = {}
-            for way in ways if index % 2 else reversed(ways):
-                begin(f"32 streams, {way.name}")
-                row[way.name] = streaming(way, 32, tokens)
+            begin(f"{STREAMS} streams over each")
+            turn = ways if index % 2 else list(reversed(ways))
+            payloads = [
+                load.body([{"role": "user", "content": f"{index} {number} {way.name}"}], tokens, stream=True)
+                for number in range(STREAMS)
+                for way in turn
+            ]
+            connections = [load.Connection(way.port) for _ in range(STREAMS) for way in turn]
+            before_s = {way.name: way.cpu_s() for way in ways}
+            made, _ = load.streams(connections, payloads)
+            spent_s = {way.name: way.cpu_s() - before_s[way.name] for way in ways}
+            for connection in connections:
+                connection.close()
+            assert made == STREAMS * tokens * len(ways)
             if index:
-                found.append(row)
+                found.append({name: cpu_s / (STREAMS * tokens) * 1e6 for name, cpu_s in spent_s.items()})
     return found
 
 
-def costs(found: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+def costs(found: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Return one row per gateway: CPU per token, and by that without metrics and with."""
     rows = []
     for name in found[0]:
         row: dict[str, Any] = {"gateway": name}
-        row["CPU us/token"] = statistics.median(one[name]["cpu"] for one in found)
+        row["CPU us/token"] = statistics.median(one[name] for one in found)
         for base in (NONE, METRICS):
-            row[f"/ {base}"] = statistics.median(one[name]["cpu"] / one[base]["cpu"] for one in found)
+            row[f"/ {base}"] = statistics.median(one[name] / one[base] for one in found)
         rows.append(row)
     return rows
 

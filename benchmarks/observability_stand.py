@@ -32,8 +32,8 @@ class Front(msgspec.Struct, frozen=True):
 
     name: str
     port: int
-    admin_port: int
     metadata: int
+    admin_port: int = 0
     instances: int = 2
     measures: bool = True
     vllm_stats: bool = True
