@@ -4,13 +4,14 @@ WINDOW = "$__rate_interval"
 INSTANCE = 'instance_id=~"$instance"'
 TENANT = 'tenant=~"$tenant"'
 PROCESS = 'process=~"$process"'
-_MODEL = 'model_name=~"$model"'
+_MODELS = {"vllm:": 'model_name=~"$model"', "gen_ai_": 'gen_ai_request_model=~"$model"'}
+"""By how a name begins; a cluster serves one model, so our own metrics need no such label."""
 _NAMESPACE = 'namespace=~"$namespace"'
 
 
 def metric(name: str, *matchers: str) -> str:
-    """Return a selector, limited to the chosen namespace and, for vLLM's metrics, model."""
-    model = (_MODEL,) if name.startswith("vllm:") else ()
+    """Return a selector, limited to the chosen namespace and, where a metric tells it, model."""
+    model = tuple(matcher for begin, matcher in _MODELS.items() if name.startswith(begin))
     return f"{name}{{{', '.join((_NAMESPACE, *model, *matchers))}}}"
 
 

@@ -6,10 +6,10 @@ from mooncake.dashboards.objectives import AVAILABILITY, BURNS, GOODPUT
 from mooncake.dashboards.panels import GREEN, ORANGE, RED, Part, Query, Text, board, lines, row, stat_of
 from mooncake.dashboards.promql import TENANT, metric, most, quantile, rate, ratio, total
 
-_TTFT = "vllm:time_to_first_token_seconds"
-_ITL = "vllm:inter_token_latency_seconds"
-_TPOT = "vllm:request_time_per_output_token_seconds"
-_E2E = "vllm:e2e_request_latency_seconds"
+_TTFT = "mooncake_ttft_seconds"
+_ITL = "mooncake_tbt_seconds"
+_TPOT = "gen_ai_server_time_per_output_token_seconds"
+_E2E = "gen_ai_server_request_duration_seconds"
 _ACCEPTED = 'result!="rejected"'
 _ENDED = 'outcome=~"finished|failed"'
 _QUANTILES = (0.5, 0.95, 0.99)

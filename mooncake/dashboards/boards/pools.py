@@ -7,6 +7,7 @@ from mooncake.dashboards.promql import INSTANCE, mean, metric, most, quantile, r
 
 _EACH = ("instance_id", "role")
 _NAME = "{{instance_id}} ({{role}})"
+_WITHOUT = "No traffic, or vLLM's metrics are left out"
 
 
 def _alive(role: str) -> str:
@@ -188,6 +189,7 @@ def _queues() -> list[Part]:
             "short",
             Query(total(metric("vllm:num_requests_waiting_by_reason"), "reason"), "{{reason}}"),
             stacked=True,
+            no_value=_WITHOUT,
             width=8,
         ),
         bars(
@@ -217,6 +219,7 @@ def _work() -> list[Part]:
             "short",
             Query(total(rate("vllm:prompt_tokens_by_source_total"), "source"), "{{source}}"),
             stacked=True,
+            no_value=_WITHOUT,
         ),
         lines(
             "Steps",
@@ -238,7 +241,7 @@ def _work() -> list[Part]:
             "s",
             *(Query(quantile(q, "vllm:request_queue_time_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95)),
             width=8,
-            no_value="No traffic",
+            no_value=_WITHOUT,
         ),
         lines(
             "Prefill and decode time",
@@ -251,7 +254,7 @@ def _work() -> list[Part]:
             Query(mean("vllm:request_prefill_time_seconds"), "prefill"),
             Query(mean("vllm:request_decode_time_seconds"), "decode"),
             width=8,
-            no_value="No traffic",
+            no_value=_WITHOUT,
         ),
         lines(
             "Continued from another engine",
