@@ -7,6 +7,7 @@ const SPANS = [[300, "5 min"], [900, "15 min"]];
 const LONGER = [[3600, "1 h"], [21600, "6 h"]]; // a Prometheus remembers that long
 const EVERY = [[5, "5 s"], [10, "10 s"], [30, "30 s"], [0, "never"]];
 const POINTS = 180;
+const MARGIN = 200; // pixels beyond what is seen that are drawn already
 const byId = (id) => document.getElementById(id);
 const state = { boards: [], board: null, chosen: {}, span: 900, every: 5, skew: 0, round: 5, turn: 0, source: "memory", timer: 0, panels: [] };
 
@@ -50,13 +51,17 @@ function build(board) {
     box.style.setProperty("--h", String(h));
     grid.append(box);
     state.panels.push({ panel, body, box, seen: false, drawn: 0 });
-    observer.observe(box);
   };
   for (const panel of board.panels ?? []) {
     if (panel.type === "row") {
       section(panel.title);
       (panel.panels ?? []).forEach(place);
     } else place(panel);
+  }
+  for (const item of state.panels) {
+    const { top, bottom } = item.box.getBoundingClientRect();
+    item.seen = top < innerHeight + MARGIN && bottom > -MARGIN;
+    observer.observe(item.box);
   }
 }
 
@@ -79,7 +84,7 @@ const observer = new IntersectionObserver((changes) => {
     found.seen = change.isIntersecting;
     if (found.seen && found.drawn < state.turn) refreshPanel(found, view()).catch(failed);
   }
-}, { rootMargin: "200px" });
+}, { rootMargin: `${MARGIN}px` });
 
 async function refreshPanel(item, now) {
   if (item.busy) return;

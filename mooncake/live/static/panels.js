@@ -6,6 +6,7 @@ const COLORS = ["#4c8dff", "#f2994a", "#27ae7a", "#b575f0", "#eb5f6c", "#2fb8c6"
 const NAMED = { green: "--good", orange: "--warn", yellow: "--warn", red: "--bad", blue: "--info" };
 const LEGEND_MAX = 40;
 const SYNC = "mooncake";
+const POWERS = Array.from({ length: 60 }, (_, i) => 2 ** (i - 4)); // bytes are counted so
 
 export function element(tag, options = {}, ...children) {
   const made = document.createElement(tag);
@@ -192,7 +193,7 @@ function newChart(panel, canvas, data, drawn, stacked) {
     scales: { x: { time: true }, y: { range: (_, low, high) => limits(low, high, min, max) } },
     axes: [
       { ...axis, size: 22, space: 70, values: (_, ticks) => ticks.map((at) => clock(at, data.times.at(-1) - data.times[0] <= 400)) },
-      { ...axis, size: (_, values) => 14 + 6.2 * Math.max(3, ...(values ?? []).map((v) => v.length)), values: (_, ticks) => ticks.map((value) => formatted(value, unit)) },
+      { ...axis, size: (_, values) => 14 + 6.2 * Math.max(3, ...(values ?? []).map((v) => v.length)), values: (_, ticks) => ticks.map((value) => formatted(value, unit)), ...(unit === "bytes" || unit === "binBps" ? { incrs: POWERS } : {}) },
     ],
     bands,
     series: [{}, ...data.lines.map(({ label }, i) => ({
