@@ -51,6 +51,8 @@ from mooncake.core.tracing import check_url
 
 METADATA: Final = "tcp://127.0.0.1:7700"
 """Where a Conductor serves metadata, unless it is told otherwise."""
+THREADS_MAX: Final = 1024
+"""More than any machine has cores."""
 GATEWAYS_MAX: Final = 64
 INSTANCES_MAX: Final = 64
 """On one machine; beyond this the plan is a mistake, not a wish."""
@@ -282,6 +284,9 @@ class WorkerOptions(Joined, Modelled, Engined, Administered, Traced, Placed):
     )
     node: Name = setting("local", "Node name of the store on this host.")
     cores: Cores = setting([], "Cores to bind, e.g. 0 or 0-3; empty = none.")
+    threads: int = setting(
+        0, "Threads of a CPU engine; 0 = one for each core it is bound to, else one.", low=0, high=THREADS_MAX
+    )
     use_pool: bool = setting(True, "Share KV blocks through the pool.", key="pool")
     save_decoded: bool = setting(True, "Blocks of answers go into the pool, too: the next turn hits them.")
     max_num_seqs: int = setting(16, "Requests that an engine computes at once.", low=1, high=4096)

@@ -36,8 +36,8 @@ def refuse_insecure_serialization() -> None:
         )
 
 
-def bind_cores(cores: list[int]) -> None:
-    """Pin this process to `cores` and size torch's thread pool to them.
+def bind_cores(cores: list[int], threads: int) -> None:
+    """Pin this process to `cores`, if any, and size torch's thread pool.
 
     vLLM's own binding needs its OMP environment before the import; affinity of the whole process
     holds however the process came to be. Passive waiting: a spinning thread on a shared core cost
@@ -47,7 +47,7 @@ def bind_cores(cores: list[int]) -> None:
 
     if cores:
         os.sched_setaffinity(0, cores)
-    torch.set_num_threads(max(1, len(cores) or 1))
+    torch.set_num_threads(threads)
 
 
 def engine_arguments(spec: EngineSpec) -> list[str]:
@@ -107,7 +107,7 @@ def run(spec: EngineSpec) -> int:
     refuse_insecure_serialization()
     pulse = Pulse(spec.pulse_path, create=False)
     pulse.start_beating()
-    bind_cores(spec.cores)
+    bind_cores(spec.cores, spec.threads_used)
     config = build_config(spec)
     from vllm.v1.executor import Executor
 

@@ -96,6 +96,7 @@ def make_spec(options: WorkerOptions, store: StoreRecord | None) -> EngineSpec:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         cores=list(options.cores),
+        threads=options.threads,
         load_mode=options.load_mode,
         save_decoded=options.save_decoded,
         store=store,

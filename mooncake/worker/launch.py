@@ -64,7 +64,7 @@ def start_engine(spec: EngineSpec) -> EngineProcess:
     if "vllm.v1.engine.core" in sys.modules:
         return EngineProcess(_fork(spec))
     parent = os.getpid()
-    environment = {**compiler_env(), **os.environ, "OMP_NUM_THREADS": str(max(1, len(spec.cores)))}
+    environment = {**compiler_env(), **os.environ, "OMP_NUM_THREADS": str(spec.threads_used)}
     child = subprocess.Popen(
         [sys.executable, "-m", "mooncake.worker.engine", str(path), str(parent)],
         env=environment,

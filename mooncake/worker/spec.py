@@ -31,10 +31,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 16
     max_num_batched_tokens: int = STEP_TOKENS
     cores: list[int] = []  # [] = not bound
+    threads: int = 0  # of a CPU engine; 0 = one per core it is bound to
     load_mode: str = "async"
     save_decoded: bool = True
     store: StoreRecord | None = None
     vllm_args: list[str] = []
+
+    @property
+    def threads_used(self) -> int:
+        """What a CPU engine computes with: unbound, it cannot know how many cores are its own."""
+        return self.threads or max(1, len(self.cores))
 
     @property
     def engine_in(self) -> str:
