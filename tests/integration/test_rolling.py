@@ -4,7 +4,9 @@ Old ones end before new ones start, which is the harder order: a store's DaemonS
 """
 
 import itertools
+import json
 import os
+import re
 import signal
 import threading
 import time
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 from mooncake.core.process import alive
+from mooncake.drain_cli import drained
 from tests.integration.client import GREEDY, Client
 from tests.integration.etcd_servers import NEEDS_ETCD
 from tests.integration.etcd_servers import running as etcd_running
@@ -103,16 +106,23 @@ def listed(fronts: Fronts, kind: str) -> dict[str, dict[str, Any]]:
     return {one[key]: one for one in fronts.view()[kind]}
 
 
-def admin(fronts: Fronts, one: dict[str, Any], path: str) -> tuple[int, str]:
+def admin(one: dict[str, Any], path: str) -> tuple[int, str]:
     answer = httpx.get(one["metrics_url"].replace("/metrics", path), timeout=10.0)
     return answer.status_code, answer.text.strip()
 
 
-def restart(fronts: Fronts, kind: str, name: str, *signals: signal.Signals) -> float:
-    """Tell one process to go and return when its successor is ready, and after how many seconds."""
+def restart(fronts: Fronts, kind: str, name: str, *signals: signal.Signals, ask: bool = False) -> float:
+    """Tell one process to go and return when its successor is ready, and after how many seconds.
+
+    `ask`: drain it first, as a pod's preStop command does.
+    """
     before = listed(fronts, kind)[name]
-    assert admin(fronts, before, "/readyz") == (200, "ready")
+    assert admin(before, "/readyz") == (200, "ready")
     begun_s = time.monotonic()
+    if ask:
+        assert drained(before["metrics_url"].removesuffix("/metrics"), BACK_S) is None
+        assert admin(before, "/readyz") == (503, "draining: asked for")
+        assert alive(before["pid"]), "it waits to be told"
     for number in signals or (signal.SIGTERM,):
         os.kill(before["pid"], number)
 
@@ -121,13 +131,27 @@ def restart(fronts: Fronts, kind: str, name: str, *signals: signal.Signals) -> f
         if now is None or now["pid"] == before["pid"] or now.get("state", "alive") != "alive":
             return False
         try:
-            return admin(fronts, now, "/readyz")[0] == 200
+            return admin(now, "/readyz")[0] == 200
         except httpx.TransportError:
             return False
 
     fronts.wait(f"the old {name} ends", lambda: not alive(before["pid"]), BACK_S)
     fronts.wait(f"a new {name} is ready", back, BACK_S)
     return time.monotonic() - begun_s
+
+
+def test_every_process_tells_how_it_is_on_its_own_page(fronts: Fronts):
+    kinds = {"stores": ["store"], "gateways": ["gateway"], "cores": ["core"]}
+    for kind in ("stores", "gateways", "cores", "instances"):
+        for name, one in listed(fronts, kind).items():
+            expected = kinds.get(kind, [name.partition("-")[0], "engine", "relay"])
+            _, page = admin(one, "/metrics")
+            lag = re.findall(r'mooncake_process_event_loop_lag_seconds_count\{kind="(\w+)"\}', page)
+            memory = re.findall(r'mooncake_process_resident_bytes\{kind="(\w+)"\}', page)
+            assert set(lag) | set(memory) == set(expected), name
+            assert ("vllm:" in page) == (kind == "gateways"), "its API port shows the same"
+            assert [admin(one, path)[0] for path in ("/livez", "/startupz", "/readyz")] == [200] * 3
+            assert json.loads(admin(one, "/drain")[1]) == {"state": "ready", "in_flight": 0}
 
 
 def test_every_process_is_restarted_under_streams_and_no_request_fails(fronts: Fronts):
@@ -141,7 +165,7 @@ def test_every_process_is_restarted_under_streams_and_no_request_fails(fronts: F
     with Streams(fronts) as streams:
         streams.wait_answered(2)
         for kind, name in turns:
-            took_s = restart(fronts, kind, name)
+            took_s = restart(fronts, kind, name, ask=kind == "instances")
             print(f"{name} was back after {took_s:.1f} s")
             streams.wait_answered(4)
     assert not streams.failures
