@@ -63,6 +63,7 @@ class Page:
         )  # fmt: skip
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
+        self.wait("location.protocol === 'http:' && document.readyState !== 'loading'")
 
     def ask(self, script: str) -> Any:
         """Return the value of a JavaScript expression; a promise is awaited."""
