@@ -35,7 +35,7 @@ from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
-from mooncake.worker.leave import drained
+from mooncake.worker.leave import drained, goes_unseen
 from mooncake.worker.metrics import GpuCollector, PulseCollector
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
@@ -248,7 +248,10 @@ class Instance:
         registration: Registration | None = None
         try:
             while not self._leave.is_set() and engine.poll() is None:
-                if self._ready.is_set() and registration is None and self._record is not None:
+                if registration is None and goes_unseen(own.leaving):
+                    if own.leaving.told.is_set():
+                        request_stop(self._stop_write)
+                elif self._ready.is_set() and registration is None and self._record is not None:
                     record = self._open_gpu_events(spec, self._record)
                     encode = functools.partial(self._encoded, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
