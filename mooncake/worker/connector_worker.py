@@ -51,6 +51,7 @@ class WorkerHalf:
         self._kv: PagedKv | None = None
         self._meta = StepMeta()
         self._reserving: tuple[Any, list[tuple[bytes, int, str]]] | None = None
+        self._saves_fail = False  # since the last step that could be saved
         self._writing: list[Writing] = []
         self._layers_saved = 0
         self._save_started_s = 0.0
@@ -201,7 +202,13 @@ class WorkerHalf:
             call = self._pool.begin_reserve([key for key, _, _ in wanted], self.kv.block_bytes, depth=depth)
             self._reserving = (call, wanted)
         except MooncakeError as error:
-            self._pulse.add("pool_errors", 1)
+            self._no_room(error)
+
+    def _no_room(self, error: MooncakeError) -> None:
+        """Count a step whose blocks are not saved; the first of many is logged."""
+        self._pulse.add("pool_errors", 1)
+        if not self._saves_fail:
+            self._saves_fail = True
             log.warning("pool.reserve_failed", error=str(error))
 
     def _finish_reserve(self) -> None:
@@ -211,9 +218,11 @@ class WorkerHalf:
         try:
             slots = self._pool.finish_reserve(call, RESERVE_WAIT_S)
         except MooncakeError as error:
-            self._pulse.add("pool_errors", 1)
-            log.warning("pool.reserve_failed", error=str(error))
+            self._no_room(error)
             return
+        if self._saves_fail:
+            self._saves_fail = False
+            log.info("pool.reserve_works_again")
         for (key, block_id, next_node), slot in zip(wanted, slots, strict=True):
             if slot is not None:
                 target = np.frombuffer(slot.view, dtype=np.uint8)

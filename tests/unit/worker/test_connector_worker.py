@@ -299,6 +299,18 @@ def test_a_pool_error_costs_the_save_and_never_raises_into_the_engine(method, en
     assert engine.pool.committed == [key(1)]
 
 
+def test_a_pool_that_is_away_is_said_once_until_it_is_back(engine, capsys):
+    for _ in range(2):
+        engine.pool.errors["begin_reserve"] = PeerTimeout("away")
+        for n in range(5):
+            engine.save((n, n))
+        told = capsys.readouterr()
+        assert (told.out + told.err).count("reserve_failed") == 1
+        engine.pool.errors.clear()
+        engine.save((1, 1))
+    assert engine.pulse["pool_errors"] == 10
+
+
 def test_a_step_that_outlasts_its_reservation_is_counted_and_said(engine, capsys):
     engine.pool.late = True
     engine.save((0, 0), (1, 1))
