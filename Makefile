@@ -1,5 +1,5 @@
 # Two commands matter:  make up   (install, then serve)     make test   (install, then test)
-.PHONY: up install test check unit integration deploy-check docs lock clean
+.PHONY: up install test check unit integration kube deploy-check docs lock clean
 SHELL := bash
 # Bytecode is kept, whatever the environment says: without it every process compiles what it imports (vLLM: 12 s).
 export PYTHONDONTWRITEBYTECODE :=
@@ -17,7 +17,7 @@ check: install         ## style, types, layers
 	.venv/bin/lint-imports
 
 test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not kube"
 
 unit: install          ## unit and simulation tests, a quick look: four processes (they wait a lot), a third of the examples, nothing that must run alone
 	.venv/bin/python -m pytest tests/unit tests/sim -m "not serial" \
@@ -25,6 +25,9 @@ unit: install          ## unit and simulation tests, a quick look: four processe
 
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"
+
+kube: install          ## kubectl apply, scale, drain, restarts and delete under traffic, in a stand-in for Kubernetes: ten minutes
+	.venv/bin/python -m pytest -m kube -s
 
 deploy-check: install  ## manifests and container files: rendered, validated, checkov (which it installs into .venv-kube)
 	@scripts/kube-parts || true

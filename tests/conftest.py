@@ -11,7 +11,7 @@ settings.register_profile("quick", settings.get_profile("full"), max_examples=30
 settings.load_profile("full")
 
 TAIL_CHARS = 4_000
-REAL = ("integration", "rdma", "chaos")
+REAL = ("integration", "rdma", "chaos", "kube")
 HERE = Path(__file__).parent
 PARALLEL = ("unit", "sim")
 """Folders whose tests share nothing with each other; they import no vLLM either (12 s in every process)."""

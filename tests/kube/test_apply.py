@@ -17,7 +17,7 @@ from tests.kube.cluster import GONE_S, NEEDS_PODS, pid_of
 from tests.kube.serving import OVERLAY, READY_S, SPACE, Serving, Tally, fill, serving
 
 pytestmark = [
-    pytest.mark.integration,
+    pytest.mark.kube,
     NEEDS_PODS,
     pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd here: scripts/etcd-parts"),
     pytest.mark.timeout(1200),
