@@ -6,7 +6,6 @@ spans of those that trace.
 """
 
 import asyncio
-import contextlib
 import http.server
 import os
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.gateway_peers.stack import forked
+from benchmarks.gateway_peers.stack import attend, forked
 
 TRACED = {
     "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
@@ -159,14 +158,7 @@ def main() -> None:
     todo: dict[str, Callable[[], None]] = {"null": lambda: engines(stand)}
     todo |= {front.name: partial(serve_front, stand, front) for front in stand.fronts}
     pids = {name: forked(where, name, run) for name, run in todo.items()}
-    (Path(stand.folder) / "pids.json").write_bytes(msgspec.json.encode(pids))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        os.wait()
-    finally:
-        for pid in pids.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    attend(stand.folder, pids)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,19 @@ def forked(plan: Plan, name: str, run: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def attend(folder: str, pids: dict[str, int]) -> None:
+    """Say in `folder` who runs; return when one has ended, or leave at SIGTERM, and end all others."""
+    (Path(folder) / "pids.json").write_bytes(msgspec.json.encode(pids))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        pid, status = os.wait()
+        log.error("stack.ended", pid=pid, status=status)
+    finally:
+        for pid in pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
 def main() -> None:
     """Fork everything, then wait; SIGTERM ends all."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -171,15 +184,7 @@ def main() -> None:
         pids["core"] = forked(plan, "core", lambda: core(plan))
     for index in range(len(plan.front_ports)):
         pids[f"front-{index}"] = forked(plan, f"front-{index}", partial(front, plan, index))
-    (Path(plan.folder) / "pids.json").write_bytes(msgspec.json.encode(pids))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        pid, status = os.wait()
-        log.error("stack.ended", pid=pid, status=status)
-    finally:
-        for pid in pids.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    attend(plan.folder, pids)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ def up_command(model: Path, port: int, run_dir: Path, setup: Setup) -> list[str]
     ]  # fmt: skip
 
 
-def tagged(tag: str) -> list[int]:
-    """Return every living process that was started, at any depth, with `tag` in its environment."""
-    mark = f"{TAG}={tag}".encode()
+def tagged(tag: str, name: str = TAG) -> list[int]:
+    """Return every living process that was started, at any depth, with `tag` in its environment as `name`."""
+    mark = f"{name}={tag}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -241,7 +241,10 @@ class Cluster:
 
     def view(self) -> dict[str, Any]:
         """Return GET /mooncake/instances."""
-        return httpx.get(f"{self.url}/mooncake/instances", timeout=5.0).raise_for_status().json()
+        view: dict[str, Any] = (
+            httpx.get(f"{self.url}/mooncake/instances", timeout=5.0).raise_for_status().json()
+        )
+        return view
 
     def states(self) -> dict[str, str]:
         """Return instance id -> alive | suspect | dead."""
@@ -306,7 +309,8 @@ class Cluster:
     def store_stats(self) -> StoreStats:
         """Return the store's counters."""
         with self.store() as client:
-            return client.call(Stats(), 5.0)
+            stats: StoreStats = client.call(Stats(), 5.0)
+            return stats
 
     def keys(self, prompt: list[int], salt: str | None = None) -> tuple[list[bytes], bytes | None]:
         """Return the names of a prompt's full blocks and of its tail."""

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cluster import Cluster, Clusters, Setup
+from tests.integration.etcd_servers import running as etcd_running
+from tests.integration.fronts import Fronts
+from tests.integration.fronts import running as fronts_running
 from tests.integration.reference import Reference
 from tests.tiny_model import make_tiny_llama
 
@@ -40,6 +43,17 @@ def clusters(model: Path) -> Iterator[Clusters]:
     clusters = Clusters(model)
     yield clusters
     clusters.close()
+
+
+@pytest.fixture(scope="module")
+def fronts(model: Path, clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
+    """Gateways and cores in processes of their own, over a real etcd: one such cluster for each module."""
+    clusters.close()  # two cores are shared by everything
+    with (
+        etcd_running(tmp_path_factory.mktemp("etcd")) as etcd,
+        fronts_running(model, f"etcd://127.0.0.1:{etcd.ports[0]}") as fronts,
+    ):
+        yield fronts
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -233,19 +233,23 @@ class Fronts:
         raise AssertionError(f"no connection leads to {pid}")
 
 
-class Load:
-    """Completions one after another, each over a new connection, from some threads; every failure is kept."""
+class Crowd:
+    """Threads that ask one after another, `ask` by `ask`, until they leave; every failure is kept."""
 
-    def __init__(self, fronts: Fronts, threads: int = 2) -> None:
+    def __init__(self, fronts: Fronts, threads: int) -> None:
         self.failures: list[str] = []
         self.answered = 0
         self._fronts = fronts
         self._leave = threading.Event()
         self._lock = threading.Lock()
-        self._seeds = itertools.count(1)
+        self._turns = itertools.count(1)
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
 
-    def __enter__(self) -> "Load":
+    def ask(self, turn: int) -> str:
+        """Ask once, for the `turn`th time of all threads; return what was wrong, "" = nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
@@ -261,30 +265,39 @@ class Load:
         self._fronts.wait(
             f"{more} answers; failures {self.failures[:3]}",
             lambda: self.answered >= goal or self.failures,
-            60.0,
+            ANSWER_S,
         )
 
     def _run(self) -> None:
         while not self._leave.is_set():
-            seed = next(self._seeds)
-            prompt = [(7 * seed + i) % 900 + 50 for i in range(40)]
-            body = self._fronts.client.body(prompt, {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True})
-            try:
-                self._ask(json.dumps(body))
-            except (OSError, http.client.HTTPException) as error:
-                with self._lock:
-                    self.failures.append(repr(error))
-
-    def _ask(self, body: str) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._fronts.port, timeout=ANSWER_S)
-        with contextlib.closing(connection):
-            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read().decode()
+            problem = self.ask(next(self._turns))
             with self._lock:
-                self.answered += answer.status == 200
-                if answer.status != 200:
-                    self.failures.append(f"{answer.status}: {text}")
+                self.answered += not problem
+                if problem:
+                    self.failures.append(problem)
+
+
+class Load(Crowd):
+    """Short completions, each over a new connection."""
+
+    def __init__(self, fronts: Fronts, threads: int = 2) -> None:
+        super().__init__(fronts, threads)
+
+    def ask(self, turn: int) -> str:
+        """See Crowd."""
+        prompt = [(7 * turn + i) % 900 + 50 for i in range(40)]
+        body = self._fronts.client.body(prompt, {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True})
+        connection = http.client.HTTPConnection("127.0.0.1", self._fronts.port, timeout=ANSWER_S)
+        try:
+            with contextlib.closing(connection):
+                connection.request(
+                    "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+                )
+                answer = connection.getresponse()
+                text = answer.read().decode()
+        except (OSError, http.client.HTTPException) as error:
+            return repr(error)
+        return "" if answer.status == 200 else f"{answer.status}: {text}"
 
 
 @contextlib.contextmanager

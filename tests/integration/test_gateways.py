@@ -3,17 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from mooncake.core.process import alive
 from tests.integration.client import GREEDY
 from tests.integration.etcd_servers import NEEDS_ETCD
-from tests.integration.etcd_servers import running as etcd_running
 from tests.integration.fronts import Fronts, Load
-from tests.integration.fronts import running as fronts_running
 from tests.integration.reference import random_prompt
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
@@ -22,16 +18,6 @@ TOKENS = 150
 """Of a stream: it lasts some seconds beside others."""
 REBUILT_S = 10.0
 AWAY = {"kind": "core_away"}
-
-
-@pytest.fixture(scope="module")
-def fronts(model: Path, clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
-    clusters.close()  # two cores are shared by everything
-    with (
-        etcd_running(tmp_path_factory.mktemp("etcd")) as etcd,
-        fronts_running(model, f"etcd://127.0.0.1:{etcd.ports[0]}") as fronts,
-    ):
-        yield fronts
 
 
 def test_both_gateways_serve_on_one_port_and_one_core_decides_for_both(fronts: Fronts):

@@ -8,10 +8,7 @@ import json
 import os
 import re
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,9 +18,7 @@ from mooncake.core.process import alive
 from mooncake.drain_cli import drained
 from tests.integration.client import GREEDY, Client
 from tests.integration.etcd_servers import NEEDS_ETCD
-from tests.integration.etcd_servers import running as etcd_running
-from tests.integration.fronts import Fronts
-from tests.integration.fronts import running as fronts_running
+from tests.integration.fronts import Crowd, Fronts
 from tests.integration.reference import random_prompt
 
 pytestmark = [pytest.mark.integration, NEEDS_ETCD]
@@ -34,69 +29,35 @@ BACK_S = 120.0
 """A process imports nothing when it comes back; the machine may be busy with others."""
 
 
-@pytest.fixture(scope="module")
-def fronts(model: Path, clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
-    clusters.close()  # two cores are shared by everything
-    with (
-        etcd_running(tmp_path_factory.mktemp("etcd")) as etcd,
-        fronts_running(model, f"etcd://127.0.0.1:{etcd.ports[0]}") as fronts,
-    ):
-        yield fronts
-
-
-class Streams:
+class Streams(Crowd):
     """Clients that stream all the time, each request over a new connection; every answer is compared."""
 
     def __init__(self, fronts: Fronts, threads: int = 3) -> None:
+        super().__init__(fronts, threads)
         self._prompts = [random_prompt(50 + 30 * i, 700 + i) for i in range(PROMPTS)]
-        self._fronts = fronts
-        self.expected = [self._ask(prompt) for prompt in self._prompts]
-        self.failures: list[str] = []
-        self.answered = 0
-        self._leave = threading.Event()
-        self._lock = threading.Lock()
-        self._turns = itertools.count()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        self.expected = [self._tokens(prompt) for prompt in self._prompts]
 
-    def _ask(self, prompt: list[int]) -> list[int]:
+    def _tokens(self, prompt: list[int]) -> list[int]:
         client = Client(self._fronts.url, self._fronts.client.model)
         try:
             return client.stream(prompt, max_tokens=TOKENS, **GREEDY).result().tokens
         finally:
             client.close()
 
-    def _run(self) -> None:
-        while not self._leave.is_set():
-            turn = next(self._turns) % PROMPTS
-            problem = ""
-            try:
-                tokens = self._ask(self._prompts[turn])
-                if tokens != self.expected[turn]:
-                    problem = f"prompt {turn}: {tokens} instead of {self.expected[turn]}"
-            except (AssertionError, httpx.HTTPError) as error:
-                problem = f"prompt {turn}: {error!r}"
-            with self._lock:
-                self.answered += 1
-                if problem:
-                    self.failures.append(problem)
-
-    def __enter__(self) -> "Streams":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        for thread in self._threads:
-            thread.join(120.0)
+    def ask(self, turn: int) -> str:
+        """See Crowd."""
+        number = turn % PROMPTS
+        try:
+            tokens = self._tokens(self._prompts[number])
+        except (AssertionError, httpx.HTTPError) as error:
+            return f"prompt {number}: {error!r}"
+        if tokens != self.expected[number]:
+            return f"prompt {number}: {tokens} instead of {self.expected[number]}"
+        return ""
 
     def wait_answered(self, more: int) -> None:
-        goal = self.answered + more
-        self._fronts.wait(
-            f"{more} answers; failures {self.failures[:3]}",
-            lambda: self.answered >= goal or self.failures,
-            120.0,
-        )
+        """See Crowd; fail at the first failure."""
+        super().wait_answered(more)
         assert not self.failures, f"{self.failures[:3]}\n{self._fronts.logs()}"
 
 

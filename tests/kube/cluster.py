@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from mooncake.core.process import alive, set_parent_death_signal
+from mooncake.core.process import set_parent_death_signal
+from tests.integration.cluster import tagged
 from tests.integration.ports import lasting_port
 from tests.kube.standin.sandbox import unable
 
@@ -100,14 +101,7 @@ class Kube:
 
     def tagged(self) -> list[int]:
         """Return every living process of the stand-in or of a pod."""
-        mark = f"{TAG}={self.tag}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0") and alive(int(entry.name)):
-                        found.append(int(entry.name))
-        return found
+        return tagged(self.tag, TAG)
 
     def logs(self) -> str:
         """Return the last lines that the stand-in and every container wrote."""
