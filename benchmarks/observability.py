@@ -37,6 +37,8 @@ INSTANCES = 64
 SCRAPES = 20
 STREAMS = 16
 """Of each gateway, at a token per step and stream: a tenth of what one of them can do."""
+TOKENS, QUICK_TOKENS = 800, 40
+"""Of each stream: CPU is counted in ticks of 10 ms, and 1 % of a round must be more than one of them."""
 NONE, METRICS = "no metrics", "metrics"
 
 
@@ -160,7 +162,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = parser.parse_args()
     with standing(quick=args.quick) as (ways, large, admin_port):
-        found = compare(ways, 1 if args.quick else args.rounds, 40 if args.quick else 200)
+        found = compare(ways, 1 if args.quick else args.rounds, QUICK_TOKENS if args.quick else TOKENS)
         page, took = scrape(large, admin_port, 5 if args.quick else SCRAPES)
     rows = costs(found)
     harness.show("what a token costs a gateway, by what it measures", rows)
