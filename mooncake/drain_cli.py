@@ -12,6 +12,8 @@ POLL_S = 0.2
 ANSWER_S = 5.0
 """An admin server answers in milliseconds, also on a busy machine."""
 PORT_ENV = "MOONCAKE_ADMIN_PORT"
+BUSY = (TimeoutError, ConnectionResetError, BrokenPipeError)
+"""How a process looks that is there and cannot answer just now."""
 
 
 def register(app: typer.Typer) -> None:
@@ -50,26 +52,50 @@ def default_url() -> str:
 def drained(url: str, wait_s: float) -> int | None:
     """Ask the process at `url` to drain; return what is in flight after `wait_s`, None = it is drained.
 
+    An answer that does not come says nothing of the process: it may be busy, or all connections of its admin
+    server taken. It is asked again. That nobody listens there any more says that it has ended.
+
     Raises:
         ConfigError: no such address.
-        RequestError: it does not let us, or cannot drain.
-        PeerGone: nobody answers there.
+        RequestError: it does not let us, cannot drain, or refuses to tell in the end.
+        PeerGone: nobody answers there, or nobody does in the end.
     """
     from mooncake.core.config import admin_token
-    from mooncake.core.errors import PeerError
+    from mooncake.core.errors import PeerGone, RequestError
 
     headers = {"Authorization": f"Bearer {token}"} if (token := admin_token()) else {}
     end_s = time.monotonic() + wait_s
-    answer = _ask(url, "POST", headers)
+    answer = _begun(url, headers, end_s)
+    failed: PeerGone | RequestError | None = None
     while answer.get("state") != "drained":
         if time.monotonic() >= end_s:
+            if failed is not None:
+                raise failed
             return int(answer.get("in_flight", 0))
         time.sleep(POLL_S)
         try:
-            answer = _ask(url, "GET", headers)
-        except PeerError:  # it was told to end meanwhile, and has
-            return None
+            answer, failed = _ask(url, "GET", headers), None
+        except PeerGone as error:
+            if isinstance(error.__cause__, ConnectionRefusedError):  # it was told to end meanwhile, and has
+                return None
+            failed = error
+        except RequestError as error:
+            failed = error
     return None
+
+
+def _begun(url: str, headers: dict[str, str], end_s: float) -> dict[str, Any]:
+    """Return the first answer; one that did not listen to the end is asked again until `end_s`."""
+    from mooncake.core.errors import PeerGone
+
+    while True:
+        try:
+            return _ask(url, "POST", headers)
+        except PeerGone as error:
+            # a wrong address is told at once; a process whose connections are all taken breaks off
+            if not isinstance(error.__cause__, BUSY) or time.monotonic() >= end_s:
+                raise
+        time.sleep(POLL_S)
 
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> dict[str, Any]:
