@@ -1,5 +1,6 @@
 """`mooncake drain`: the preStop command of a pod. Imports nothing heavy before it runs, as mooncake.cli."""
 
+import contextlib
 import http.client
 import os
 import time
@@ -101,12 +102,9 @@ def _begun(url: str, headers: dict[str, str], end_s: float) -> dict[str, Any]:
 def _ask(url: str, method: str, headers: dict[str, str]) -> dict[str, Any]:
     import msgspec
 
-    from mooncake.core.errors import ConfigError, PeerGone, RequestError
+    from mooncake.core.errors import PeerGone, RequestError
 
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ConfigError(f"url = {url!r}: write http://HOST:PORT")
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=ANSWER_S)
+    connection = http.client.HTTPConnection(*_place(url), timeout=ANSWER_S)
     try:
         connection.request(method, "/drain", headers=headers)
         answer = connection.getresponse()
@@ -124,3 +122,13 @@ def _ask(url: str, method: str, headers: dict[str, str]) -> dict[str, Any]:
     except msgspec.MsgspecError as error:
         raise RequestError(f"{url}/drain: not an admin server of ours: {error}") from error
     return found
+
+
+def _place(url: str) -> tuple[str, int | None]:
+    from mooncake.core.errors import ConfigError
+
+    with contextlib.suppress(ValueError):  # of a port that is none, and of half a pair of brackets
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, parts.port
+    raise ConfigError(f"url = {url!r}: write http://HOST:PORT")

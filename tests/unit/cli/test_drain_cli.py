@@ -176,6 +176,9 @@ def test_the_token_comes_from_the_environment_or_its_file(made, monkeypatch, tmp
     [
         ((), "--url http://127.0.0.1:ADMIN_PORT"),
         (("--url=ftp://x",), "write http://HOST:PORT"),
+        (("--url=http://127.0.0.1:admin",), "write http://HOST:PORT"),
+        (("--url=http://127.0.0.1:99999",), "write http://HOST:PORT"),
+        (("--url=http://[::1",), "write http://HOST:PORT"),
         (("--url=http://127.0.0.1:1",), "does not answer"),
     ],
 )
