@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 
 IDLE_S = 10.0
 """A connection on which nothing happens for that long is closed."""
+SAFE = ("GET", "HEAD")
+"""Methods that change nothing."""
 TICK_S = 0.05
 """How soon `close` is noticed."""
 
@@ -93,17 +95,22 @@ class BoundedHandler(BaseHTTPRequestHandler):
     def not_let_in(self, token: bytes) -> tuple[int, str] | None:
         """Return status and text for who does not show `token`; with b"" only loopback names are let in.
 
-        A web page can send requests to loopback, but neither the token nor another Host than its own.
+        A web page can send requests to loopback, but neither the token nor another Host than its own; and a
+        browser says whose page it is (Origin) with whatever changes something. Only our own may.
         """
         if token:
             shown = self.headers.get("Authorization", "").encode("latin-1", "replace")
             if hmac.compare_digest(shown, b"Bearer " + token):
                 return None
             return 401, "show the token: Authorization: Bearer TOKEN"
-        host = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
-        if is_loopback(host):
-            return None
-        return 403, f"Host {host!r}: without a token only loopback names are answered"
+        named = self.headers.get("Host", "localhost")
+        host = urllib.parse.urlsplit(f"//{named}").hostname or ""
+        if not is_loopback(host):
+            return 403, f"Host {host!r}: without a token only loopback names are answered"
+        origin = self.headers.get("Origin", "")
+        if origin and self.command not in SAFE and origin != f"http://{named}":
+            return 403, f"Origin {origin!r}: without a token no web page may {self.command}"
+        return None
 
     def read_body(self) -> bytes | None:
         """Return the request's body; None if it has been refused, or the client has left."""

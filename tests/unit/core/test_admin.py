@@ -108,6 +108,25 @@ def test_without_a_token_only_loopback_names_are_answered(serve):
     assert ask(server, "/livez", headers={"Host": "10.1.2.3:80"})[0] == 200, "a kubelet names the pod"
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:1", "null"])
+def test_without_a_token_no_web_page_can_change_anything(serve, origin):
+    begun: list[str] = []
+    server = serve(drains=Drains(begun.append, lambda: 0, lambda: True))
+    server.route("/config/reload", lambda asked: json_answer(200, begun.append("reload")), methods=("POST",))
+    as_form = {"Origin": origin, "Content-Type": "text/plain"}
+    for path in ("/drain", "/config/reload"):
+        status, _, text = ask(server, path, "POST", as_form)
+        assert status == 403
+        assert b"no web page" in text
+    assert begun == []
+    assert ask(server, "/drain", "POST", {"Origin": server.url})[0] == 202, "but a page of its own"
+
+
+def test_who_shows_the_token_may_be_a_web_page(serve):
+    server = serve(token=TOKEN, drains=Drains(lambda why: None, lambda: 0, lambda: True))
+    assert ask(server, "/drain", "POST", {"Origin": "http://console.example", **SHOWN})[0] == 202
+
+
 def test_without_a_token_others_can_reach_health_alone(registry):
     server = AdminServer(registry, 0, host="0.0.0.0")
     server.start()
