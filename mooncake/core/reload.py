@@ -182,9 +182,8 @@ class Reloader:
         keys = settings_of(kind)
         # what has to be said may have been said by a flag
         values = {key: getattr(options, one.field, "") for key, one in keys.items() if one.default is None}
-        wanted = kind(**{**values, **{key: entry.value for key, entry in said.items()}})
-        if conflicts := wanted.conflicts():
-            raise told(conflicts)
+        values |= {key: entry.value for key, entry in said.items()}
+        wanted = kind(**values)
         if self._first is None:
             self._first = wanted
         origins = {key: origin for key, origin in options.origins.items() if _is_pinned(origin)}
@@ -203,6 +202,12 @@ class Reloader:
         if not options.config:
             changes, origins = {}, options.origins
         made = options.replace(**changes, origins=origins)
+        next_start = made  # of a child: who starts it alone knows all that flags said
+        if not options.source:
+            pinned = {key: getattr(options, one.field) for key, one in keys.items() if key not in free}
+            next_start = kind(**{**values, **pinned})
+        if conflicts := next_start.conflicts():
+            raise told(conflicts)
         return made, restart, self._prepare(made) if self._prepare else _nothing
 
     def _fingerprint(self) -> str:

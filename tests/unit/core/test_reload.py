@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from mooncake.core import reload
 from mooncake.core.admin import AdminServer
 from mooncake.core.errors import ConfigError
-from mooncake.core.options import ConductorOptions, GatewayOptions, UpOptions
+from mooncake.core.options import ConductorOptions, GatewayOptions, PrefillOptions, UpOptions
 from mooncake.core.reload import reloading
 from mooncake.core.settings import load
 
@@ -145,6 +145,38 @@ async def test_flags_and_environment_come_before_the_file_for_ever(site, monkeyp
         site.write("conductor:\n  ttft_slo_s: 7\n  hold_s: 9\n  tbt_slo_s: 1\n")
         assert (await reloader.reload("test")).changed == ["tbt_slo_s"]
         assert (reloader.options.ttft_slo_s, reloader.options.hold_s) == (3, 2)
+
+
+async def test_what_goes_together_is_judged_with_what_flags_and_environment_said(site, monkeypatch):
+    monkeypatch.setattr(reload.logs, "set_level", lambda level: None)  # of all tests that come after
+    monkeypatch.setenv("MOONCAKE_MAX_NUM_BATCHED_TOKENS", "2048")
+    site.write("prefill:\n  metadata: tcp://127.0.0.1:7700\n  block_size: 1024\n")
+    async with site.running(load(PrefillOptions, {"config": str(site.path)})) as reloader:
+        assert reloader.last.result == "unchanged", "it could start: it can go on"
+        site.write("prefill:\n  log_level: debug\n  block_size: 1024\n  metadata: tcp://127.0.0.1:7700\n")
+        assert (await reloader.reload("test")).changed == ["log_level"]
+    monkeypatch.delenv("MOONCAKE_MAX_NUM_BATCHED_TOKENS")
+    site.registry = CollectorRegistry()
+    flags = {"config": str(site.path), "block_size": "64", "max_num_batched_tokens": "64"}
+    async with site.running(load(PrefillOptions, flags)) as reloader:
+        site.write("prefill:\n  log_level: info\n  max_num_batched_tokens: 32\n  metadata: tcp://x:7700\n")
+        assert (await reloader.reload("test")).result == "changed", "the flag comes first"
+    site.registry = CollectorRegistry()
+    async with site.running(load(PrefillOptions, {"config": str(site.path), "block_size": "32"})) as reloader:
+        site.write("prefill:\n  log_level: debug\n  max_num_batched_tokens: 16\n  metadata: tcp://x:7700\n")
+        outcome = await reloader.reload("test")
+        assert outcome.result == "refused", "the next start would fail"
+        assert reloader.options.log_level == "info"
+        assert "must be at least block_size, 32" in outcome.errors[0]
+
+
+async def test_children_do_not_judge_what_flags_of_their_parent_made_right(site):
+    site.write("up:\n  prefill: 0\n  ttft_slo_s: 5\n")
+    up = load(UpOptions, {"config": str(site.path), "aggregated": "2", "decode": "0"}).checked()
+    child = GatewayOptions(**{**up.shared(GatewayOptions), "aggregated": True, "source": "up"})
+    async with site.running(child) as reloader:
+        site.write("up:\n  prefill: 0\n  ttft_slo_s: 6\n")
+        assert (await reloader.reload("test")).changed == ["ttft_slo_s"]
 
 
 async def test_a_file_that_has_changed_is_found(site):
