@@ -34,6 +34,8 @@ POLL_S: Final = 3.0
 """How often files are read: they are short, and a ConfigMap that changed says so in no other way."""
 RELOAD_S_MAX: Final = 30.0
 """Longest wait of POST /config/reload: reading two short files takes milliseconds, a slow disk seconds."""
+TENANTS: Final = "tenants"
+"""The setting that names a file whose text reloads, too."""
 HASH_DIGITS: Final = 12
 """Of a digest that is shown as a number: 48 bits, which a float holds exactly."""
 
@@ -49,6 +51,15 @@ class Outcome(msgspec.Struct, frozen=True):
     changed: list[str] = []
     needs_restart: list[str] = []
     errors: list[str] = []
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """What files ask for. `restart`: keys that have to wait; `change` makes the rest hold."""
+
+    options: Options
+    restart: list[str]
+    texts: str  # digest of files that the options name
+    change: Change
 
 
 class ReloadMetrics:
@@ -94,6 +105,7 @@ class Reloader:
         self._metrics = metrics
         self._first: Options | None = None  # what the file said at the start
         self._seen = ""  # fingerprint of what was read last
+        self._texts = ""  # digest of the files that the options which hold name
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
         self._busy = asyncio.Lock()
@@ -120,28 +132,31 @@ class Reloader:
         async with self._busy:
             self._seen = await asyncio.to_thread(self._fingerprint)
             try:
-                options, restart, change = await asyncio.to_thread(self._read)
+                wanted = await asyncio.to_thread(self._read)
             except ConfigError as error:
                 outcome = Outcome("refused", errors=str(error).splitlines())
                 log.error(
                     "config.refused", why=why, errors=outcome.errors, advice="what held before still holds"
                 )
             else:
-                outcome = self._apply(options, restart, change, why)
+                outcome = self._apply(wanted, why)
             self.last = outcome
             self._show()
             return outcome
 
-    def _apply(self, options: Options, restart: list[str], change: Change, why: str) -> Outcome:
+    def _apply(self, wanted: _Wanted, why: str) -> Outcome:
+        options, restart = wanted.options, wanted.restart
         changed = [
             one.key
             for one in settings_of(type(options)).values()
             if getattr(options, one.field) != getattr(self.options, one.field)
         ]
-        change()  # also when no key changed: a file that one names may have
+        if self._texts and wanted.texts != self._texts and TENANTS not in changed:
+            changed.append(TENANTS)
+        wanted.change()
         if options.log_level != self.options.log_level:
             logs.set_level(options.log_level)
-        self.options = options
+        self.options, self._texts = options, wanted.texts
         if changed:
             self.generation += 1
             log.info("config.changed", why=why, keys=changed)
@@ -158,18 +173,17 @@ class Reloader:
 
     @property
     def hash(self) -> str:
-        """Digest of the values that can be reloaded."""
+        """Digest of the values that can be reloaded, and of the text of files that they name."""
         values = [
             f"{one.key}={shown(one.kind, getattr(self.options, one.field))}"
             for one in settings_of(type(self.options)).values()
             if one.reloads
         ]
-        return sha256("\n".join(values).encode()).hexdigest()[:HASH_DIGITS]
+        return sha256("\n".join([*values, self._texts]).encode()).hexdigest()[:HASH_DIGITS]
 
     # ------------------------------------------------------------ files
 
-    def _read(self) -> tuple[Options, list[str], Change]:
-        """Return the options that files ask for, keys that have to wait, and what makes the rest hold."""
+    def _read(self) -> _Wanted:
         options = self.options
         said: dict[str, Entry] = {}
         file = ConfigFile("", {})
@@ -208,18 +222,11 @@ class Reloader:
             next_start = kind(**{**values, **pinned})
         if conflicts := next_start.conflicts():
             raise told(conflicts)
-        return made, restart, self._prepare(made) if self._prepare else _nothing
+        texts = _digest(getattr(made, TENANTS, ""))  # first: a change meanwhile is found next time
+        return _Wanted(made, restart, texts, self._prepare(made) if self._prepare else _nothing)
 
     def _fingerprint(self) -> str:
-        digest = sha256()
-        for path in (self.options.config, getattr(self.options, "tenants", "")):
-            if path:
-                try:
-                    digest.update(Path(path).read_bytes())
-                except OSError as error:
-                    digest.update(str(error.errno).encode())
-            digest.update(b"\0")
-        return digest.hexdigest()
+        return _digest(self.options.config, getattr(self.options, TENANTS, ""))
 
     async def _run(self) -> None:
         before = self._seen
@@ -262,6 +269,19 @@ class Reloader:
         except TimeoutError:
             return json_answer(503, {"error": f"not done within {RELOAD_S_MAX:g} s"})
         return json_answer(422 if outcome.result == "refused" else 200, msgspec.to_builtins(outcome))
+
+
+def _digest(*paths: str) -> str:
+    """Return a digest of what files say; "" = none."""
+    digest = sha256()
+    for path in paths:
+        if path:
+            try:
+                digest.update(Path(path).read_bytes())
+            except OSError as error:
+                digest.update(str(error.errno).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def _is_pinned(origin: str) -> bool:

@@ -190,9 +190,30 @@ async def test_a_file_that_the_settings_name_is_followed_too(site, tmp_path):
     tenants = tmp_path / "tenants.toml"
     tenants.write_text("a")
     site.write(f"conductor:\n  tenants: {tenants}\n")
-    async with site.running():
+    async with site.running() as reloader:
+        before = reloader.hash
         tenants.write_text("b")
         await until(lambda: site.applied)
+        assert reloader.last.changed == ["tenants"]
+        assert reloader.generation == 1
+        assert reloader.hash != before
+        assert (await reloader.reload("test")).result == "unchanged"
+        tenants.write_text("a")
+        with capture_logs() as logs:
+            assert (await reloader.reload("test")).result == "changed"
+        assert [line["keys"] for line in logs if line["event"] == "config.changed"] == [["tenants"]]
+        assert reloader.hash == before, "processes that agree show the same"
+
+
+async def test_a_text_that_is_refused_does_not_show_as_what_holds(site, tmp_path):
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text("a")
+    site.write(f"conductor:\n  tenants: {tenants}\n")
+    async with site.running() as reloader:
+        before, site.refuses = reloader.hash, "tenants: wrong"
+        tenants.write_text("b")
+        await until(lambda: reloader.last.result == "refused")
+        assert (reloader.hash, reloader.generation) == (before, 0)
 
 
 async def test_hang_up_means_reload(site):
