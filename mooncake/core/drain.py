@@ -51,7 +51,7 @@ class Leaving:
 
     def ask(self, why: str) -> None:
         """Drain, but do not end (idempotent)."""
-        self._health.draining(why)
+        self._health.draining(why)  # at once, whatever the loop does; it repeats it: see Health
         with contextlib.suppress(RuntimeError):  # the loop has ended: it has left
             self._loop.call_soon_threadsafe(self._drain, why)
 
@@ -63,10 +63,10 @@ class Leaving:
             return
         self.told.set()
         self._loop.call_later(self._drain_s, self.at_once.set)
-        self._health.draining(why)
         self._drain(why)
 
     def _drain(self, why: str) -> None:
+        self._health.draining(why)
         if not self.draining.is_set():
             log.info("drain.begins", why=why, in_flight=self.in_flight())
             self.draining.set()

@@ -5,8 +5,9 @@
 
 Three questions, as Kubernetes asks them: is it alive (its loops turn; if not, restart it), has it started
 (loaded and registered; until then nobody asks the others), is it ready (send it work).
-Told by the process's own threads, asked by the thread of its admin server: what they share are single
-references.
+Moved by one thread, the loop's; asked by those of the admin server: what they share are single references.
+A drain may be told by them, too, for the answers that come next; then the loop has to repeat it, for a move
+that was on its way does not know of it.
 """
 
 from enum import StrEnum

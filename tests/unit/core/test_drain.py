@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -28,6 +29,45 @@ async def test_asked_from_another_thread_it_drains_and_does_not_end():
         await leaving.draining.wait()
     assert not leaving.told.is_set()
     assert not leaving.at_once.is_set()
+
+
+class Slow(Health):
+    """A process whose next move lets another thread in between what it reads and what it writes."""
+
+    between: Callable[[], None] | None = None
+
+    @property
+    def _state(self):
+        state = self.__dict__["state"]
+        between, self.between = self.between, None
+        if between is not None:
+            between()
+        return state
+
+    @_state.setter
+    def _state(self, state):
+        self.__dict__["state"] = state
+
+
+@pytest.mark.parametrize("move", ["ready", "unready", "started"])
+async def test_a_drain_that_comes_in_the_middle_of_a_move_is_not_lost(move):
+    health = Slow()
+    health.started()
+    health.ready()
+    leaving = Leaving(health, 60.0)
+    thread = threading.Thread(target=leaving.ask, args=("asked for",))
+
+    def ask() -> None:
+        thread.start()
+        thread.join()
+
+    health.between = ask
+    getattr(health, move)(*(["x"] if move == "unready" else []))
+    async with asyncio.timeout(5):
+        await leaving.draining.wait()
+    assert health.phase is Phase.DRAINING
+    health.ready()
+    assert not health.ready_now().ok, "for good"
 
 
 async def test_a_signal_tells_it_to_drain_and_end_and_a_second_one_at_once():
