@@ -53,13 +53,21 @@ def refuse_conflicts() -> None:
 
 
 def run_dir_of(path: str) -> str:
-    """Return the folder that was asked for, or a fresh one."""
+    """Return the folder that was asked for, or a fresh one.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    from mooncake.core.config import fail
     from mooncake.up.run import default_run_dir
 
-    if not path:
-        return str(default_run_dir())
-    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    return str(Path(path).resolve())
+    try:
+        if not path:
+            return str(default_run_dir())
+        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        return str(Path(path).resolve())
+    except OSError as error:
+        raise fail("run_dir", path, f"{error.strerror}: name a folder that can be made") from error
 
 
 def resolve(name: str) -> "ModelRef":

@@ -3,12 +3,15 @@
 import socket
 import subprocess
 import sys
+import tempfile
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from mooncake import __version__, cli, doctor
+from mooncake.cli_common import run_dir_of
+from mooncake.core.errors import ConfigError
 from mooncake.doctor import FAIL, OK, WARN, Row
 
 runner = CliRunner()
@@ -78,6 +81,7 @@ def test_version():
         (["store", "--metadata", "tcp://127.0.0.1:1", "--capacity", "1"], "capacity"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--eviction", "best"], "lru, lfu, length, tail"),
         (["store", "--metadata", "tcp://127.0.0.1:1", "--hugepages", "on"], "auto, off, require"),
+        (["store", "--metadata", "tcp://127.0.0.1:1", "--run-dir", "/dev/null/x"], "run_dir = '/dev/null/x'"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_code_2(args, told, monkeypatch):
@@ -86,6 +90,13 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(args, told, monkeypatch):
     assert result.exit_code == 2
     assert told in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_machine_without_a_place_for_a_fresh_run_dir_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    with pytest.raises(ConfigError, match=r"run_dir = '': .*: name a folder that can be made"):
+        run_dir_of("")
 
 
 def test_an_unknown_option_is_exit_code_2():
