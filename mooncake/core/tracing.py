@@ -31,6 +31,7 @@ def use_endpoint(url: str) -> None:
     if url:
         check_url(url, "otlp_endpoint")
         os.environ[ENDPOINT_ENV] = url
+        os.environ.pop(TRACES_ENDPOINT_ENV, None)  # which comes before it: a setting comes before both
 
 
 def endpoint() -> str:

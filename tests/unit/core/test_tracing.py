@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from mooncake.core import tracing_sdk
 from mooncake.core.errors import ConfigError
-from mooncake.core.tracing import ENDPOINT_ENV, endpoint, open_tracing, use_endpoint
+from mooncake.core.tracing import ENDPOINT_ENV, TRACES_ENDPOINT_ENV, endpoint, open_tracing, use_endpoint
 from mooncake.core.tracing_sdk import Tracing
 
 
@@ -90,6 +90,18 @@ def test_an_option_is_the_variable_for_this_process_and_its_children(monkeypatch
     assert endpoint() == "http://127.0.0.1:4318"
     with pytest.raises(ConfigError, match=r"otlp_endpoint = 'collector:4318': must be http://HOST:PORT"):
         use_endpoint("collector:4318")
+
+
+def test_an_option_comes_before_every_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENDPOINT_ENV, "http://generic:4318")
+    monkeypatch.setenv(TRACES_ENDPOINT_ENV, "http://traces:4318/v1/traces")
+    use_endpoint("")
+    assert endpoint() == "http://traces:4318/v1/traces"
+    use_endpoint("http://127.0.0.1:4318")
+    assert endpoint() == "http://127.0.0.1:4318"
+    sent_to = tracing_sdk.exporter()
+    assert sent_to._endpoint == "http://127.0.0.1:4318/v1/traces"  # type: ignore[attr-defined]
+    sent_to.shutdown()
 
 
 def test_a_protocol_that_nobody_speaks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
