@@ -76,10 +76,12 @@ def open_tracing(role: str, name: str = "") -> "Tracing | None":
         return None
     try:
         from mooncake.core.tracing_sdk import Tracing, exporter
+
+        sender = exporter()  # imports the package of its protocol
     except ImportError as error:
         what = f"{url!r} asks for traces, but {error.name} is not installed"
         raise ConfigError(f"{what}: pip install 'mooncake-serving[otel]', or unset {ENDPOINT_ENV}") from error
-    return Tracing(exporter(), role, name)
+    return Tracing(sender, role, name)
 
 
 class WallClock:

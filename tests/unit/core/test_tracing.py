@@ -118,6 +118,18 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         open_tracing("core")
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_without_the_package_of_a_protocol_it_says_what_to_install(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENDPOINT_ENV, "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+    package = f"opentelemetry.exporter.otlp.proto.{protocol.partition('/')[0]}.trace_exporter"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{package} is not installed: pip install"):
+        open_tracing("core")
+
+
 def test_spans_of_other_processes_join_by_name() -> None:
     exporter = InMemorySpanExporter()
     one = Tracing(exporter, "gateway", registry=CollectorRegistry())
