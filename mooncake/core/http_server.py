@@ -2,6 +2,7 @@
 
 import hmac
 import socket
+import socketserver
 import sys
 import threading
 import urllib.parse
@@ -35,6 +36,11 @@ class BoundedServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._free = threading.BoundedSemaphore(connections_max)
         super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind, without http.server's look-up of our name: one that is away takes seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """See socketserver."""

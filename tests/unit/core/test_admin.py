@@ -256,6 +256,16 @@ def test_no_port_is_no_address_and_all_addresses_are_told_as_one():
     assert metrics_url(9001, "fd00::1") == "http://[fd00::1]:9001/metrics"
 
 
+def test_binding_asks_no_resolver(serve, monkeypatch):
+    def look_up(*args: object) -> str:
+        raise AssertionError(f"asked for the name of {args}")
+
+    for name in ("getfqdn", "gethostbyaddr", "getnameinfo"):
+        monkeypatch.setattr(socket, name, look_up)
+    server = serve()
+    assert ask(server, "/livez")[0] == 200
+
+
 def test_a_taken_port_is_waited_for(registry, monkeypatch):
     monkeypatch.setattr(admin, "BIND_RETRY_S", 0.02)
     with socket.socket() as other:
