@@ -248,9 +248,13 @@ class Election:
         self._candidate.resign()
         self._notify()
         if lease_id:
-            with contextlib.suppress(MooncakeError, TimeoutError):
-                async with asyncio.timeout(CLOSE_S):
-                    await self._store.revoke(lease_id)
+            await self._revoke(lease_id)
+
+    async def _revoke(self, lease_id: int) -> None:
+        """Give a lease back that nobody will keep; else it ends by itself."""
+        with contextlib.suppress(MooncakeError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._store.revoke(lease_id)
 
     async def _run(self) -> None:
         backoff_s = BACKOFF_S_MIN
@@ -271,6 +275,7 @@ class Election:
 
     async def _perform(self, step: Step) -> None:
         candidate, store, sent_s = self._candidate, self._store, self._clock_s()
+        held = candidate.lease_id
         match step:
             case Look():
                 listing = await store.get(self._key)
@@ -288,6 +293,8 @@ class Election:
                 else:
                     await self._watch()
                     candidate.on_change()
+        if held and held != candidate.lease_id and not isinstance(step, Keep):  # which found that it is over
+            await self._revoke(held)
 
     async def _watch(self) -> None:
         """Return when the key has changed, or the store cannot tell."""

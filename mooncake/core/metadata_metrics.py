@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from mooncake.core.errors import MooncakeError
+from mooncake.core.errors import MooncakeError, RequestError
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_messages import MetaChanges, MetaEntries, MetaPutResult
 
@@ -92,7 +92,11 @@ class MeteredMetadata:
         self, key: str, value: bytes, lease_id: int = 0, if_revision: int | None = None
     ) -> MetaPutResult:
         """See MetadataStore."""
-        return await self._timed("put", self._store.put(key, value, lease_id, if_revision))
+        try:
+            return await self._timed("put", self._store.put(key, value, lease_id, if_revision))
+        except RequestError:
+            self._meter.ended(lease_id)  # most likely it is over; one that lives is confirmed when it is kept
+            raise
 
     async def delete(self, key: str) -> None:
         """See MetadataStore."""

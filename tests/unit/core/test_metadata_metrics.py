@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from mooncake.core.errors import PeerGone
+from mooncake.core.election import Election
+from mooncake.core.errors import PeerGone, RequestError
 from mooncake.core.metadata_memory import MemoryMetadata
 from mooncake.core.metadata_messages import MetaChanges
 from mooncake.core.metadata_metrics import MetadataCollector, MetadataMeter, MeteredMetadata
@@ -87,3 +88,65 @@ async def test_a_registration_keeps_its_lease_young_and_takes_it_along():
     await registration.close()
     assert world.value("lease_age_seconds") is None
     await world.store.close()
+
+
+async def test_a_lease_that_ended_before_its_key_was_put_does_not_age_for_ever():
+    world, inner = World(), MemoryMetadata()
+    world.store = MeteredMetadata(inner, world.meter)
+    lease_id = await world.store.grant(2.0)
+    await inner.revoke(lease_id)
+    with pytest.raises(RequestError):
+        await world.store.put("/a", b"1", lease_id)
+    assert world.value("lease_age_seconds") is None
+
+
+class Contested(MemoryMetadata):
+    """A store in which `on_put` happens right before a key is put."""
+
+    on_put = staticmethod(lambda: None)
+
+    async def put(self, key, value, lease_id=0, if_revision=None):
+        self.on_put()
+        return await super().put(key, value, lease_id, if_revision)
+
+
+async def steps(election: Election, count: int) -> None:
+    for _ in range(count):
+        await election._perform(election._candidate.next(election._clock_s()))
+
+
+async def test_a_candidate_that_loses_gives_its_lease_back():
+    inner = Contested()
+    world = World(inner)
+    election = Election(world.store, "/leader", "me", ttl_s=60.0)
+    await steps(election, 2)
+    assert world.value("lease_age_seconds") is not None
+    inner.on_put = lambda: inner._machine.put("/leader", b"another's")
+    await steps(election, 2)
+    assert election.leader is not None
+    assert world.value("lease_age_seconds") is None, "a standby in good health has none"
+    assert world.value("requests_total", op="revoke", result="ok") == 1
+
+
+async def test_a_candidate_whose_claim_was_not_heard_gives_its_first_lease_back_when_it_gets_another():
+    now_s = 0.0
+    inner = Contested()
+    world = World(inner)
+    election = Election(world.store, "/leader", "me", ttl_s=60.0, clock_s=lambda: now_s)
+    await steps(election, 2)
+    first = election._candidate.lease_id
+
+    def away() -> None:
+        raise PeerGone("away")
+
+    inner.on_put = away
+    with pytest.raises(PeerGone):
+        await steps(election, 1)
+    election._candidate.on_change()
+    now_s = 100.0
+    await steps(election, 2)
+    assert election._candidate.lease_id not in (0, first)
+    assert not await inner.keep_alive(first)
+    assert await inner.keep_alive(election._candidate.lease_id)
+    await world.store.revoke(election._candidate.lease_id)
+    assert world.value("lease_age_seconds") is None
