@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ import structlog
 
 from kvstore.leader.admin_http import TOKEN_ENV
 from mooncake.core import log as logs
-from mooncake.core.config import fail
+from mooncake.core.config import admin_token, fail
 from mooncake.core.errors import ConfigError, MooncakeError, PeerGone, RequestError
 from mooncake.dropin.client.rest import BODY_BYTES_MAX, Rest
 from mooncake.dropin.client.web import LOOPBACK, WebServer
@@ -111,7 +110,7 @@ class MooncakeStoreService:
         """
         if self.store is None:
             raise RequestError("start_store_service first")
-        token = os.environ.get(TOKEN_ENV, "").strip()
+        token = admin_token()
         rest = Rest(self.store)
         web = WebServer(
             rest.answer, host, port, token, body_bytes_max=BODY_BYTES_MAX, connections_max=CONNECTIONS_MAX

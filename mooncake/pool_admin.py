@@ -28,7 +28,7 @@ ELECTED_S = 12.0
 """A new leader is there after two leases at most; so long a follower's answer is not the last word."""
 RETRY_S = 0.3
 FIND_S = 5.0
-TOKEN_ADVICE = "it wants the admin token: set MOONCAKE_ADMIN_TOKEN or give --token-file"
+TOKEN_ADVICE = "it wants the admin token: set MOONCAKE_ADMIN_TOKEN, or name its file: --token-file"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -28,7 +28,7 @@ Metadata = Annotated[
 ]
 Url = Annotated[str, typer.Option(help="Admin address of any directory, e.g. http://127.0.0.1:7710.")]
 TokenFile = Annotated[
-    Path | None, typer.Option(help="File with the admin token; or set MOONCAKE_ADMIN_TOKEN.")
+    Path | None, typer.Option(help="File with the admin token; or set MOONCAKE_ADMIN_TOKEN, or _FILE.")
 ]
 Wait = Annotated[bool, typer.Option(help="Show progress until it is done; --no-wait only starts it.")]
 Keys = Annotated[list[str], typer.Argument(help="Keys in hexadecimal.")]
@@ -60,7 +60,9 @@ def directory(options: "DirectoryOptions") -> None:
         endpoint=f"tcp://{options.address}:{options.port}",
         admin_host=options.admin_host,
         admin_port=options.admin_port,
-        admin_token=_token(Path(options.admin_token_file) if options.admin_token_file else None),
+        admin_token=_token(
+            Path(options.admin_token_file) if options.admin_token_file else None, "admin_token_file"
+        ),
     )
 
     def main() -> int:
@@ -96,22 +98,18 @@ async def _serve(config: Any, options: "DirectoryOptions") -> int:
     return 0
 
 
-def _token(path: Path | None) -> str:
-    from kvstore.leader.admin_http import TOKEN_ENV
-    from mooncake.core.config import fail
+def _token(path: Path | None, key: str) -> str:
+    """Return what the file at `path` says; None: what the environment does. `key`: who named the file."""
+    from mooncake.core.config import admin_token
+    from mooncake.core.options import read_secret
 
-    if path is None:
-        return os.environ.get(TOKEN_ENV, "").strip()
-    try:
-        return path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail("admin_token_file", str(path), str(error)) from error
+    return admin_token() if path is None else read_secret(key, str(path))
 
 
 def _admin(metadata: str, url: str, token_file: Path | None) -> "PoolAdmin":
     from mooncake.pool_admin import PoolAdmin, find_directories
 
-    token = _token(token_file)
+    token = _token(token_file, "token_file")
     return PoolAdmin([url] if url else find_directories(metadata), token)
 
 

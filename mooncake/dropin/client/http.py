@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import structlog
 
-from kvstore.leader.admin_http import TOKEN_ENV
+from mooncake.core.config import admin_token
 from mooncake.core.errors import ConfigError
 from mooncake.dropin.client.counters import Counters
 from mooncake.dropin.client.web import LOOPBACK, Reply, WebServer
@@ -45,9 +45,8 @@ class ClientHttp:
     def start(self) -> None:
         """Listen, or warn."""
         host = os.environ.get(HOST_ENV, "").strip() or LOOPBACK
-        token = os.environ.get(TOKEN_ENV, "").strip()
         try:
-            web = WebServer(self.answer, host, self._port, token, connections_max=CONNECTIONS_MAX)
+            web = WebServer(self.answer, host, self._port, admin_token(), connections_max=CONNECTIONS_MAX)
             self.url = web.start()
         except ConfigError as error:
             log.warning("mooncake.store: no HTTP of this client", reason=str(error))

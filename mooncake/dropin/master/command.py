@@ -22,9 +22,10 @@ import msgspec
 import structlog
 
 from kvstore.client.pool import Pool
-from kvstore.leader.admin_http import TOKEN_ENV, AdminServer
+from kvstore.leader.admin_http import AdminServer
 from kvstore.leader.coordinator import Coordinator, CoordinatorConfig
 from mooncake.core import log as logs
+from mooncake.core.config import admin_token
 from mooncake.core.errors import ConfigError
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.rpc import check_endpoint
@@ -128,14 +129,13 @@ class Master:
         engine = EngineConfig(host=address, secret=env.secret)
         pool = await asyncio.to_thread(Pool, self.endpoint, engine=engine, touch=False)
         stack.push_async_callback(asyncio.to_thread, pool.close)
-        token = os.environ.get(TOKEN_ENV, "").strip()
         quotas = Quotas(quotas_path, server.store, coordinator.clients) if quotas_path else None
         if quotas:
             await quotas.start()
             stack.push_async_callback(quotas.close)
         api = MasterHttp(pool, coordinator, quotas)
         http_host = _listens_at("metrics_host", options.metrics_host or address, env.secret)
-        http = AdminServer(api.answer, http_host, options.metrics_port, token)
+        http = AdminServer(api.answer, http_host, options.metrics_port, admin_token())
         stack.push_async_callback(asyncio.to_thread, http.close)
         self.url = http.start()
         if options.enable_http_metadata_server:

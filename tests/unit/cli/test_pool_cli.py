@@ -82,6 +82,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(pool_cli, "REFRESH_S", 0.01)
     monkeypatch.setattr(pool_admin, "RETRY_S", 0.01)
     monkeypatch.delenv("MOONCAKE_ADMIN_TOKEN", raising=False)
+    monkeypatch.delenv("MOONCAKE_ADMIN_TOKEN_FILE", raising=False)
 
 
 def run(*args: str, code: int = 0) -> str:
@@ -187,7 +188,20 @@ def test_the_token_comes_from_a_file_or_the_environment(make, monkeypatch, tmp_p
     run("pool", "tasks", "--url", directory.url, "--token-file", str(tmp_path / "token"))
     monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN", TOKEN)
     run("pool", "tasks", "--url", directory.url)
+    monkeypatch.delenv("MOONCAKE_ADMIN_TOKEN")
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN_FILE", str(tmp_path / "token"))
+    run("pool", "tasks", "--url", directory.url)
     assert directory.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_an_empty_file_is_no_token_and_does_not_mean_that_none_is_needed(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("\n")
+    path, asked = str(tmp_path / "token"), ("pool", "tasks", "--url", "http://127.0.0.1:1")
+    assert f"token_file = '{path}': is empty" in run(*asked, "--token-file", path, code=2)
+    served = ("directory", "--metadata", "tcp://127.0.0.1:1", "--admin-token-file", path)
+    assert f"admin_token_file = '{path}': is empty" in run(*served, code=2)
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN_FILE", path)
+    assert f"MOONCAKE_ADMIN_TOKEN_FILE = '{path}': is empty" in run(*asked, code=2)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,20 @@ async def test_the_service_joins_serves_and_leaves(config_file: Path) -> None:
         fetch(("127.0.0.1", port), "GET", "/api/exist/k")
 
 
+async def test_the_token_of_the_service_may_be_in_a_file(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN_FILE", str(tmp_path / "token"))
+    service = MooncakeStoreService(str(config_file))
+    assert await service.start_store_service(PATIENCE_S)
+    assert await service.start_http_service(0)
+    address = ("127.0.0.1", urllib.parse.urlsplit(service.url).port)
+    assert fetch(address, "GET", "/api/exist/k")[0] == 401
+    assert fetch(address, "GET", "/api/exist/k", Authorization=f"Bearer {TOKEN}")[0] == 200
+    await service.stop()
+
+
 async def test_without_a_master_it_gives_up(config_file: Path) -> None:
     service = MooncakeStoreService(str(config_file), {"master_server_address": "127.0.0.1:1"})
     assert not await service.start_store_service(0.0)
