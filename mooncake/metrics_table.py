@@ -379,10 +379,11 @@ def page() -> str:
 HEAD = """<!-- made by `python -m mooncake.metrics_table > docs/metrics.md`: a test compares -->
 # Metrics
 
-Every process has its own page, `GET /metrics` on its admin port, and gateways that share one HTTP port have
-one each: nothing is shared by files. Scrape all of them and let Prometheus add counters up: `sum by (...)`.
-What several processes see of the same thing (`mooncake_instances`, `mooncake_index_*`) is the same number on
-each: take the `max`. `PROMETHEUS_MULTIPROC_DIR` is refused: its files would add up what must not be.
+Every process has its own page, `GET /metrics` on its admin port (of `mooncake indexer`: on its only one), and
+gateways that share one HTTP port have one each: nothing is shared by files. Scrape all of them and let
+Prometheus add counters up: `sum by (...)`. What several processes see of the same thing
+(`mooncake_instances`, `mooncake_index_*`) is the same number on each: take the `max`.
+`PROMETHEUS_MULTIPROC_DIR` is refused: its files would add up what must not be.
 
 Labels that name things have a bound, and `other` for what is beyond it: nothing that a client sends makes a
 series. `instance_id` is our name of an instance; `instance` is Prometheus' own, the address that it scraped.

@@ -80,16 +80,20 @@ async def _serve(config: Any, options: "DirectoryOptions") -> int:
     from prometheus_client import CollectorRegistry
 
     from kvstore.leader.coordinator import Coordinator
+    from mooncake.core.attend import beside
+    from mooncake.core.metadata_metrics import MetadataCollector, metered, process_meter
     from mooncake.core.metadata_open import open_metadata
     from mooncake.core.reload import reloading
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store = open_metadata(options.metadata)
-    coordinator = Coordinator(config, store)
+    registry = CollectorRegistry()
+    registry.register(MetadataCollector(process_meter()))
+    store = metered(open_metadata(options.metadata))
+    coordinator = Coordinator(config, store, registry=registry)
     try:
-        async with reloading(options, CollectorRegistry(), None):
+        async with beside("directory", registry), reloading(options, registry, None):
             await coordinator.start()
             await coordinator.run_until(stop)
     finally:

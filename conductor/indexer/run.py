@@ -14,6 +14,8 @@ from conductor.indexer.cluster import Cluster
 from conductor.indexer.http import IndexerServer
 from conductor.indexer.metrics import IndexerCollector
 from conductor.indexer.service import Indexer, Options
+from mooncake.core.attend import beside
+from mooncake.core.metadata_metrics import MetadataCollector, metered, process_meter
 from mooncake.core.metadata_open import check_metadata, open_metadata
 from mooncake.core.options import IndexerOptions
 from mooncake.core.reload import reloading
@@ -48,15 +50,17 @@ async def _serve(options: IndexerOptions) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
+        registry = CollectorRegistry()
+        await stack.enter_async_context(beside("indexer", registry))
         indexer = Indexer(_own(options))
         stack.push_async_callback(indexer.close)
         if options.metadata:
-            metadata = open_metadata(options.metadata)
+            metadata = metered(open_metadata(options.metadata))
+            registry.register(MetadataCollector(process_meter()))
             stack.push_async_callback(metadata.close)
             cluster = Cluster(indexer, metadata, _own(options).blocks_max)
             stack.push_async_callback(cluster.close)
             cluster.start()
-        registry = CollectorRegistry()
         registry.register(IndexerCollector(indexer))
         await stack.enter_async_context(reloading(options, registry, None))
         server = IndexerServer(Api(indexer, loop, registry), options.host, options.port, options.api_key)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry
 
 from kvstore.directory.directory import BLOCKS_MAX, Directory
 from kvstore.directory.messages import (
@@ -82,10 +83,11 @@ class Coordinator:
         config: CoordinatorConfig,
         metadata: MetadataStore,
         clock: Callable[[], float] = time.monotonic,
+        registry: CollectorRegistry | None = None,
     ) -> None:
-        """Nothing is opened before `start`; `metadata` is not closed here."""
+        """Nothing is opened before `start`; `metadata` is not closed here; `registry`: what is shown."""
         self.config = config
-        self.metrics = DirectoryMetrics()
+        self.metrics = DirectoryMetrics(registry)
         self.clients = StoreClients()
         self.polls = StatsPoll(self.clients)
         self.service = DirectoryService(

@@ -54,6 +54,19 @@ class Attended:
 
 
 @contextlib.asynccontextmanager
+async def beside(kind: str, registry: CollectorRegistry) -> AsyncIterator[None]:
+    """Show the vital signs of a process whose HTTP is a server of its own: the directory's, the indexer's.
+
+    Raises:
+        ConfigError: metrics would be shared by files.
+    """
+    refuse_shared_files()
+    registry.register(VitalsCollector(kind))
+    async with beating(kind, Health(), lag_histogram(registry)):
+        yield
+
+
+@contextlib.asynccontextmanager
 async def attended(kind: str, options: AdminOptions, registry: CollectorRegistry) -> AsyncIterator[Attended]:
     """Attend to this process from now on, on the running loop; `kind`: conductor, gateway, store, ...
 

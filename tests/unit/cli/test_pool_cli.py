@@ -2,16 +2,21 @@
 
 import asyncio
 import http.server
+import os
+import signal
 import threading
+import urllib.request
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from kvstore.directory.messages import DIRECTORIES_PREFIX, DirectoryRecord
+from kvstore.leader.coordinator import CoordinatorConfig
 from mooncake import cli, pool_admin, pool_cli
 from mooncake.core.errors import CapacityError, ConfigError, NotLeader, PeerGone, ProtocolError, RequestError
 from mooncake.core.metadata_client import MetadataServer
+from mooncake.core.options import DirectoryOptions
 from mooncake.pool_admin import PoolAdmin
 
 runner = CliRunner()
@@ -236,6 +241,33 @@ async def test_a_metadata_store_without_a_directory_says_how_to_start_one():
         with pytest.raises(ProtocolError):
             await asyncio.to_thread(pool_admin.find_directories, server.endpoint)
     finally:
+        await server.close()
+
+
+async def test_a_directory_shows_its_reloads_its_metadata_and_how_it_is_like_every_process():
+    server = MetadataServer("tcp://127.0.0.1:*")
+    server.start()
+    options = DirectoryOptions(metadata=server.endpoint, name="d")
+    serving = asyncio.create_task(pool_cli._serve(CoordinatorConfig(name="d"), options))
+    try:
+        async with asyncio.timeout(30):
+            while not (found := (await server.store.get(DIRECTORIES_PREFIX)).entries):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        url = msgspec.json.decode(found[0].value, type=DirectoryRecord).admin_url
+        page = (await asyncio.to_thread(urllib.request.urlopen, f"{url}/metrics")).read().decode()
+        for line in (
+            'mooncake_config_reloads_total{result="unchanged"} 1.0',
+            'mooncake_process_open_fds{kind="directory"}',
+            'mooncake_process_event_loop_lag_seconds_count{kind="directory"}',
+            'mooncake_metadata_requests_total{op="grant",result="ok"}',
+            "mooncake_directory_leader",
+        ):
+            assert line in page
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert await serving == 0
+    finally:
+        serving.cancel()
         await server.close()
 
 
