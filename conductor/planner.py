@@ -165,9 +165,8 @@ class Planner:
         self._config = config
         self._cost = cost
         self._requests, self._work_s, self._context = _Rate(), _Rate(), _Rate()
-        self._whole = (
-            _Rate()
-        )  # requests that may have an answer of the usual length; a part of one that may not
+        # requests that may have an answer of the usual length; a part of one that may not
+        self._whole = _Rate()
         self._tokens = OUTPUT_TOKENS_PRIOR
         self._answers = 0
         self._running, self._running_kv = 0, 0.0  # answers now, and KV tokens of their contexts
