@@ -217,7 +217,7 @@ WHERE = {
     Component.POOL: "on the page of each store; `mooncake_directory_*` on that of the directory",
     Component.TRANSFER: "on the page of each store that copies from others",
     Component.METADATA: "on every page: how the process gets on with etcd, or with our own metadata store",
-    Component.PROCESS: "on every page; `mooncake_trace_spans` where tracing is on",
+    Component.PROCESS: "on every page; `mooncake_trace_spans_total` where tracing is on",
     Component.INDEXER: "on the page of `mooncake indexer`",
 }
 

@@ -133,7 +133,7 @@ ABSENT_PREFIXES: Mapping[str, str] = {
     "master_total_nof_": "there is no NVMe-oF pool",
     "master_unmount_segment_": _LEASES,
     "master_update_task_": _TASKS,
-    "mem_cache_hit_bytes_": "readers of a host read by themselves; mooncake_transfer metrics have the bytes",
+    "mem_cache_hit_bytes_": "readers of a host read by themselves: mooncake_transfer_bytes_total",
 }
 """Upstream's names that begin so and are not in METRICS are not there, and why."""
 

@@ -13,10 +13,26 @@ from mooncake import metrics_table
 from mooncake.metrics_table import Component, Row, bound_of, components, page, unit_of
 
 ROOT = Path(metrics_table.__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "deploy").rglob("*.md"))]
 ROWS = [row for rows in components().values() for row in rows]
 FACTORIES = re.compile(r"(Quick)?(Counter|Gauge|Histogram)(MetricFamily)?|gauge|counter|family|metric")
 OTHERS = ("mooncake/dropin", "mooncake/live", "mooncake/dashboards", "benchmarks", "tests", "deploy")
 """Names of upstream's, queries, or fakes: no metrics of ours are made there."""
+WORDS = re.compile(r"\bmooncake_\w+(?:(?<=_)\{[\w,]+\}\w*)?")
+"""A name, or a short way to say several: mooncake_x_{a,b}_c. Braces after a whole name have its labels."""
+NO_METRICS = frozenset((
+    "mooncake_client", "mooncake_config", "mooncake_connector_v1", "mooncake_elastic_buffer",
+    "mooncake_ep_buffer", "mooncake_master", "mooncake_master_server_addr", "mooncake_ssd_register",
+    "mooncake_ssd_unregister", "mooncake_store_service",
+))  # fmt: skip
+"""Modules, commands and settings of upstream's that pages name."""
+UPSTREAM = (
+    "mooncake_client_rpc_", "mooncake_tenant_quota_",
+    "mooncake_transfer_read_bytes", "mooncake_transfer_write_bytes",
+    "mooncake_transfer_get_latency", "mooncake_transfer_put_latency",
+    "mooncake_transfer_batch_get_latency", "mooncake_transfer_batch_put_latency",
+)  # fmt: skip
+"""The table has ours. So begin those that our client and master have under upstream's names."""
 
 
 def by_name(row: Row) -> str:
@@ -102,6 +118,41 @@ def test_the_search_finds_what_is_made():
     assert names_made('x.Counter("mooncake_a", "Text.")\nGauge("other")\nprint("mooncake_b")') == {
         "mooncake_a"
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_metric_that_a_page_names_is_in_the_table(page: Path):
+    """Changelog and measurements are history: they may name what is gone."""
+    known = {row.name for row in ROWS}
+    for row in ROWS:
+        if row.kind == "histogram":
+            known |= {row.name + ending for ending in ("_bucket", "_sum", "_count")}
+    assert [name for name in sorted(names_told(page.read_text())) if not is_there(name, known)] == []
+
+
+def names_told(text: str) -> set[str]:
+    """Return the metrics that a page names; what ends in "_" stands for all that begin so."""
+    found = set()
+    for word in WORDS.findall(text):
+        start, brace, rest = word.partition("{")
+        ends, _, end = rest.partition("}")
+        found |= {start + one + end for one in ends.split(",")} if brace else {start}
+    return found - NO_METRICS
+
+
+def is_there(name: str, known: set[str]) -> bool:
+    return (
+        name in known
+        or name.startswith(UPSTREAM)
+        or (name.endswith("_") and any(one.startswith(name) for one in known))
+    )
+
+
+def test_names_in_prose_are_found_in_all_their_forms():
+    told = "`mooncake_a_ratio{role}` | mooncake_b_{c,d}_total, `mooncake_e_*`; tests/mooncake_master"
+    assert names_told(told) == {"mooncake_a_ratio", "mooncake_b_c_total", "mooncake_b_d_total", "mooncake_e_"}
+    assert not is_there("mooncake_a", {"mooncake_a_ratio"})
+    assert is_there("mooncake_a_", {"mooncake_a_ratio"})
 
 
 @pytest.mark.skipif(
