@@ -23,7 +23,8 @@ OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/completions": "text_completion",
 }
-"""The conventions' words; requests of other paths are "other"."""
+"""Paths that engines are needed for, in the conventions' words; metrics call all others "other", traces leave
+them out."""
 _LABELS = ("gen_ai_operation_name", "gen_ai_request_model", "gen_ai_provider_name")
 
 

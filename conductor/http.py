@@ -44,21 +44,10 @@ ID_HEADER = b"x-request-id"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 """What a client may call its request. Anything else gets a name of ours: ids go into logs and file names."""
 
-TENANT_PATHS = frozenset(
-    (
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/models",
-        "/v1/responses",
-    )
-)
-"""What a tenant's own key opens: asking for answers. The rest, adapters and decisions, is the operator's."""
-
-
-ANSWERED_PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"))
+ANSWERED_PATHS = frozenset(OPERATIONS)
 """What engines are needed for."""
+TENANT_PATHS = ANSWERED_PATHS | {"/v1/messages/count_tokens", "/v1/models"}
+"""What a tenant's own key opens: asking for answers. The rest, adapters and decisions, is the operator's."""
 
 
 class HttpFate:

@@ -12,6 +12,7 @@ Made only where tracing is on; a dispatcher without a trace tests one attribute.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
+from conductor.genai_metrics import OPERATIONS
 from conductor.plan import Leg, Outcome, Plan, Rejection
 from conductor.why import attributes
 from mooncake.core.tracing import WallClock
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from conductor.vllm_seam import EngineCoreOutput, EngineCoreRequest
     from mooncake.core.tracing_sdk import Span, Tracing
 
-OPERATIONS: Final = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-}
-"""Paths that are traced, as gen_ai.operation.name has them."""
 PROPAGATION: Final = frozenset((b"traceparent", b"tracestate"))
 """vLLM would put them into every token's message, and say that its own tracing is off."""
 COMPLETE: Final = ("length", "stop")
