@@ -42,7 +42,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 ID_HEADER = b"x-request-id"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
-"""What a client may call its request. Anything else gets a name of ours: ids go into logs and file names."""
+"""What a client may call its request. Anything else gets a name of ours: ids go into logs and names of legs.
+Nobody may make file names of them: slashes and dots are allowed."""
 
 ANSWERED_PATHS = frozenset(OPERATIONS)
 """What engines are needed for."""
