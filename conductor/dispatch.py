@@ -34,7 +34,6 @@ from conductor.plan import (
     Leg,
     Outcome,
     Plan,
-    Reason,
     Rejection,
     Release,
     Replan,
@@ -65,7 +64,8 @@ REQUEST_SILENT_S_MAX = 600.0
 SWEEP_S = 5.0
 """How often silent requests are looked for."""
 OUTPUTS_MAX = 100_000
-"""Decoded frames waiting for vLLM's output handler; beyond it the gateway has lost the race."""
+"""Decoded frames waiting for vLLM's output handler; beyond it the gateway has lost the race, and what engines
+say fails its request instead of waiting behind them. Only ends of requests, one for each, are added still."""
 
 FINISH = {str(reason): reason for reason in FinishReason}
 """The request machine's words for vLLM's finish reasons."""
@@ -86,7 +86,7 @@ class Dispatcher:
         self, members: Members, decider: Decider, metrics: GatewayMetrics, *, first_token: bool = True
     ) -> None:
         """`first_token`: stream leg 1's own token where that is exact (DESIGN 5, step 9)."""
-        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue(OUTPUTS_MAX)
+        self.outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()  # OUTPUTS_MAX
         self.fail_request: FailRequest | None = None
         self._members = members
         self._decider = decider
@@ -241,16 +241,21 @@ class Dispatcher:
         kept: list[EngineCoreOutput] = []
         context_tokens = 0
         pure = True
+        lost_race = self.outputs.qsize() >= OUTPUTS_MAX
         for output in outputs.outputs:
             running = self._running.get(output.request_id)
             if running is None:
                 self._metrics.stale_outputs.inc()
                 continue
+            client = running.clients[0]
+            # before it counts as delivered; other legs have nothing for a client
+            if lost_race and (running.leg is not Leg.PREFILL or client.machine.facts.first_token):
+                self._run(client.machine.overrun())
+                continue
             if not running.measured:
                 pure = False
                 self._meter.prefilled(running, output)
                 self._first_of_leg(running, output, now_s)
-            client = running.clients[0]
             context_tokens += client.machine.facts.prompt_len + len(client.emitted)
             self._on_output(running, output, now_s, kept)
         if kept or not pure:
@@ -258,8 +263,8 @@ class Dispatcher:
             self._meter.frame(link.instance_id, now_s, stamp_s, batch, context_tokens, pure)
         outputs.outputs = kept
         # statistics travel even when every request of the step is gone, else gauges freeze
-        if kept or outputs.scheduler_stats is not None:
-            self._enqueue(outputs)
+        if kept or (outputs.scheduler_stats is not None and not lost_race):
+            self.outputs.put_nowait(outputs)
 
     def _first_of_leg(self, running: Running, output: EngineCoreOutput, now_s: float) -> None:
         for client in running.clients:  # the one that sent it knows it
@@ -452,21 +457,7 @@ class Dispatcher:
         """Deliver something that no engine output carries (the end of a request that lost its engine)."""
         output = EngineCoreOutput(request_id=client.request.request_id, new_token_ids=[])
         self._deliver(client, command, output, time.monotonic())
-        self._enqueue(EngineCoreOutputs(outputs=[output]))
-
-    def _enqueue(self, outputs: EngineCoreOutputs) -> None:
-        try:
-            self.outputs.put_nowait(outputs)
-        except asyncio.QueueFull:
-            log.error("dispatch.outputs_full", frames=OUTPUTS_MAX)
-            self._metrics.failures.labels("backlog").inc(len(outputs.outputs))
-            for output in outputs.outputs:  # a stream with a hole must not go on
-                if client := self._clients.get(output.request_id):
-                    rejection = Rejection(
-                        request_id=output.request_id, reason=Reason.QUEUE_FULL, retry_after_s=1.0
-                    )
-                    self._tell_failure(client, unavailable(rejection))
-                    self._run(client.machine.abort())
+        self.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
     def _replan(self, command: Replan) -> None:
         client = self._clients.get(command.request_id)

@@ -41,6 +41,8 @@ MIGRATIONS_MAX = 16
 """Instances a stream may lose: rolling restarts of a large cluster, not an endless chase."""
 REPLAN_REJECTIONS_MAX = 20
 """Times a replan may find nobody; with the delays below a stream survives about 10 s of that."""
+OVERRUN = "the gateway is overloaded: outputs wait unread"
+"""Why a request fails whose front end does not keep up."""
 REPLAN_DELAY_MIN_S = 0.1
 REPLAN_DELAY_MAX_S = 0.5
 """Bounds of the wait between rejected replans."""
@@ -324,9 +326,11 @@ class RequestMachine:
 
     def deadline(self) -> list[Command]:
         """The request's time is up: Fail."""
-        if self.state is State.DONE:
-            return []
-        return self._stop_legs() + self.fail("deadline exceeded", retryable=False)
+        return self._give_up("deadline exceeded", retryable=False)
+
+    def overrun(self) -> list[Command]:
+        """An output was dropped because nobody reads them: a stream with a hole must not go on."""
+        return self._give_up(OVERRUN, retryable=True)
 
     # ------------------------------------------------------------ steps, some taken by the group
 
@@ -381,6 +385,11 @@ class RequestMachine:
             assert self._place is not None
             return [Abort(self.facts.request_id, self._eid, self._place)]
         return []
+
+    def _give_up(self, reason: str, *, retryable: bool) -> list[Command]:
+        if self.state is State.DONE:
+            return []
+        return self._stop_legs() + self.fail(reason, retryable=retryable)
 
     def _release_work(self) -> list[Command]:
         ticket, self._work_ticket = self._work_ticket, 0

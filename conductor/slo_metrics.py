@@ -10,6 +10,7 @@ from math import inf
 
 from conductor.metrics import FAILURES
 from conductor.plan import Reason
+from conductor.request import OVERRUN
 from conductor.terms import Terms
 from mooncake.core.metric_labels import OTHER
 
@@ -54,6 +55,8 @@ def failure_word(reason: str) -> str:
         found = "engine_error"
     elif reason == "deadline exceeded":
         found = "silent"
+    elif reason == OVERRUN:
+        found = "backlog"
     else:
         found = OTHER
     assert found in FAILURES

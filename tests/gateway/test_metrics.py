@@ -8,8 +8,9 @@ from test_dispatch import PROMPT
 
 from conductor.gate import GateConfig
 from conductor.http import FATE, HttpFate
+from conductor.scheduler import Mode
 from conductor.terms import CLASSES, Terms
-from conductor.vllm_seam import Unavailable
+from conductor.vllm_seam import EngineCoreOutputs, Unavailable
 
 LONG = 400
 
@@ -72,6 +73,55 @@ async def test_a_request_that_fails_is_counted_once_with_a_word_for_why(make_wor
     assert world.metric("mooncake_failures_total", reason="engine_error") == 1
     assert world.metric("mooncake_tenant_requests_total", tenant="other", outcome="failed") == 1
     assert rid
+
+
+OUTPUTS_MAX = 20
+
+
+def nobody_reads(world) -> None:
+    """vLLM's output handler stops; clients are told of failures all the same."""
+    world.note_failures()
+    world.collecting.cancel()
+
+
+async def test_a_stream_that_we_cut_because_we_are_behind_is_a_failure_and_no_goodput(
+    make_world, monkeypatch
+) -> None:
+    monkeypatch.setattr("conductor.dispatch.OUTPUTS_MAX", OUTPUTS_MAX)
+    world = make_world()
+    engine = await world.engine("b0", "both", step_s=0.005)
+    rid = world.add(make_request(PROMPT, max_tokens=LONG))
+    await world.until(lambda: len(world.tokens(rid)) > 3)
+    nobody_reads(world)
+    await world.finish(rid)
+    assert "outputs wait unread" in str(world.failed[rid])
+    assert world.failed[rid].http_status == 503
+    assert results(world) == {"failed": 1}
+    assert world.metric("mooncake_requests_total", outcome="failed") == 1
+    assert world.metric("mooncake_failures_total", reason="backlog") == 1
+    assert world.metric("mooncake_requests_total", outcome="aborted") == 0
+    await world.until(lambda: not engine.jobs)
+    assert world.view.charged == 0
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+async def test_an_answer_whose_last_output_finds_no_room_is_told_so_instead_of_hanging(
+    make_world, monkeypatch, first_token
+) -> None:
+    monkeypatch.setattr("conductor.dispatch.OUTPUTS_MAX", OUTPUTS_MAX)
+    world = make_world(first_token=first_token, mode=Mode.DISAGGREGATED)
+    await world.engine("p0", "prefill")
+    await world.engine("d0", "decode")
+    nobody_reads(world)
+    while world.dispatcher.outputs.qsize() < OUTPUTS_MAX:
+        world.dispatcher.outputs.put_nowait(EngineCoreOutputs(outputs=[]))
+    for max_tokens in (1, 8):
+        rid = world.add(make_request(PROMPT, max_tokens=max_tokens))
+        await world.finish(rid)
+        assert "outputs wait unread" in str(world.failed[rid])
+    assert results(world) == {"failed": 2}
+    assert world.dispatcher.outputs.qsize() == OUTPUTS_MAX, "engines' statistics wait for room, too"
+    assert world.dispatcher.in_flight == world.view.charged == 0
 
 
 async def test_a_request_that_is_turned_away_counts_as_rejected_and_as_nothing_else(make_world) -> None:

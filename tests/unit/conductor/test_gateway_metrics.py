@@ -15,6 +15,7 @@ from conductor.index import PrefixIndex
 from conductor.index_metrics import Booked, IndexCollector, LoadCollector
 from conductor.metrics import FAILURES, STATUSES, DecisionMetrics, GatewayMetrics
 from conductor.quick_metrics import QuickHistogram
+from conductor.request import OVERRUN
 from conductor.slo_metrics import MOVES, failure_word, move_word, objectives_of, result_of
 from conductor.tenants import Tenants
 from conductor.terms import CLASSES, Terms
@@ -70,6 +71,7 @@ def test_every_reason_has_a_word_of_ours(text: str):
         ("decode on d-0 ended with error, after 2 attempts", "engine_error"),
         ("no instance alive", "no_place"),
         ("deadline exceeded", "silent"),
+        (OVERRUN, "backlog"),
         ("something new", "other"),
     ],
 )

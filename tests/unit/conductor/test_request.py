@@ -19,6 +19,7 @@ from conductor.plan import (
 from conductor.request import (
     DECODE_ERRORS_MAX,
     MIGRATIONS_MAX,
+    OVERRUN,
     PREFILL_ATTEMPTS_MAX,
     REPLAN_DELAY_MAX_S,
     REPLAN_REJECTIONS_MAX,
@@ -328,11 +329,18 @@ def test_a_deadline_stops_the_leg_and_fails():
     ]
 
 
+def test_an_output_that_nobody_had_room_for_stops_the_leg_and_fails_for_another_try():
+    ends = [f"fail r: {OVERRUN} (retry)", "release 2", "done r failed"]
+    assert lines(decoding().overrun()) == ["abort r#d1 at d0", *ends]
+    assert lines(started().overrun()) == ["abort r#p1 at p0", "release 1", *ends]
+
+
 def test_nothing_moves_a_machine_that_is_done():
     machine = started()
     machine.abort()
     assert machine.abort() == []
     assert machine.deadline() == []
+    assert machine.overrun() == []
     assert machine.instance_lost("p0") == []
     assert lines(machine.output("r#p1", [7], "length")) == ["stale r#p1"]
     assert lines(machine.output("r#d1", [7], "length")) == ["stale r#d1"]

@@ -194,6 +194,11 @@ class Requests(RuleBasedStateMachine):
         machine = data.draw(st.sampled_from(self.machines))
         self.feed(machine, machine.deadline())
 
+    @rule(data=st.data())
+    def an_output_finds_no_room(self, data):
+        machine = data.draw(st.sampled_from(self.machines))
+        self.feed(machine, machine.overrun())
+
     # ------------------------------------------------------------ what must hold
 
     @invariant()
