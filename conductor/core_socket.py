@@ -4,6 +4,7 @@ The file descriptor of a ZMQ socket signals an edge, so it is read until empty, 
 """
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -48,7 +49,8 @@ class CoreSocket:
         except zmq.ZMQError:  # full, or a peer that is gone
             return False
         if int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a send may swallow the edge
-            self._loop.call_soon(self.drain)
+            # what it brings, and logs, is not only of the request whose task sends (see conductor.links)
+            self._loop.call_soon(self.drain, context=contextvars.Context())
         return True
 
     def drain(self) -> None:

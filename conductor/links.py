@@ -10,6 +10,7 @@ costs more than decoding the frame.
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -117,6 +118,9 @@ class Link:
         self._hello_s = 0.0
         self._draining: list[zmq.Socket[bytes]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        # callbacks inherit context variables, and with them the request_id of whose task happened to send or
+        # to lose the link before: what a link does by itself, and logs, is of no request
+        self._no_request = contextvars.Context()
         self._codec: tuple[MsgpackEncoder, MsgpackDecoder] | None = None  # since it was needed
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -135,6 +139,9 @@ class Link:
 
     def start(self) -> None:
         """Connect and say HELLO."""
+        self._no_request.run(self._start)
+
+    def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
@@ -245,11 +252,12 @@ class Link:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             # not here: the caller may be in the middle of a machine's commands
-            self._loop.call_soon(self.lose, f"{SEND_QUEUE_MAX} messages wait to be sent")
+            why = f"{SEND_QUEUE_MAX} messages wait to be sent"
+            self._loop.call_soon(self.lose, why, context=self._no_request)
             return
         # a send may swallow the edge that announces input
         if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self._drain, context=self._no_request)
 
     # ------------------------------------------------------------ from the engine
 

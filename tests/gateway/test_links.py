@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+import structlog
 import zmq
 from conftest import make_request
 from fake_engine import FakeEngine
@@ -18,7 +19,10 @@ from mooncake.core.messages import Failure, RelayOp
 
 
 class Owner:
+    """Keeps what it is told, and what its log lines would say of themselves then."""
+
     def __init__(self) -> None:
+        self.contexts: list[dict[str, object]] = []
         self.ups: list[int] = []
         self.pulses: list[float] = []
         self.lost: list[str] = []
@@ -26,15 +30,18 @@ class Owner:
 
     def link_up(self, link: Link) -> None:
         self.ups.append(link.slot)
+        self.contexts.append(structlog.contextvars.get_contextvars())
 
     def link_pulse(self, link: Link, pulse: object, round_trip_s: float) -> None:
         self.pulses.append(round_trip_s)
+        self.contexts.append(structlog.contextvars.get_contextvars())
 
     def link_outputs(self, link: Link, outputs: object) -> None:
         self.outputs.append(outputs)
 
     def link_lost(self, link: Link, reason: str) -> None:
         self.lost.append(reason)
+        self.contexts.append(structlog.contextvars.get_contextvars())
 
 
 async def until(condition, deadline_s: float = 5.0) -> None:
@@ -85,6 +92,50 @@ async def test_what_an_engine_says_is_heard_before_anything_was_asked_of_it(cont
     link._take_outputs(MsgpackEncoder().encode(idle))  # the end of what another link had sent
     assert len(owner.outputs) == int(reads)  # a decision core has no use for it, and no vLLM
     link.close()
+
+
+class _Stuffed:
+    """A socket whose queue is full, or that swallowed the edge of what came in."""
+
+    def __init__(self, socket, *, full: bool) -> None:
+        self._socket, self._full = socket, full
+
+    def __getattr__(self, name):
+        return getattr(self._socket, name)
+
+    def send_multipart(self, frames, flags) -> None:
+        if self._full:
+            raise zmq.Again
+        self._socket.send_multipart(frames, flags)
+
+    def getsockopt(self, option):
+        return zmq.POLLIN if option == zmq.EVENTS else self._socket.getsockopt(option)
+
+
+async def test_what_a_link_logs_has_not_the_id_of_the_request_whose_task_made_it_or_sends(
+    context, engine
+) -> None:
+    """A link is made anew by whoever's sending lost the last one, and lives on without that request."""
+    owner = Owner()
+    with structlog.contextvars.bound_contextvars(request_id="run-7"):
+        link = open_link(context, engine, owner)
+    await until(lambda: bool(owner.ups))
+    link.tick(0.0)
+    await until(lambda: bool(owner.pulses))
+    read: list[dict[str, object]] = []
+    drain, link._drain = link._drain, lambda: read.append(structlog.contextvars.get_contextvars())
+    whole = link._socket
+    link._socket = _Stuffed(whole, full=False)
+    with structlog.contextvars.bound_contextvars(request_id="run-8"):
+        link.abort(["x#d1"])
+    await until(lambda: bool(read))
+    link._drain = drain
+    link._socket = _Stuffed(whole, full=True)
+    with structlog.contextvars.bound_contextvars(request_id="run-9"):
+        link.abort(["x#d1"])
+    await until(lambda: bool(owner.lost))
+    assert "wait to be sent" in owner.lost[0]
+    assert [*owner.contexts, *read] == [{}] * 4
 
 
 async def test_another_epoch_behind_the_endpoint_is_refused(context, engine) -> None:
