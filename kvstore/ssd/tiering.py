@@ -37,6 +37,8 @@ HOLD_S = 60.0
 """A block stays in place while it is copied, or while its successors come back."""
 CLOSE_S = 5.0
 """For copying what only DRAM has, at the end: what is left is computed again."""
+STOP_LOOK_S = 0.1
+"""How often it is asked, while a batch is written, whether there is time left."""
 
 Clock = Callable[[], float]
 
@@ -104,16 +106,22 @@ class Tiering:
 
     def tick(self) -> None:
         """Begin what is due: a batch of copies, or a sync."""
-        if self._copying is not None:
-            if not self._copying.done():
-                return
-            self._copying.result()
-            self._copying = None
+        if self._is_copying():
+            return
         now_s = self._clock()
         stats = self._node.stats()
         keys = self.behind.due(now_s, stats.used_bytes / stats.capacity_bytes)
         if keys or now_s - self._synced_s >= SYNC_S:
             self._copying = asyncio.create_task(self._copy(keys), name="store ssd copy")
+
+    def _is_copying(self) -> bool:
+        """Return whether a batch is under way: one at a time. Raises what ended the last one."""
+        if self._copying is None:
+            return False
+        if self._copying.done():
+            ended, self._copying = self._copying, None
+            ended.result()
+        return self._copying is not None
 
     async def _copy(self, keys: Sequence[bytes]) -> None:
         loop = asyncio.get_running_loop()
@@ -248,11 +256,18 @@ class Tiering:
     # ------------------------------------------------------------ end
 
     async def save(self, stop: Callable[[], bool]) -> None:
-        """Copy what only DRAM has, batch by batch, until it is done, cannot be done, or must `stop`."""
-        if self._copying is not None:
-            await asyncio.wait((self._copying,), timeout=CLOSE_S)
-        while not stop() and (keys := self.behind.due(self._clock() + self.behind.limits.age_s, 1.0)):
-            await self._copy(keys)
+        """Copy what only DRAM has, batch by batch, until it is done, cannot be done, or must `stop`.
+
+        A batch that is under way then goes on.
+        """
+        while not stop():
+            if not self._is_copying():
+                keys = self.behind.due(self._clock() + self.behind.limits.age_s, 1.0)
+                if not keys:
+                    return
+                self._copying = asyncio.create_task(self._copy(keys), name="store ssd copy")  # see tick
+            assert self._copying is not None
+            await asyncio.wait((self._copying,), timeout=STOP_LOOK_S)
 
     async def close(self) -> None:
         """Copy what only DRAM has, within CLOSE_S, and close the tier."""
@@ -260,6 +275,8 @@ class Tiering:
         if begun := self._fetching | self._erasing:
             await asyncio.wait(begun, timeout=CLOSE_S)
         await self.save(lambda: self._clock() >= end_s)
+        if self._copying is not None:  # it reads memory that is about to go
+            await asyncio.wait((self._copying,), timeout=CLOSE_S)
         await asyncio.get_running_loop().run_in_executor(self._threads, self._shut)
         self._threads.shutdown(wait=False)
 

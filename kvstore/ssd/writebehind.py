@@ -70,7 +70,8 @@ class WriteBehind:
         self._pressed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        """Return how many blocks are in DRAM only, those that are being copied included."""
+        return len(self._waiting) + len(self._copying)
 
     def stored(self, now_s: float, key: bytes, size_bytes: int) -> None:
         """Say that a block is complete in DRAM and not on the SSD."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from hashlib import sha256
 
 import msgspec
@@ -186,6 +187,83 @@ async def test_a_store_that_is_to_go_saves_everything_at_once_and_serves_on(tmp_
         assert await world.get(*range(6)) == 6
     finally:
         await service.close()
+
+
+class Slow:
+    """A disk whose writes wait, for each block, until it may be written."""
+
+    def __init__(self, service: StoreService, monkeypatch: pytest.MonkeyPatch) -> None:
+        tier = service.tiering.tier
+        self._write = tier.put_many
+        self._may = {key(number): threading.Event() for number in range(10)}
+        self.begun: list[bytes] = []
+        monkeypatch.setattr(tier, "put_many", self._put_many)
+
+    def _put_many(self, puts):
+        for put in puts:
+            self.begun.append(put.key)
+            assert self._may[put.key].wait(20)
+        return self._write(puts)
+
+    async def until_begun(self, number: int) -> None:
+        async with asyncio.timeout(20):
+            while key(number) not in self.begun:  # noqa: ASYNC110 - other thread
+                await asyncio.sleep(0.005)
+
+    def go_on(self, *numbers: int) -> None:
+        for number in numbers:
+            self._may[key(number)].set()
+
+
+@pytest.fixture
+async def slow(tmp_path, monkeypatch):
+    service = StoreService(msgspec.structs.replace(config(tmp_path), ssd_age_s=3600.0))
+    await service.start()
+    one = Slow(service, monkeypatch)
+    yield service, one
+    one.go_on(*range(10))
+    await service.close()
+
+
+async def test_what_is_being_written_counts_as_unsaved_and_is_waited_for_whoever_began_it(slow):
+    service, disk = slow
+    behind = service.tiering.behind
+    await World(service).put(1)
+    behind.limits = msgspec.structs.replace(behind.limits, age_s=0.0)
+    await disk.until_begun(1)  # by the store's own beat
+    stop = asyncio.Event()
+    saving = asyncio.create_task(service.save(stop.is_set))
+    await asyncio.wait((saving,), timeout=0.3)
+    assert not saving.done()
+    assert service.unsaved == 1
+    stop.set()
+    await asyncio.wait_for(saving, 20)
+    disk.go_on(1)
+    await asyncio.wait_for(service.save(lambda: False), 20)
+    assert service.unsaved == 0
+    assert key(1) in service.tiering.tier
+
+
+async def test_a_save_is_done_when_all_is_written_though_the_beat_takes_batches_meanwhile(slow):
+    service, disk = slow
+    behind = service.tiering.behind
+    await World(service).put(1, 2)
+    behind.limits = msgspec.structs.replace(behind.limits, batch_bytes=SIZE)
+    saving = asyncio.create_task(service.save(lambda: False))
+    await disk.until_begun(1)
+    behind.limits = msgspec.structs.replace(behind.limits, age_s=0.0)  # the second is due for the beat, too
+    service.tiering.tick()
+    await asyncio.sleep(0)
+    disk.go_on(1)
+    await disk.until_begun(2)
+    await asyncio.wait((saving,), timeout=0.3)
+    assert not saving.done()
+    assert service.unsaved == 1
+    disk.go_on(2)
+    await asyncio.wait_for(saving, 20)
+    assert service.unsaved == 0
+    assert disk.begun == [key(1), key(2)]
+    assert all(key(number) in service.tiering.tier for number in (1, 2))
 
 
 async def names_of(service: StoreService) -> list[bytes]:
