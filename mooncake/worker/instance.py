@@ -35,7 +35,7 @@ from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
-from mooncake.worker.leave import drained, goes_unseen
+from mooncake.worker.leave import drained
 from mooncake.worker.metrics import GpuCollector, PulseCollector
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
@@ -248,7 +248,8 @@ class Instance:
         registration: Registration | None = None
         try:
             while not self._leave.is_set() and engine.poll() is None:
-                if registration is None and goes_unseen(own.leaving):
+                if registration is None and own.leaving.draining.is_set():
+                    own.leaving.is_done = True  # nobody knows of it, and nobody will
                     if own.leaving.told.is_set():
                         request_stop(self._stop_write)
                 elif self._ready.is_set() and registration is None and self._record is not None:

@@ -19,12 +19,6 @@ LOOKS = 2
 """In a row that find nothing: a request may be between two queues at one of them."""
 
 
-def goes_unseen(leaving: Leaving) -> bool:
-    """Return whether an instance that nobody knows of is to go: it is drained, and never registered."""
-    leaving.is_done = leaving.draining.is_set()
-    return leaving.is_done
-
-
 async def drained(leaving: Leaving) -> None:
     """Return when nothing is in flight any more, or when it has to be handed over."""
     await leaving.pause(SETTLE_S)

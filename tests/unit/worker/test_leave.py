@@ -57,14 +57,3 @@ def test_no_order_calls_an_instance_back_that_leaves():
     role.order(1.0, RoleOrder("prefill", 0.0))
     role.order(2.0, RoleOrder("decode", 30.0))
     assert {role.now(s) for s in (1.0, 2.0, 60.0)} == {DRAINING}
-
-
-async def test_an_instance_that_is_asked_to_go_before_anybody_knows_of_it_is_drained_at_once():
-    one = leaving(0)
-    assert not leave.goes_unseen(one)
-    assert not one.is_done
-    one.ask("a pod is deleted while its engine loads")
-    async with asyncio.timeout(5):
-        await one.draining.wait()
-    assert leave.goes_unseen(one)
-    assert one.is_done
