@@ -44,11 +44,33 @@ def lag_histogram(registry: CollectorRegistry) -> Histogram:
     """Return where the lag of loops is observed, by kind; a second one in the same registry raises."""
     return Histogram(
         "mooncake_process_event_loop_lag_seconds",
-        "How much later than asked for the process's loop turned, ten times a second.",
+        "How much later than asked for the process's loop turned, ten times a second; of a relay, the "
+        "longest turn of each tenth of a second.",
         LABELS,
         registry=registry,
         buckets=LAG_BUCKETS_S,
     )
+
+
+class Turns:
+    """The lag of a loop that waits for events only, as a relay's: its longest turn of each BEAT_S.
+
+    Who comes during a turn waits for its end at most. Each turn by itself is no measure of that: their number
+    grows with the work, and most do next to nothing.
+    """
+
+    def __init__(self, lag_s: Histogram, kind: str) -> None:
+        """`lag_s`: of the process."""
+        self._lag_s = lag_s.labels(kind)
+        self._begun_s = 0.0
+        self._longest_s = 0.0
+
+    def turned(self, now_s: float, busy_s: float) -> None:
+        """The loop has turned, and did something for `busy_s`."""
+        self._longest_s = max(self._longest_s, busy_s)
+        if now_s - self._begun_s >= BEAT_S:
+            self._lag_s.observe(self._longest_s)
+            self._begun_s, self._longest_s = now_s, 0.0
 
 
 class VitalsCollector(Collector):

@@ -31,6 +31,7 @@ from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
 from mooncake.core.options import WorkerOptions
 from mooncake.core.reload import Reloader, has_terminal, reloading
+from mooncake.core.vitals import Turns
 from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
@@ -114,6 +115,7 @@ class Instance:
         self._stop_read, self._stop_write = make_stop_pipe()
         self._registered: tuple[asyncio.AbstractEventLoop, Registration] | None = None
         self._attended: tuple[asyncio.AbstractEventLoop, Attended] | None = None
+        self._turns: Turns | None = None
         self._control: threading.Thread | None = None
         self._leave = threading.Event()
         self._ready = threading.Event()
@@ -233,6 +235,7 @@ class Instance:
             ):
                 own.leaving.in_flight = lambda: sum(int(pulse.read(name)) for name in REQUESTS)
                 own.children["engine"] = engine.pid
+                self._turns = Turns(own.lag_s, "relay")
                 self._attended = asyncio.get_running_loop(), own
                 await self._register(spec, pulse, engine, metadata, own)
         finally:
@@ -296,7 +299,8 @@ class Instance:
         if self._attended is not None:
             _, own = self._attended
             own.health.beat(RELAY_LOOP, now_s)
-            own.lag_s.labels("relay").observe(busy_s)
+        if self._turns is not None:
+            self._turns.turned(now_s, busy_s)
 
     def _role_now(self) -> str:
         return self._role.now(time.monotonic())

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from mooncake.core.errors import ConfigError
 from mooncake.core.health import ALIVE_S, Health
-from mooncake.core.vitals import BEAT_S, VitalsCollector, beating, lag_histogram, refuse_shared_files
+from mooncake.core.vitals import BEAT_S, Turns, VitalsCollector, beating, lag_histogram, refuse_shared_files
 
 NAMES = ("resident_bytes", "open_fds", "threads", "cpu_seconds_total")
 
@@ -57,6 +57,26 @@ async def test_a_blocked_loop_shows_as_lag_and_the_beat_goes_on():
     count = registry.get_sample_value("mooncake_process_event_loop_lag_seconds_sum", {"kind": "gateway"})
     assert count >= 2 * BEAT_S
     assert health.alive_now(1e9).ok, "an ended loop is not missed"
+
+
+def test_of_a_loop_that_waits_for_events_the_longest_turn_of_each_beat_counts():
+    registry = CollectorRegistry()
+    turns = Turns(lag_histogram(registry), "relay")
+
+    def seen() -> list[float]:
+        labels = {"kind": "relay"}
+        name = "mooncake_process_event_loop_lag_seconds"
+        return [registry.get_sample_value(f"{name}_{end}", labels) for end in ("count", "sum")]
+
+    turns.turned(100.0, 0.25)
+    assert seen() == [1, 0.25]
+    for turn in range(1, 100):  # a busy loop: a turn each ms
+        turns.turned(100.0 + turn / 1000, 0.5 if turn == 50 else 0.0)
+    assert seen() == [1, 0.25], "what a turn took is not what somebody waited"
+    turns.turned(100.125, 0.0)
+    assert seen() == [2, 0.75]
+    turns.turned(100.25, 0.0)
+    assert seen() == [3, 0.75], "the long turn is over"
 
 
 async def test_a_look_that_fails_does_not_stop_the_beat():
