@@ -57,6 +57,8 @@ __all__ = [
 VLLM_SERIES: Final = "0.32."
 """The version the seam was written against; another one needs the contract test to be read."""
 
+END_S = 5.0
+"""For a server that has to end: uvicorn gives what is open one second (see _server_config)."""
 STARTED_POLL_S, CLOSED_POLL_S = 0.02, 0.02
 LINGER_S: Final = 1.0
 """A client that uses its connection all the time does so within a second."""
@@ -289,6 +291,7 @@ async def serve(app: Any, asgi: Any, args: argparse.Namespace, serving: Serving)
 
     Raises:
         ConfigError: the port is not ours to bind.
+        Exception: what `serves` or `drain` raises; the server has ended then, too.
 
     vLLM's serve_http would stop its engine client before the HTTP server, which cuts requests in
     flight; here the order is the other way round.
@@ -306,6 +309,7 @@ async def serve(app: Any, asgi: Any, args: argparse.Namespace, serving: Serving)
     try:
         await asyncio.wait({http, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not http.done():
+            stopping.result()  # it may have failed, too
             await leaving.pause(serving.delay_s)
             await _leave(server, leaving.at_once)
             await leaving.unless_at_once(serving.drain())
@@ -314,7 +318,11 @@ async def serve(app: Any, asgi: Any, args: argparse.Namespace, serving: Serving)
             server.should_exit = True
         await http
     finally:
+        server.should_exit = True  # whatever it was that failed
         stopping.cancel()
+        await asyncio.wait({http}, timeout=END_S)
+        http.cancel()
+        await asyncio.gather(http, stopping, return_exceptions=True)
         envs.disable_envs_cache()
 
 

@@ -199,6 +199,40 @@ async def test_told_again_it_does_not_wait_for_what_is_in_flight(port) -> None:
             assert (await slow).status_code == 500
 
 
+async def test_what_fails_once_it_serves_is_raised_and_ends_the_server(port) -> None:
+    """It must look neither as if it were told to drain nor as if nothing had happened."""
+    args = vllm_seam.parse_args([f"--port={port}", "--host=127.0.0.1", "--disable-uvicorn-access-log"])
+    app = App("a")
+
+    async def drain() -> None:
+        raise AssertionError("nobody asked for that")
+
+    def serves() -> None:
+        raise OSError("cannot say that it serves")
+
+    plan = vllm_seam.Serving(Leaving(Health(), drain_s=60.0), drain, serves)
+    async with asyncio.timeout(20):
+        with pytest.raises(OSError, match="cannot say that it serves"):
+            await vllm_seam.serve(app, app, args, plan)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 1)
+    assert not {"http", "stop"} & {task.get_name() for task in asyncio.all_tasks()}
+
+
+async def test_what_fails_while_it_drains_is_raised_and_ends_the_server(port) -> None:
+    args = vllm_seam.parse_args([f"--port={port}", "--host=127.0.0.1", "--disable-uvicorn-access-log"])
+    app, leaving = App("a"), Leaving(Health(), drain_s=60.0)
+
+    async def drain() -> None:
+        raise OSError("cannot be drained")
+
+    plan = vllm_seam.Serving(leaving, drain, lambda: leaving.ask("asked for"))
+    async with asyncio.timeout(20):
+        with pytest.raises(OSError, match="cannot be drained"):
+            await vllm_seam.serve(app, app, args, plan)
+    assert not {"http", "stop"} & {task.get_name() for task in asyncio.all_tasks()}
+
+
 # ---------------------------------------------------------------- whose port it is
 
 
