@@ -104,7 +104,7 @@ class Ring:
         """Return all there is of these metrics.
 
         Raises:
-            RequestError: a matcher is not one of those that are taken.
+            RequestError: the regular expression of a matcher is none, or too large.
         """
         with self._lock:
             rows = [row for name in names for row in self._by_name.get(name, ())]
