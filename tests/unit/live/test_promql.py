@@ -1,6 +1,6 @@
 """The evaluator of the live page: Prometheus' numbers for what our boards ask, a clear no for the rest.
 
-tests/integration/test_live_prometheus.py compares it with a real Prometheus over the same samples.
+tests/live/test_against_prometheus.py compares it with a real Prometheus over the same samples.
 """
 
 import math
@@ -184,13 +184,18 @@ def test_a_quantile_of_buckets_is_interpolated_and_the_open_one_tells_its_lower_
         ("topk(3, c)", "topk is not known"),
         ("c @ 5", "not known"),
         ("a * on (i) group_left () b", "group_left"),
-        ('c{p=~"(a+)+b"}', "regular expression"),
-        ('c{p=~"a?a?a?a?a?aaaaa"}', "regular expression"),
-        ('c{p=~"(a|a)(a|a)(a|a)(a|a)b"}', "regular expression"),
+        ('c{p=~"(.{1000}){9}"}', "counts"),
+        ("c{p=~`(?x)(.{ 1000}){ 9}`}", "counts"),
+        (r'c{p=~"(.\x7b1000}){9}"}', "counts"),
+        (r'c{p=~"(.\1731000})"}', "counts"),
+        (r'c{p=~"(.\\\u007b1000})"}', "counts"),
+        ('c{p=~"' + "a" * 4000 + '"}', "too large"),
         ('c{p=~"[a"}', "regex"),
         ("(" * 3000 + "c" + ")" * 3000, "levels"),
         ("+".join(["c"] * 1000), "operators"),
         ("-" * 500 + "c", "operators"),
+        ('c #"\n' + "+" + "(" * 3000 + "c" + ")" * 3000 + ' #"', "comments"),
+        ('c #"\n' + "+c" * 3000 + ' #"', "comments"),
         ("c" * 9000, "characters"),
         ('{p="a"}', "without the name"),
         ("c + on (role) c", "same time"),
@@ -201,6 +206,12 @@ def test_what_is_not_known_or_could_hang_is_refused_with_a_reason(expression, sa
     with pytest.raises(RequestError, match=says):  # noqa: PT012 - either may refuse
         names_of(expression)
         evaluate(expression, two, np.zeros(1))
+
+
+def test_what_looks_like_a_comment_or_a_count_in_a_name_is_none():
+    odd = samples({("c", "p=#{9}"): [1], ("c", r"p=\0"): [2]})
+    assert at(r'c{p=~"#\\{9\\}"}', odd) == {"__name__=c,p=#{9}": 1.0}
+    assert at(r'c{p=~"\\\\0"}', odd) == {r"__name__=c,p=\0": 2.0}
 
 
 def test_no_samples_at_all_are_no_error():
