@@ -357,6 +357,13 @@ def test_what_an_autoscaler_scales_is_there_and_says_no_number_itself(overlay: s
             assert workload["spec"]["replicas"] >= 1
 
 
+@pytest.mark.parametrize("overlay", ["prod", "rdma"])
+def test_an_autoscaler_that_hears_no_wish_takes_nothing_away(overlay: str) -> None:
+    for one in of_kind(overlay, "ScaledObject"):
+        for trigger in one["spec"]["triggers"]:
+            assert trigger["metadata"]["ignoreNullValues"] == "false"  # KEDA's default takes no answer for 0
+
+
 def test_the_autoscaler_asks_for_a_metric_that_the_planner_has() -> None:
     from conductor import planner  # noqa: F401 - the package is there
 
