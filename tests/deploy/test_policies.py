@@ -364,6 +364,21 @@ def test_an_autoscaler_that_hears_no_wish_takes_nothing_away(overlay: str) -> No
             assert trigger["metadata"]["ignoreNullValues"] == "false"  # KEDA's default takes no answer for 0
 
 
+@pytest.mark.parametrize("overlay", ["gpu", "prod", "rdma"])
+def test_traces_and_the_live_page_s_questions_get_to_the_monitoring_namespace(overlay: str) -> None:
+    monitoring = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    for workload in filter(is_ours, workloads(overlay)):
+        let_out = {
+            port["port"]
+            for policy in of_kind(overlay, "NetworkPolicy")
+            if selects(policy["spec"]["podSelector"], pod_labels(workload))
+            for rule in policy["spec"].get("egress", [])
+            if rule["to"] == monitoring
+            for port in rule["ports"]
+        }
+        assert let_out == (set() if component(workload) == "store" else {9090, 4317, 4318})
+
+
 def test_the_autoscaler_asks_for_a_metric_that_the_planner_has() -> None:
     from conductor import planner  # noqa: F401 - the package is there
 
