@@ -3,5 +3,5 @@
 samples, windows, vectors, promql    pure: samples and an expression in, series out
 ring, scrape                         what the cluster's pages said lately, and who asks for them
 prometheus, page                     the same question to a Prometheus; the HTTP side of both
-static/                              the page itself (uPlot 1.6.32, MIT, is in static/uplot)
+static/                              the page itself (uplot.js and uplot.css are uPlot 1.6.32, MIT)
 """
