@@ -9,13 +9,14 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from mooncake.core.admin import JSON, AdminServer, Answer, Asked, json_answer
-from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.errors import MooncakeError, PeerTimeout, RequestError
 from mooncake.live.matching import Matcher
 from mooncake.live.prometheus import Prometheus
 from mooncake.live.promql import evaluate, names_of, parsed
@@ -117,7 +118,8 @@ class LivePage:
         except RequestError as error:
             status, value = 400, {"status": "error", "errorType": "bad_data", "error": str(error)}
         except MooncakeError as error:
-            status, value = 503, {"status": "error", "errorType": "unavailable", "error": str(error)}
+            kind = "timeout" if isinstance(error, PeerTimeout) else "unavailable"
+            status, value = 503, {"status": "error", "errorType": kind, "error": str(error)}
         if isinstance(value, bytes):
             return Answer(status, value, JSON, _API_HEADERS)
         made = json_answer(status, value)
@@ -150,15 +152,12 @@ class LivePage:
         if self._prometheus is not None:
             return self._prometheus.query_range(expression, start_s, end_s, step_s)
         times_s: Array = start_s + step_s * np.arange(int((end_s - start_s) / step_s) + 1, dtype=np.float64)
-        if not self._turns.acquire(timeout=WAIT_S_MAX):
-            return 503, {"status": "error", "errorType": "timeout", "error": "too many ask: try again"}
-        try:
-            samples = self._ring.samples(names_of(expression))
-            if len(samples.labels) * len(times_s) > CELLS_MAX:
-                raise RequestError(f"{len(samples.labels)} series at {len(times_s)} times: ask for less")
-            found = evaluate(expression, samples, times_s)
-        finally:
-            self._turns.release()
+        with self._turn():
+            names = names_of(expression)
+            series_n = len(self._ring.labels(names))
+            if series_n * len(times_s) > CELLS_MAX:
+                raise RequestError(f"{series_n} series at {len(times_s)} times: ask for less")
+            found = evaluate(expression, self._ring.samples(names), times_s)
         answer: dict[str, object] = {
             "status": "success",
             "data": {
@@ -175,10 +174,21 @@ class LivePage:
         if self._prometheus is not None:
             start_s, end_s = _number(query, "start"), _number(query, "end")
             return self._prometheus.label_values(label, selector, start_s, end_s)
-        names = names_of(selector) if selector else self._ring.names
-        samples = self._ring.samples(names, _matchers(selector) if selector else ())
-        values = {dict(labels).get(label, "") for labels in samples.labels}
+        with self._turn():
+            names = names_of(selector) if selector else self._ring.names
+            found = self._ring.labels(names, _matchers(selector) if selector else ())
+            values = {value for labels in found for name, value in labels if name == label}
         return 200, {"status": "success", "data": sorted(values - {""})}
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for one of AT_ONCE_MAX turns; raise PeerTimeout after WAIT_S_MAX."""
+        if not self._turns.acquire(timeout=WAIT_S_MAX):
+            raise PeerTimeout("too many ask: try again")
+        try:
+            yield
+        finally:
+            self._turns.release()
 
 
 def _matchers(selector: str) -> list[Matcher]:

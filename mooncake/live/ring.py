@@ -115,6 +115,16 @@ class Ring:
         kept = selected(labels, range(len(labels)), list(matchers))
         return Samples(times_s, [labels[row] for row in kept], values[kept])
 
+    def labels(self, names: Iterable[str], matchers: Iterable[Matcher] = ()) -> list[Labels]:
+        """Return the labels of all series of these metrics; their values are not touched.
+
+        Raises:
+            RequestError: the regular expression of a matcher is none, or too large.
+        """
+        with self._lock:
+            found = [self._labels[row] for name in names for row in self._by_name.get(name, ())]
+        return [found[row] for row in selected(found, range(len(found)), list(matchers))]
+
     # ------------------------------------------------------------ parts
 
     def _taken(self, page: Page) -> list[tuple[_Key, dict[str, str] | None, float]]:

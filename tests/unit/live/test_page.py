@@ -123,6 +123,49 @@ def test_values_of_labels_fill_the_menus(admin):
     assert reply.status == 404
 
 
+def test_menus_and_refusals_copy_no_values(admin, ring, monkeypatch):
+    def copied(names, matchers=()):
+        raise AssertionError("values were copied")
+
+    monkeypatch.setattr(ring, "samples", copied)
+    _, body = get(admin, "/dashboard/api/label/kind/values", **{"match[]": 'c_total{process=~"g.*"}'})
+    assert json.loads(body)["data"] == ["<b>"]
+    assert json.loads(get(admin, "/dashboard/api/label/job/values")[1])["data"] == ["mooncake"]
+    monkeypatch.setattr(page_module, "CELLS_MAX", 4)
+    assert query(admin, "c_total", 1060, 1080)[0] == 400
+
+
+def test_menus_and_charts_take_turns_and_who_waits_too_long_is_told(ring, monkeypatch):
+    monkeypatch.setattr(page_module, "WAIT_S_MAX", 0.01)
+    begun, go = threading.Semaphore(0), threading.Event()
+    labels = ring.labels
+
+    def slow(names, matchers=()):
+        begun.release()
+        assert go.wait(30)
+        return labels(names, matchers)
+
+    monkeypatch.setattr(ring, "labels", slow)
+    admin = serve(ring)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(page_module.AT_ONCE_MAX) as pool:
+            menus = [
+                pool.submit(get, admin, "/dashboard/api/label/kind/values")
+                for _ in range(page_module.AT_ONCE_MAX)
+            ]
+            assert all(begun.acquire(timeout=30) for _ in menus)
+            status, answer = query(admin, "c_total")
+            assert (status, answer["errorType"]) == (503, "timeout")
+            reply, body = get(admin, "/dashboard/api/label/kind/values")
+            assert (reply.status, json.loads(body)["errorType"]) == (503, "timeout")
+            go.set()
+            assert [menu.result(30)[0].status for menu in menus] == [200] * len(menus)
+        assert query(admin, "c_total")[0] == 200
+    finally:
+        go.set()
+        admin.close()
+
+
 def test_the_page_comes_with_a_policy_that_lets_nothing_foreign_in(admin):
     for path in ("/dashboard", "/dashboard/", "/dashboard/app.js", "/dashboard/style.css"):
         reply, body = get(admin, path)
