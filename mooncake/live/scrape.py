@@ -3,7 +3,7 @@
 It takes at most CPU_SHARE_MAX of a core: where a round costs more, the next one comes later.
 """
 
-import contextlib
+import functools
 import gzip
 import http.client
 import threading
@@ -41,15 +41,13 @@ class Source:
     """One part's page, or its samples, over one kept connection. `cpu_s`: what asking has cost."""
 
     def __init__(self, url: str, token: str) -> None:
-        """Connects with the first `fetch`."""
+        """Connects with the first `fetch`, which also finds out whether this is an address."""
         self.cpu_s = 0.0
-        parts = urllib.parse.urlsplit(url)
-        self._path = parts.path or "/"
+        self._url, self._path = url, ""
         self._headers = {"Accept-Encoding": "gzip"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_S_MAX)
+        self._connection: http.client.HTTPConnection | None = None
 
     def fetch(self) -> Page | None:
         """Return the page; None = it cannot be had. A connection that has been closed is renewed."""
@@ -60,10 +58,11 @@ class Source:
             self.cpu_s += time.thread_time() - begin_s
 
     def _fetch(self) -> Page | None:
-        for fresh in (self._connection.sock is None, True):
+        for fresh in (self._connection is None or self._connection.sock is None, True):
             try:
-                self._connection.request("GET", self._path, headers=self._headers)
-                with self._connection.getresponse() as reply:  # follows no redirect: it would get the token
+                connection = self._opened()
+                connection.request("GET", self._path, headers=self._headers)
+                with connection.getresponse() as reply:  # follows no redirect: it would get the token
                     body = reply.read(PAGE_BYTES_MAX + 1)
                     if reply.status != 200 or len(body) > PAGE_BYTES_MAX:
                         self.close()
@@ -78,13 +77,22 @@ class Source:
             ) as error:  # fmt: skip
                 self.close()
                 if fresh:
-                    log.debug("live.no_page", path=self._path, error=repr(error))
+                    log.debug("live.no_page", url=self._url, error=repr(error))
                     return None
         return None
 
+    def _opened(self) -> http.client.HTTPConnection:
+        if self._connection is None:
+            parts = urllib.parse.urlsplit(self._url)
+            self._path = parts.path or "/"
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            self._connection = kind(parts.hostname or "", parts.port, timeout=ANSWER_S_MAX)
+        return self._connection
+
     def close(self) -> None:
         """Close the connection; `fetch` opens another."""
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 def _unpacked(body: bytes) -> bytes:
@@ -161,17 +169,32 @@ class Scraper:
         for part in [part for part in self._sources if part not in parts]:
             self._sources.pop(part).close()
         spent_s = sum(source.cpu_s for source in self._sources.values())
+        self._busy = {part: future for part, future in self._busy.items() if not future.done()}
         for part in parts:
-            source = self._sources.setdefault(part, Source(part.url, self._token))
             if part not in self._busy:  # a part that hung is asked again when its thread is back
-                self._busy[part] = pool.submit(source.fetch)
-        pages: dict[Part, Page | None] = {self._own: self._own_page()}
+                self._busy[part] = pool.submit(self._source(part).fetch)
+        pages: dict[Part, Page | None] = {self._own: _told(self._own, self._own_page)}
         until_s = time.monotonic() + ROUND_S / 2
         for part in parts:
-            pages[part] = None
-            with contextlib.suppress(TimeoutError):
-                pages[part] = self._busy[part].result(max(0.0, until_s - time.monotonic()))
-        self._busy = {part: future for part, future in self._busy.items() if not future.done()}
+            left_s = max(0.0, until_s - time.monotonic())
+            pages[part] = _told(part, functools.partial(self._busy[part].result, left_s))
         self._ring.add(at_s, pages)
         fetches_s = sum(source.cpu_s for source in self._sources.values()) - spent_s
         return fetches_s + time.thread_time() - begin_s
+
+    def _source(self, part: Part) -> Source:
+        source = self._sources.get(part)
+        if source is None:
+            source = self._sources[part] = Source(part.url, self._token)
+        return source
+
+
+def _told(part: Part, ask: Callable[[], Page | None]) -> Page | None:
+    """Return a page; None = there is none in time, or the part's own fault, which is nobody else's."""
+    try:
+        return ask()
+    except TimeoutError:
+        return None
+    except Exception:
+        log.exception("live.page_failed", process=part.process)
+        return None

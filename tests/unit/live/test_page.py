@@ -329,6 +329,70 @@ def test_a_wrong_token_or_a_page_without_end_is_no_page(part, monkeypatch):
     assert scrape.Source(f"{admin.url}/metrics", TOKEN).fetch() is None
 
 
+def test_a_part_with_an_address_that_is_none_costs_nobody_else_a_sample(part):
+    _, admin = part
+    ring = Ring(["up"])
+    odd = [Part(name, url, name) for name, url in
+           (("port", "http://h:99999/"), ("bracket", "http://[/"), ("space", "http://a b/"))]  # fmt: skip
+    good = part_of("prefill-0", f"{admin.url}/metrics")
+    scraper = Scraper(ring, OWN, lambda: "", lambda: [*odd, good], TOKEN)
+    one_round(scraper)
+    one_round(scraper)
+    up = ring.samples(["up"])
+    assert {dict(labels)["process"]: up.values[i].tolist() for i, labels in enumerate(up.labels)} == {
+        "gateway-0": [1.0, 1.0], "prefill-0": [1.0, 1.0], "port": [0.0, 0.0], "bracket": [0.0, 0.0],
+        "space": [0.0, 0.0],
+    }  # fmt: skip
+
+
+def test_a_page_that_fails_in_a_new_way_is_asked_for_again_and_costs_nobody_else_a_sample(part, monkeypatch):
+    _, admin = part
+    ring = Ring(["up"])
+    good, odd = part_of("prefill-0", f"{admin.url}/metrics"), Part("odd", f"{admin.url}/odd", "odd")
+    failing = [True]
+
+    def fetched(source):
+        if source._url == odd.url and failing[0]:
+            raise RuntimeError("nobody thought of this")
+        return ""
+
+    def own_page():
+        if failing[0]:
+            raise RuntimeError("nor of this")
+        return ""
+
+    monkeypatch.setattr(scrape.Source, "fetch", fetched)
+    scraper = Scraper(ring, OWN, own_page, lambda: [odd, good], TOKEN)
+    one_round(scraper)
+    failing[0] = False
+    one_round(scraper)
+    up = ring.samples(["up"])
+    assert {dict(labels)["process"]: up.values[i].tolist() for i, labels in enumerate(up.labels)} == {
+        "gateway-0": [0.0, 1.0], "odd": [0.0, 1.0], "prefill-0": [1.0, 1.0],
+    }  # fmt: skip
+
+
+def test_an_answer_that_comes_after_its_round_is_not_the_next_one_s(monkeypatch):
+    monkeypatch.setattr(scrape, "ROUND_S", 0.0)
+    ring, late, go = Ring(["c"]), part_of("late", "http://127.0.0.1:9/metrics"), threading.Event()
+    pages = iter(["c 1\n", "c 2\n"])
+
+    def fetched(source):
+        assert go.wait(30)
+        return next(pages)
+
+    monkeypatch.setattr(scrape.Source, "fetch", fetched)
+    scraper = Scraper(ring, OWN, lambda: "", lambda: [late])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        scraper.round(pool)
+        go.set()
+        pool.submit(lambda: None).result(30)  # the one thread has done what was before it
+        monkeypatch.setattr(scrape, "ROUND_S", 60.0)
+        scraper.round(pool)
+    found = ring.samples(["c"])
+    assert found.values.tolist()[0][1] == 2.0
+
+
 def test_it_stops_when_told():
     ring, asked = Ring(["up"]), threading.Event()
 
