@@ -41,6 +41,7 @@ from mooncake.worker.metrics import GpuCollector, PulseCollector
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
 from mooncake.worker.role import HeldRole
+from mooncake.worker.run_dirs import hold, remove_orphans
 from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_atomically
 
 log = structlog.get_logger(__name__)
@@ -83,6 +84,7 @@ def make_spec(options: WorkerOptions, store: StoreRecord | None) -> EngineSpec:
     """Return what the engine is told, in a fresh private folder."""
     parent = Path(options.run_dir)
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    remove_orphans(parent)
     run_dir = tempfile.mkdtemp(prefix=f"{options.instance_id}-", dir=parent)  # 0700
     return EngineSpec(
         instance_id=options.instance_id,
@@ -131,6 +133,7 @@ class Instance:
         if self._options.use_pool:
             store = asyncio.run(self._find_store())
         spec = make_spec(self._options, store)
+        hold(Path(spec.run_dir))
         pulse = Pulse(spec.pulse_path, create=True)
         engine = start_engine(spec)  # before any thread of ours: it may fork
         relay = Relay(spec, pulse, f"tcp://{self._options.address}:0")
