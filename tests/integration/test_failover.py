@@ -140,6 +140,8 @@ def test_streams_survive_the_death_of_their_decode_worker(cluster: Cluster, vict
     print(f"{victim}: noticed after {noticed.seconds:.3f} s, gaps {gaps(answers)}")
     assert noticed.seconds <= KILL_NOTICED_S
     cluster.wait_restarted("decode-0", epoch)
+    folders = list(cluster.run_dir.glob("decode-0-*"))
+    assert len(folders) == 1, f"what the killed one left is still there: {folders}"
     assert serves_decode(cluster, "decode-0"), "the restarted worker got no work"
     cluster.assert_nothing_leaked()
 
