@@ -40,7 +40,7 @@ from conductor.remote_core import RemoteCore
 from conductor.spans import Traces
 from mooncake.core.attend import attended
 from mooncake.core.config import ROLES, check_host
-from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from mooncake.core.health import Health, Phase
 from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, FrontRecord
 from mooncake.core.metadata import MetadataStore
@@ -168,6 +168,8 @@ async def fronts(metadata: MetadataStore, prefix: str) -> list[dict[str, Any]]:
     try:
         entries = (await metadata.get(prefix)).entries
         found = [msgspec.json.decode(entry.value, type=FrontRecord) for entry in entries]
+    except PeerError:  # the store is away, which its client tells once; people look here every second
+        return []
     except (MooncakeError, msgspec.MsgspecError) as error:
         log.warning("gateway.fronts_unknown", prefix=prefix, error=str(error))
         return []

@@ -22,7 +22,7 @@ from kvstore.leader.task_book import Booked, TaskBook, TaskEntry, drain_key
 from kvstore.leader.task_types import Command, Kind, Progress, State
 from kvstore.leader.tasks import Tasks
 from kvstore.limits import check_keys
-from mooncake.core.errors import MooncakeError, NotLeader, RequestError
+from mooncake.core.errors import MooncakeError, NotLeader, PeerError, RequestError
 from mooncake.core.messages import Ok, StoreStats, Term
 from mooncake.core.metadata import MetadataStore
 
@@ -248,7 +248,8 @@ class LeaderTerm:
                         next_s = self._clock() + BOOK_S
                     await self._cross_out()
             except MooncakeError as error:
-                log.warning("tasks.book_away", error=str(error))
+                if not isinstance(error, PeerError):  # that one its client tells once
+                    log.warning("tasks.book_away", error=str(error))
                 next_s = self._clock() + BOOK_S
             await asyncio.sleep(TICK_S)
 

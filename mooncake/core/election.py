@@ -22,7 +22,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from mooncake.core.errors import MooncakeError
+from mooncake.core.errors import MooncakeError, PeerError
 from mooncake.core.messages import Term
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.metadata_messages import MetaEntries
@@ -265,7 +265,8 @@ class Election:
                 backoff_s = BACKOFF_S_MIN
             except MooncakeError as error:
                 if backoff_s == BACKOFF_S_MIN:
-                    log.warning("election.store_away", key=self._key, error=str(error))
+                    say = log.debug if isinstance(error, PeerError) else log.warning  # its client tells it
+                    say("election.failed", key=self._key, error=str(error))
                 self._candidate.on_change()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, BACKOFF_S_MAX)

@@ -7,6 +7,7 @@ is empty and has a new epoch; `Registration` and `follow` bring everything back.
 from collections.abc import AsyncIterator
 from typing import Any
 
+from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import Ok
 from mooncake.core.metadata import POLL_S
 from mooncake.core.metadata_memory import MemoryMetadata
@@ -25,6 +26,7 @@ from mooncake.core.metadata_messages import (
     MetaRevoke,
     MetaWatch,
 )
+from mooncake.core.metadata_outage import Outage
 from mooncake.core.rpc import RpcClient, RpcServer
 
 CALL_S = 1.0
@@ -78,6 +80,7 @@ class RemoteMetadata:
     def __init__(self, endpoint: str, call_s: float = CALL_S, poll_s: float = POLL_S) -> None:
         """Connecting is lazy: the server may come later. A watch yields every `poll_s` at least."""
         self._rpc = RpcClient(endpoint, MetaReply)
+        self._outage = Outage(endpoint)
         self._call_s = call_s
         self._poll_s = poll_s
 
@@ -128,4 +131,10 @@ class RemoteMetadata:
 
     async def _call(self, request: Any, served_s: float = 0.0) -> Any:
         """Call; `served_s` is how long the server may take by design."""
-        return await self._rpc.call(request, served_s + self._call_s)
+        try:
+            reply = await self._rpc.call(request, served_s + self._call_s)
+        except MooncakeError as error:
+            self._outage.failed(error)
+            raise
+        self._outage.answered()
+        return reply

@@ -29,6 +29,7 @@ from mooncake.core.errors import (
 from mooncake.core.metadata import POLL_S
 from mooncake.core.metadata_etcd_auth import Token
 from mooncake.core.metadata_etcd_http import BODY_BYTES_MAX, HttpConnection
+from mooncake.core.metadata_etcd_names import Names
 from mooncake.core.metadata_etcd_options import Endpoint, EtcdOptions
 from mooncake.core.metadata_etcd_wire import (
     DELETE,
@@ -53,6 +54,7 @@ from mooncake.core.metadata_etcd_wire import (
 )
 from mooncake.core.metadata_memory import KEY_CHARS_MAX, TTL_S_MAX, TTL_S_MIN, VALUE_BYTES_MAX
 from mooncake.core.metadata_messages import MetaChange, MetaChanges, MetaEntries, MetaEntry, MetaPutResult
+from mooncake.core.metadata_outage import Outage
 
 T = TypeVar("T")
 
@@ -98,6 +100,8 @@ class EtcdMetadata:
         self._idle: dict[Endpoint, list[HttpConnection]] = {endpoint: [] for endpoint in self._order}
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._token = Token(options)
+        self._names = Names()
+        self._outage = Outage(str(options))
 
     async def get(self, prefix: str) -> MetaEntries:
         """See MetadataStore."""
@@ -212,6 +216,7 @@ class EtcdMetadata:
         for connections in self._idle.values():
             while connections:
                 connections.pop().abort()
+        await self._names.close()
 
     # ------------------------------------------------------------------------------- watching
 
@@ -295,6 +300,16 @@ class EtcdMetadata:
         return decode(answer, kind)
 
     async def _on_any(self, action: Callable[[HttpConnection], Awaitable[T]], repeatable: bool = True) -> T:
+        """Run `action` as `_on_first` does; tell when the store goes away and when it is back."""
+        try:
+            answer = await self._on_first(action, repeatable)
+        except MooncakeError as error:
+            self._outage.failed(error)
+            raise
+        self._outage.answered()
+        return answer
+
+    async def _on_first(self, action: Callable[[HttpConnection], Awaitable[T]], repeatable: bool) -> T:
         """Run `action` on a connection to the first server that is there for it.
 
         What is not `repeatable` goes to a second server only if the first could not be reached.
@@ -333,7 +348,7 @@ class EtcdMetadata:
             if connection.reusable:
                 return connection
             connection.abort()
-        return await HttpConnection.open(self._options, endpoint)
+        return await HttpConnection.open(self._options, endpoint, await self._names.addresses(endpoint))
 
     async def _exchange(self, connection: HttpConnection, path: str, body: bytes) -> bytes:
         """Return the answer to one request and keep the connection if it is still good."""

@@ -33,16 +33,26 @@ class HttpConnection:
         self._line = bytearray()
 
     @classmethod
-    async def open(cls, options: EtcdOptions, endpoint: Endpoint) -> "HttpConnection":
-        """Connect.
+    async def open(cls, options: EtcdOptions, endpoint: Endpoint, addresses: list[str]) -> "HttpConnection":
+        """Connect to the first of a server's addresses (at least one) where somebody is.
 
         Raises:
             ConfigError: TLS failed: certificates and settings do not fit.
             PeerGone: nobody is there.
         """
+        for address in addresses[:-1]:
+            with contextlib.suppress(PeerGone):
+                return await cls._open_at(options, endpoint, address)
+        return await cls._open_at(options, endpoint, addresses[-1])
+
+    @classmethod
+    async def _open_at(cls, options: EtcdOptions, endpoint: Endpoint, address: str) -> "HttpConnection":
         context = options.ssl_context()
+        name = endpoint.host if context else None
         try:
-            reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context)
+            reader, writer = await asyncio.open_connection(
+                address, endpoint.port, ssl=context, server_hostname=name
+            )
         except ssl.SSLCertVerificationError as error:
             raise ConfigError(
                 f"etcd server {endpoint}: its certificate is refused: {error.verify_message}; "

@@ -61,6 +61,10 @@ class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):
     user: str = ""
     password_file: str = ""
 
+    def __str__(self) -> str:
+        scheme = "etcds" if self.secure else "etcd"
+        return f"{scheme}://{','.join(map(str, self.endpoints))}{self.namespace}"
+
     def password(self) -> str:
         """Return the password of `user`, read anew.
 

@@ -159,8 +159,8 @@ class Follower:
                         break
                     yield view.on_changes(batch.revision, batch.changes) + view.tick(self._clock_s())
             except MooncakeError as error:
-                if self.connected:
-                    log.warning("metadata.away", prefix=self._prefix, error=str(error))
+                if self.connected:  # whether the store is away, its client says
+                    log.debug("metadata.watch_lost", prefix=self._prefix, error=str(error))
                 self.connected = False
                 yield view.tick(self._clock_s())
                 await asyncio.sleep(wait_s)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
-from mooncake.core.errors import MooncakeError, RequestError
+from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from mooncake.core.metadata import MetadataStore
 
 log = structlog.get_logger(__name__)
@@ -91,7 +91,7 @@ class Registration:
             except Exception as error:
                 # an owner's faulty value_fn must not end the registration silently either
                 if isinstance(error, MooncakeError):
-                    self._turn(RegistrationState.AWAY, str(error))
+                    self._turn(RegistrationState.AWAY, error)
                 else:
                     log.exception("registration.failed", key=self._key)
                     self.state = RegistrationState.AWAY
@@ -121,10 +121,12 @@ class Registration:
     def _forget(self) -> None:
         self._lease_id, self._written = 0, None
 
-    def _turn(self, state: RegistrationState, reason: str = "") -> None:
+    def _turn(self, state: RegistrationState, error: MooncakeError | None = None) -> None:
         if state is not self.state:
             if state is RegistrationState.AWAY:
-                log.warning("registration.away", key=self._key, error=reason)
+                # a store that is away is told of once, by its client; what it refuses is about us
+                say = log.debug if isinstance(error, PeerError) else log.warning
+                say("registration.away", key=self._key, error=str(error))
             elif self.registrations > 1:
                 log.info("registration.back", key=self._key)
         self.state = state
