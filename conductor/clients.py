@@ -60,6 +60,7 @@ class Client:
         "trace",
         "ttft_slo_s",
         "turned_away",
+        "waits",
     )
 
     def __init__(
@@ -94,6 +95,7 @@ class Client:
         self.gaps, self.late_gaps = 0, 0  # between outputs; of these, longer than the objective
         self.move_reason = ""
         self.turned_away = False
+        self.waits = False  # for its first plan
 
     @property
     def names(self) -> dict[str, str]:

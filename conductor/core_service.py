@@ -140,7 +140,6 @@ class CoreService:
             self._socket.drain()
             if (desk := self._acting()) is not None:
                 desk.tick()
-            self.core.metrics.waiting.set(self.core.decider.waiting)
 
     # ------------------------------------------------------------ messages
 

@@ -133,11 +133,6 @@ class Decider(Protocol):
         """Return a tenant's name as a metric label."""
         ...
 
-    @property
-    def waiting(self) -> int:
-        """Requests that were offered and have no answer yet."""
-        ...
-
     def on_lost(self, instance_id: str) -> None:
         """An instance is gone."""
         ...

@@ -144,8 +144,9 @@ class Dispatcher:
         self._clients[request.request_id] = client
         self._idle.clear()
         self._metrics.in_flight.set(len(self._clients))
-        self._metrics.waiting.set(self._decider.waiting)
-        if answer is not None:
+        if answer is None:
+            self._waits(client, True)
+        else:
             self._begin(client, answer)
 
     def hopeless(self, terms: Terms) -> Unavailable | None:
@@ -186,9 +187,15 @@ class Dispatcher:
         self._metrics.wait_s.observe(client.heard_s - client.started_s, client.slo_class)
         self._run(client.machine.start(plan))
 
+    def _waits(self, client: Client, waits: bool) -> None:
+        """Count a client among those that no engine has, or no more."""
+        if client.waits is not waits:
+            client.waits = waits
+            self._metrics.waiting.labels(client.slo_class).inc(1 if waits else -1)
+
     def _answered(self, client: Client, answer: Plan | Rejection) -> None:
         """A request that waited, or was asked about elsewhere, has its answer."""
-        self._metrics.waiting.set(self._decider.waiting)
+        self._waits(client, False)
         if isinstance(answer, Plan):
             self._begin(client, answer)
         else:
@@ -323,7 +330,6 @@ class Dispatcher:
     def on_tick(self, now_s: float) -> None:
         """See Sink: look for requests that an engine forgot."""
         self._decider.on_tick(now_s)
-        self._metrics.waiting.set(self._decider.waiting)
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s
@@ -506,6 +512,7 @@ class Dispatcher:
         ran = client.plan is not None
         self._decider.ended(client.prompt, len(client.emitted), ran=ran, finished=finished)
         del self._clients[request_id]
+        self._waits(client, False)
         if client.trace is not None:
             client.trace.over(time.monotonic(), command.outcome, len(client.emitted))
         self._meter.ended(client, command.outcome, time.monotonic())

@@ -130,11 +130,6 @@ class LocalDecider:
         return self.quotas.tenants.label(tenant)
 
     @property
-    def waiting(self) -> int:
-        """See Decider."""
-        return len(self.gate)
-
-    @property
     def decisions(self) -> Decisions:
         """The last answers, explained."""
         return self.observer.decisions

@@ -96,9 +96,6 @@ class DecisionMetrics:
         self.predictions = Gauge(
             "mooncake_predictions_measured", "Predictions compared since start.", ["kind"], registry=registry
         )
-        self.waiting = Gauge(
-            "mooncake_requests_waiting", "Requests that no engine has yet.", registry=registry
-        )
         self.tenant_tokens = Counter(
             "mooncake_tenant_tokens",
             "Tokens of prompts and answers, by tenant (those of --tenants, else other).",
@@ -162,6 +159,12 @@ class GatewayMetrics(DecisionMetrics):
             "mooncake_stale_outputs", "Engine outputs of legs that were over.", registry=registry
         )
         self.in_flight = Gauge("mooncake_requests_in_flight", "Requests not ended.", registry=registry)
+        self.waiting = Gauge(
+            "mooncake_requests_waiting",
+            "Requests that no engine has yet, by the class that they were given.",
+            ["slo_class"],
+            registry=registry,
+        )
         self.core_refused = Counter(
             "mooncake_core_refused",
             "Answers that were not followed, as they came from a decision core that leads no more.",
@@ -179,6 +182,8 @@ class GatewayMetrics(DecisionMetrics):
             self.failures.labels(reason)
         for code in STATUSES:
             self.responses.labels(code)
+        for name in CLASSES:
+            self.waiting.labels(name)
 
     def _add_objectives(self, registry: CollectorRegistry) -> None:
         self.slo_requests = Counter(

@@ -310,11 +310,6 @@ class RemoteCore:
         """See Decider."""
         return self._local.tenant_label(tenant)
 
-    @property
-    def waiting(self) -> int:
-        """See Decider."""
-        return len(self._offers) + self._local.waiting
-
     # ------------------------------------------------------------ what was seen
 
     def prefilled(self, new_tokens: int, cached_tokens: int, seconds: float) -> None:

@@ -18,7 +18,7 @@ from conductor.core import Core
 from conductor.core_messages import CORE_KEY
 from conductor.core_service import CoreService
 from conductor.dispatch import Dispatcher
-from conductor.metrics import GatewayMetrics
+from conductor.metrics import DecisionMetrics, GatewayMetrics
 from conductor.remote_core import RemoteCore
 from conductor.terms import Terms
 from mooncake.core.election import LeaderRecord
@@ -74,7 +74,7 @@ class Site:
 
     async def core(self) -> CoreService:
         number = len(self.cores)
-        core = Core(self.options, self.metadata, GatewayMetrics(CollectorRegistry()))
+        core = Core(self.options, self.metadata, DecisionMetrics(CollectorRegistry()))
         service = CoreService(core, self.metadata, "tcp://127.0.0.1:0", f"core-{number}", TTL_S)
         self.cores.append(service)
         await service.start()
@@ -204,7 +204,7 @@ async def test_no_request_is_lost_with_the_core_whether_it_runs_waits_or_is_new(
     prefill.freeze()
     held = [(g, g.add(make_request([n, *PROMPT]))) for n in range(3) for g in site.gateways]
     core = leader(site)
-    await site.until(lambda: core.core.decider.waiting == 5)
+    await site.until(lambda: len(core.core.decider.gate) == 5)
     await kill(core)
     fresh = [(g, g.add(make_request([n, *PROMPT]))) for n in (8, 9) for g in site.gateways]
     prefill.frozen.clear()
@@ -364,3 +364,24 @@ async def test_gateways_know_the_stores_and_do_not_follow_their_blocks(site) -> 
     await site.metadata.put("/mooncake/stores/n1", msgspec.json.encode(store("n1")))
     await site.until(lambda: gateway.view.is_open("n1"))
     assert gateway.core.members.stores_in_step() == {}
+
+
+async def test_who_waits_at_a_shared_core_is_counted_once_by_its_own_gateway(site) -> None:
+    site.set(hold_s=1e-6)
+    await pools(site)
+    prefill, _ = site.engines
+    prefill.freeze()
+    for n in range(3):
+        for gateway in site.gateways:
+            gateway.add(make_request([n, *PROMPT]))
+    core = leader(site)
+    await site.until(lambda: len(core.core.decider.gate) == 5)
+    assert (
+        sum(gateway.metric("mooncake_requests_waiting", slo_class="default") for gateway in site.gateways)
+        == 5
+    )
+    assert (
+        core.core.metrics.registry.get_sample_value("mooncake_requests_waiting", {"slo_class": "default"})
+        is None
+    )
+    prefill.frozen.clear()

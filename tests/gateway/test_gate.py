@@ -31,11 +31,11 @@ async def test_prompts_wait_for_an_engine_with_room_and_all_are_served(make_worl
     await world.engine("p0", "prefill")
     await world.engine("d0", "decode")
     rids = [world.add(make_request(prompt(n))) for n in range(6)]
-    assert world.metric("mooncake_requests_waiting") == 5
+    assert world.metric("mooncake_requests_waiting", slo_class="default") == 5
     for rid in rids:
         assert len(await world.finish(rid)) == 8
     await world.until(lambda: world.dispatcher.in_flight == 0)
-    assert world.metric("mooncake_requests_waiting") == 0
+    assert world.metric("mooncake_requests_waiting", slo_class="default") == 0
     assert world.view.charged == 0
 
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from conftest import make_request
 from test_dispatch import PROMPT
+from test_gate import slow
 
 from conductor.gate import GateConfig
 from conductor.http import FATE, HttpFate
@@ -13,6 +14,7 @@ from conductor.terms import CLASSES, Terms
 from conductor.vllm_seam import EngineCoreOutputs, Unavailable
 
 LONG = 400
+WAITS = "mooncake_requests_waiting"
 
 
 def results(world, slo_class: str = "default") -> dict[str, float]:
@@ -181,3 +183,30 @@ async def test_the_operation_of_a_request_is_its_path_and_its_model_the_served_n
     assert world.metric("gen_ai_server_time_to_first_token_seconds_count", **labels) == 1
     assert world.metric("gen_ai_server_request_duration_seconds_count", **labels, error_type="") == 1
     assert world.metric("gen_ai_client_token_usage_sum", **labels, gen_ai_token_type="output") == 8
+
+
+async def test_who_waits_is_counted_by_class_until_it_is_served_or_leaves(make_world) -> None:
+    world = make_world(gate=GateConfig(hold_s=1e-9), cost=slow())
+    prefill = await world.engine("p0", "prefill")
+    await world.engine("d0", "decode")
+
+    def waiting() -> list[float]:
+        return [world.metric(WAITS, slo_class=name) for name in CLASSES]
+
+    assert {f"{WAITS}{{{name}}}" for name in CLASSES} == {
+        f"{WAITS}{{{sample.labels['slo_class']}}}"
+        for family in world.registry.collect()
+        for sample in family.samples
+        if sample.name == WAITS
+    }  # 0 is shown: "nobody waits" is not "nobody says"
+    prefill.freeze()
+    world.add(make_request(PROMPT))
+    classes = [name for number, name in enumerate(CLASSES, 1) for _ in range(number)]
+    rids = [world.add(make_request(PROMPT), Terms(slo_class=CLASSES[name])) for name in classes]
+    assert waiting() == [1, 2, 3, 4]
+    world.dispatcher.abort([rids[-1], rids[0], rids[0]])
+    assert waiting() == [0, 2, 3, 3]
+    prefill.frozen.clear()
+    for rid in rids[1:-1]:
+        await world.finish(rid)
+    assert waiting() == [0, 0, 0, 0]

@@ -194,9 +194,9 @@ async def test_batch_work_waits_in_the_gateway_for_idle_engines_and_is_passed_by
     prefill = await world.engine("p0", "prefill", step_s=0.05)
     await world.engine("d0", "decode")
     batch = [world.add(make_request([n, *PROMPT]), BATCH) for n in range(6)]
-    assert world.metric("mooncake_requests_waiting") == 5
+    assert world.metric("mooncake_requests_waiting", slo_class="batch") == 5
     others = [world.add(make_request([n, *PROMPT])) for n in range(100, 103)]
-    assert world.metric("mooncake_requests_waiting") == 5
+    assert world.metric("mooncake_requests_waiting", slo_class="batch") == 5
     for rid in (*batch, *others):
         assert len(await world.finish(rid)) == 8
     order = [request.prompt_token_ids[0] for request in prefill.received]
@@ -213,7 +213,7 @@ async def test_a_job_that_would_be_late_reaches_engines_as_an_interactive_reques
     world.add(make_request(PROMPT))
     soon = Terms(slo_class=CLASSES["batch"], job_s=3.0)
     world.add(make_request([7, *PROMPT], max_tokens=2), soon)
-    assert world.metric("mooncake_requests_waiting") == 1
+    assert world.metric("mooncake_requests_waiting", slo_class="batch") == 1
     await world.until(lambda: len(prefill.received) == 3)
     assert priorities(prefill) == [0, 0, CLASSES["interactive"].priority]
 

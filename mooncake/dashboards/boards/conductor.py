@@ -125,6 +125,17 @@ def _decisions() -> list[Part]:
             no_value="No traffic",
         ),
         lines(
+            "Waiting",
+            Text(
+                "Requests that no engine has yet, by class of service.",
+                "close to 0; batch may wait.",
+                "premium or interactive: MooncakeLongQueue; only batch: it gets what the others leave idle.",
+            ),
+            "short",
+            Query(total(metric("mooncake_requests_waiting"), "slo_class"), "{{slo_class}}"),
+            stacked=True,
+        ),
+        lines(
             "Fall-backs",
             Text(
                 "Requests planned by a poorer policy than configured, by what was missing.",
