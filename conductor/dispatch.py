@@ -20,6 +20,7 @@ import structlog
 from conductor import legs
 from conductor.clients import Client, Family, Prompt, Running, family_of
 from conductor.decider import Decider
+from conductor.engine_gauges import EngineGauges, as_stats, fill, queues_of
 from conductor.http import FATE
 from conductor.links import Link
 from conductor.members import Members
@@ -95,6 +96,7 @@ class Dispatcher:
         self._first_token = first_token
         self._adapters = AdapterNames()
         self._memo = KeyMemo()
+        self._gauges = EngineGauges()
         self._clients: dict[str, Client] = {}
         self._families: dict[str, Family] = {}
         self._running: dict[str, Running] = {}
@@ -244,7 +246,10 @@ class Dispatcher:
         stamp_s = outputs.timestamp
         legs.shift_events(outputs.outputs, now_s - stamp_s)
         outputs.timestamp = now_s  # engines on other hosts have other monotonic clocks
-        outputs.engine_index = self._members.engine_slot(link.instance_id)
+        slot = outputs.engine_index = self._members.engine_slot(link.instance_id)
+        if outputs.scheduler_stats is not None:
+            queues = queues_of(outputs.scheduler_stats)
+            fill(outputs.scheduler_stats, self._gauges.stepped(slot, link.instance_id, queues))
         kept: list[EngineCoreOutput] = []
         context_tokens = 0
         pure = True
@@ -272,6 +277,13 @@ class Dispatcher:
         # statistics travel even when every request of the step is gone, else gauges freeze
         if kept or (outputs.scheduler_stats is not None and not lost_race):
             self.outputs.put_nowait(outputs)
+
+    def _show_engines(self) -> None:
+        """Bring vLLM's gauges up to date: an engine tells one gateway of a step, and none when it is gone."""
+        for slot, queues in self._gauges.changed(self._members.links):
+            if not self.outputs.full():  # it is told again when it changes again
+                stats = as_stats(queues)
+                self.outputs.put_nowait(EngineCoreOutputs(engine_index=slot, scheduler_stats=stats))
 
     def _first_of_leg(self, running: Running, output: EngineCoreOutput, now_s: float) -> None:
         for client in running.clients:  # the one that sent it knows it
@@ -326,10 +338,13 @@ class Dispatcher:
     def on_pulse(self, link: Link, pulse: Pulse) -> None:
         """See Sink."""
         self._decider.on_pulse(link.instance_id, pulse)
+        if pulse.queues is not None:
+            self._gauges.heard(self._members.engine_slot(link.instance_id), link.instance_id, pulse.queues)
 
     def on_tick(self, now_s: float) -> None:
         """See Sink: look for requests that an engine forgot."""
         self._decider.on_tick(now_s)
+        self._show_engines()
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s

@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 
 ENGINE_SLOTS = 8
 """vLLM fixes its per-engine metric labels at start (34 kB of /metrics per slot). More instances than
-slots share the last one (their vllm:* gauges then alternate; mooncake_* metrics stay apart)."""
+slots share the last one; see conductor.engine_gauges."""
 
 RELINK_S = 1.0
 """A lost link whose record still stands is tried again after this: long enough not to spin, short

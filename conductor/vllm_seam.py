@@ -29,7 +29,7 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from conductor import token_cache
@@ -52,6 +52,7 @@ __all__ = [
     "PrefillStats",
     "RequestOutputKind",
     "SamplingParams",
+    "SchedulerStats",
 ]
 
 VLLM_SERIES: Final = "0.32."
@@ -76,6 +77,7 @@ VLLM_SYMBOLS: Final[dict[str, str]] = {
     "vllm.v1.engine:FinishReason": "mapped to and from the request machine's words",
     "vllm.v1.engine:UtilityOutput": "answers to utility calls",
     "vllm.v1.metrics.stats:PrefillStats": "usage of leg 1 replaces that of leg 2",
+    "vllm.v1.metrics.stats:SchedulerStats": "engine_gauges.py says what gauges show",
     "vllm.sampling_params:SamplingParams": "legs.LEG1_PARAMS names every field",
     "vllm.sampling_params:RequestOutputKind": "FINAL_ONLY in leg 1",
     "vllm.v1.serial_utils:MsgpackEncoder": "our requests on the wire",

@@ -90,6 +90,7 @@ PLAIN = {
     "mooncake_directory_replicas": "blocks",
     "mooncake_directory_tasks": "tasks",
     "mooncake_directory_term": "number of a term",
+    "mooncake_engine_requests_deferred": "requests",
     "mooncake_engine_requests_running": "requests",
     "mooncake_engine_requests_waiting": "requests",
     "mooncake_gpu_blocks_known": "blocks",
@@ -391,9 +392,14 @@ Histograms are scraped as `NAME_bucket`, `NAME_sum` and `NAME_count`. When a cou
 left out. `gen_ai_*` are OpenTelemetry's names for generative AI. Names of the original Mooncake are served by
 the drop-in commands (docs/master.md), for those who have dashboards of it.
 
-Of vLLM's own metrics (`vllm:*`), a gateway has one set for each of 8 engines; more engines share the last,
-and its gauges alternate. Every instance has its numbers on its own page (`mooncake_engine_*`), so where there
-are many, leave vLLM's out: `mooncake gateway ... -- --disable-log-stats`, three quarters of the page.
+Of vLLM's own metrics (`vllm:*`), a gateway has one set for each of 8 engines, labelled by the number that
+`/mooncake/instances` shows as `engine`; more engines share the last. There the gauges of requests are sums,
+and the use of KV memory a mean; an engine that is gone counts nothing. Every gateway shows all engines, four
+times a second at least, so never add these gauges up over gateways, and numbers differ between gateways:
+`max by (process)` first, or better the gauges of each instance's own page, which boards and rules use
+(`mooncake_engine_requests_running`, `_waiting`, `_deferred`, `mooncake_engine_kv_use_ratio`, by
+`instance_id`). Counters and histograms may be added up: each gateway counts its own requests. Where there are
+many engines, leave vLLM's out: `mooncake gateway ... -- --disable-log-stats`, three quarters of the page.
 
 Goodput is `mooncake_slo_requests_total{result="met"}`: the first token came within its objective, and at most
 a tenth of the gaps between outputs were longer than theirs. Requests bring objectives, or have the operator's

@@ -451,11 +451,23 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True):
     epoch: str
 
 
+class EngineQueues(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine has now: requests in its batch, all that wait, and of these the deferred ones.
+
+    deferred: they wait for blocks on their way, not for room. kv_use_ratio: of its KV blocks.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    deferred: int = 0
+    kv_use_ratio: float = 0.0
+
+
 class Pulse(msgspec.Struct, frozen=True, array_like=True):
     """Health of the engine behind the relay; age of the engine's last sign of life in seconds.
 
     load_*: since its start, what it copied from its host's store, and the time that took; fetch_*: what that
-    store first had to fetch from others for it.
+    store first had to fetch from others for it. queues: None from a relay before they were told.
     """
 
     epoch: str
@@ -464,6 +476,7 @@ class Pulse(msgspec.Struct, frozen=True, array_like=True):
     load_s: float = 0.0
     fetch_bytes: float = 0.0
     fetch_s: float = 0.0
+    queues: EngineQueues | None = None
 
 
 # `kv_transfer_params["mooncake"]` in a request's sampling_params.extra_args (plain dict on vLLM's

@@ -132,6 +132,7 @@ class MooncakeEngine(vllm_core.EngineCoreProc):
         running, waiting = self.scheduler.get_request_counts()
         self._pulse.set("requests_running", running)
         self._pulse.set("requests_waiting", waiting)
+        self._pulse.set("requests_deferred", len(self.scheduler.deferred_waiting))
         self._pulse.set("kv_use_ratio", self.scheduler.kv_cache_manager.usage)
 
     def mooncake_attach_client(self, slot: int, endpoint: str) -> None:

@@ -18,6 +18,10 @@ _NAMES = ["instance_id", "role"]
 _GAUGES = {
     "requests_running": ("mooncake_engine_requests_running", "Requests in the engine's batch."),
     "requests_waiting": ("mooncake_engine_requests_waiting", "Requests in the engine's own queue."),
+    "requests_deferred": (
+        "mooncake_engine_requests_deferred",
+        "Of those in the engine's queue, the ones that wait for blocks on their way, not for room.",
+    ),
     "kv_use_ratio": ("mooncake_engine_kv_use_ratio", "Part of the engine's KV blocks that are in use."),
 }
 _COUNTERS = {

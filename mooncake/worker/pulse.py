@@ -38,6 +38,7 @@ FIELDS = (
     "prefix_hit_tokens",
     "requests_running",  # from here on: how it is now
     "requests_waiting",
+    "requests_deferred",
     "kv_use_ratio",
 )
 PULSE_INTERVAL_S = 0.1

@@ -26,6 +26,7 @@ from mooncake.core.messages import (
     DRAINING,
     RELAY_PROTOCOL,
     RELAY_SLOTS,
+    EngineQueues,
     Failure,
     Hello,
     Pulse,
@@ -43,6 +44,8 @@ VLLM_ADD, VLLM_ABORT, VLLM_UTILITY = b"\x00", b"\x01", b"\x03"
 FORWARDED = (VLLM_ADD, VLLM_ABORT, VLLM_UTILITY)
 MOVED = ("load_bytes", "load_seconds", "fetch_bytes", "fetch_seconds")
 """Counters that a PONG carries: gateways learn from them how quick transfers are."""
+REQUESTS = ("requests_running", "requests_waiting", "requests_deferred")
+"""And how the engine is now, for vLLM's gauges of it (conductor.engine_gauges)."""
 GATEWAY_SILENT_S = 5.0
 """A gateway pings every 0.25 s; 20 missed pings mean that it is gone."""
 POLL_MS = 200
@@ -222,8 +225,11 @@ class Relay:
     def _pong(self, identity: bytes, frames: list[bytes]) -> None:
         if len(frames) != 1 or len(frames[0]) != 8:
             raise ProtocolError("a ping carries 8 bytes")
-        moved = [self._pulse.read(name) for name in MOVED]
-        pulse = Pulse(self.spec.epoch, self._pulse.age_s(time.monotonic()), *moved)
+        load_bytes, load_s, fetch_bytes, fetch_s = (self._pulse.read(name) for name in MOVED)
+        running, waiting, deferred = (int(self._pulse.read(name)) for name in REQUESTS)
+        queues = EngineQueues(running, waiting, deferred, self._pulse.read("kv_use_ratio"))
+        age_s = self._pulse.age_s(time.monotonic())
+        pulse = Pulse(self.spec.epoch, age_s, load_bytes, load_s, fetch_bytes, fetch_s, queues)
         self._reply(identity, [RelayOp.PONG, frames[0], wire.encode(pulse)])
 
     def _welcome(self, identity: bytes, frames: list[bytes]) -> None:

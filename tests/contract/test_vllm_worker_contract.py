@@ -117,6 +117,7 @@ class TestTheEngine:
         assert "num_running, num_waiting = self.get_request_counts()" in inspect.getsource(
             Scheduler.make_stats
         )
+        assert "num_deferred = len(self.deferred_waiting)" in inspect.getsource(Scheduler.make_stats)
         assert isinstance(KVCacheManager.usage, property)
         found = SchedulerStats().prefix_cache_stats
         assert isinstance(found, PrefixCacheStats)

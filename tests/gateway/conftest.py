@@ -69,6 +69,7 @@ class Front:
         self.failed: dict[str, Exception] = {}
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
         self.stats: list[int] = []
+        self.running: dict[int, int] = {}  # as vLLM's gauge shows it, by number of an engine
         self.finished: dict[str, asyncio.Event] = {}
         self.collecting = asyncio.create_task(self._collect())
 
@@ -110,6 +111,7 @@ class Front:
             step = await self.dispatcher.outputs.get()
             if step.scheduler_stats is not None:
                 self.stats.append(step.engine_index)
+                self.running[step.engine_index] = step.scheduler_stats.num_running_reqs
             for output in step.outputs:
                 self.outputs.setdefault(output.request_id, []).append(output)
                 if output.finish_reason is not None:

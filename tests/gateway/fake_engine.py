@@ -24,7 +24,7 @@ from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from mooncake.core import wire
-from mooncake.core.messages import Hello, InstanceRecord, Pulse, RelayOp, RoleOrder, Welcome
+from mooncake.core.messages import EngineQueues, Hello, InstanceRecord, Pulse, RelayOp, RoleOrder, Welcome
 from tests.unit.conductor.make import record
 
 BLOCK_SIZE = 4
@@ -60,6 +60,7 @@ class FakeEngine:
         self.cached = (0, 0)
         self.frozen = threading.Event()
         self.stands = threading.Event()  # frozen took effect
+        self.elsewhere = 0  # requests of gateways that the test does not have
         self.moved = (0.0, 0.0, 0.0, 0.0)  # bytes and seconds: loaded, fetched
         self.orders: list[RoleOrder] = []
         self.fail_next = 0  # legs that end in finish reason "error"
@@ -138,7 +139,8 @@ class FakeEngine:
                 welcome = wire.encode(Welcome(slot, self.instance_id, self.epoch))
                 self._socket.send_multipart([identity, RelayOp.WELCOME, welcome])
             elif operation == RelayOp.PING:
-                pulse = wire.encode(Pulse(self.epoch, 0.01, *self.moved))
+                queues = EngineQueues(running=len(self.jobs) + self.elsewhere)
+                pulse = wire.encode(Pulse(self.epoch, 0.01, *self.moved, queues=queues))
                 self._socket.send_multipart([identity, RelayOp.PONG, frames[0], pulse])
             elif operation == RelayOp.BYE:
                 self._leave(self._clients.get(identity, 0))

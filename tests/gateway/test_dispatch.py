@@ -258,6 +258,18 @@ async def test_more_instances_than_slots_share_the_last_one(make_world) -> None:
     assert slots == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7]
 
 
+async def test_a_gateway_shows_what_engines_have_of_others_and_nothing_of_one_gone(
+    make_world,
+) -> None:
+    world = make_world()
+    _, decode = await two_instances(world)
+    slot = world.members.engine_slot("d0")
+    decode.elsewhere = 5
+    await world.until(lambda: world.running.get(slot) == 5)
+    await world.metadata.delete("/mooncake/instances/d0")
+    await world.until(lambda: world.running[slot] == 0)
+
+
 async def test_a_removed_record_moves_its_requests(make_world) -> None:
     world = make_world()
     await two_instances(world)

@@ -13,7 +13,6 @@ VLLM_METRICS = {
     "vllm:request_prefill_time_seconds_count",
     "vllm:request_decode_time_seconds_sum",
     "vllm:request_decode_time_seconds_count",
-    "vllm:num_requests_waiting_by_reason",
     "vllm:prompt_tokens_by_source_total",
 }
 """Of vLLM 0.32, as it serves them."""

@@ -7,6 +7,7 @@ from mooncake.dashboards.promql import INSTANCE, mean, metric, most, quantile, r
 
 _EACH = ("instance_id", "role")
 _NAME = "{{instance_id}} ({{role}})"
+_DEFERRED = metric("mooncake_engine_requests_deferred", INSTANCE)
 _WITHOUT = "No traffic, or vLLM's metrics are left out"
 
 
@@ -182,14 +183,17 @@ def _queues() -> list[Part]:
         lines(
             "Waiting by reason",
             Text(
-                "What vLLM's schedulers let wait: for capacity, or deferred (blocks still on their way).",
+                "What engines let wait: for capacity, or deferred (blocks still on their way).",
                 "deferred only, and briefly.",
                 "capacity: KV memory or batch size is the limit.",
             ),
             "short",
-            Query(total(metric("vllm:num_requests_waiting_by_reason"), "reason"), "{{reason}}"),
+            Query(
+                f"{total(metric('mooncake_engine_requests_waiting', INSTANCE))} - {total(_DEFERRED)}",
+                "capacity",
+            ),
+            Query(total(_DEFERRED), "deferred"),
             stacked=True,
-            no_value=_WITHOUT,
             width=8,
         ),
         bars(

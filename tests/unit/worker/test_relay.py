@@ -18,6 +18,7 @@ from mooncake.core.errors import ConfigError
 from mooncake.core.messages import (
     RELAY_PROTOCOL,
     RELAY_SLOTS,
+    EngineQueues,
     Failure,
     Hello,
     Pulse,
@@ -362,6 +363,13 @@ def test_a_pong_tells_how_old_the_engines_pulse_is(house, gateway):
     assert gateway.pong().engine_age_s < 1.0
     house.pulse._slots[0] -= 100
     assert 100 <= gateway.pong().engine_age_s < 101
+
+
+def test_a_pong_tells_what_the_engine_has_now(house, gateway):
+    named = {"requests_running": 3, "requests_waiting": 2, "requests_deferred": 1, "kv_use_ratio": 0.25}
+    for name, value in named.items():
+        house.pulse.set(name, value)
+    assert gateway.pong().queues == EngineQueues(3, 2, 1, 0.25)
 
 
 def abort_call(slot: int) -> list[bytes]:
