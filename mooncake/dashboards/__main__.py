@@ -1,5 +1,10 @@
-"""`python -m mooncake.dashboards`: write what is made from boards and rules; `--check`: compare."""
+"""`python -m mooncake.dashboards`: write what is made from boards and rules; `--check`: compare.
 
+`--runbooks URL`: alerts link to their pages there. It stays in the rules until another one is given;
+`site_url` of mkdocs.yml says the same for good.
+"""
+
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -7,16 +12,25 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from mooncake.core.errors import ConfigError
 from mooncake.dashboards import FOLDER
 from mooncake.dashboards.boards import BOARDS
-from mooncake.dashboards.rules import PROMETHEUS_RULE, RULES, prometheus_rule
+from mooncake.dashboards.rules import (
+    PROMETHEUS_RULE,
+    RULES,
+    SITE,
+    prometheus_rule,
+    runbooks_at,
+    site_runbooks,
+    with_runbooks,
+)
 
 KUSTOMIZATION = FOLDER.parent / "kustomization.yaml"
 
 
-def made() -> dict[Path, str]:
-    """Return what each generated file should hold."""
-    files = {}
+def made(runbooks: str | None = None) -> dict[Path, str]:
+    """Return what each generated file should hold; `runbooks`: an alert's page, see rules.runbooks_at."""
+    files: dict[Path, str] = {}
     for build in BOARDS:
         board = build()
         files[FOLDER / f"{board.uid}.json"] = (
@@ -24,7 +38,10 @@ def made() -> dict[Path, str]:
         )
     files[KUSTOMIZATION] = _kustomization([path.name for path in files])
     if RULES.exists():  # a source tree: the package alone has no deploy/
-        files[PROMETHEUS_RULE] = prometheus_rule(RULES.read_text())
+        page = runbooks or (site_runbooks(SITE.read_text()) if SITE.exists() else None)
+        rules = RULES.read_text()
+        files[RULES] = rules if page is None else with_runbooks(rules, page)
+        files[PROMETHEUS_RULE] = prometheus_rule(files[RULES])
     return files
 
 
@@ -58,12 +75,17 @@ def drift(files: Mapping[Path, str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Write, or compare; return the exit code."""
-    if arguments not in ([], ["--check"]):
-        sys.stderr.write("usage: python -m mooncake.dashboards [--check]\n")
+    parser = argparse.ArgumentParser(prog="python -m mooncake.dashboards")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if files differ")
+    parser.add_argument("--runbooks", metavar="URL", help="where alerts' pages are served")
+    options = parser.parse_args(arguments)
+    try:
+        files = made(None if options.runbooks is None else runbooks_at(options.runbooks))
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
         return 2
-    files = made()
     differing = drift(files)
-    if arguments:
+    if options.check:
         for line in differing:
             sys.stderr.write(f"{line}; run python -m mooncake.dashboards\n")
         return 1 if differing else 0

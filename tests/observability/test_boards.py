@@ -11,7 +11,15 @@ import yaml
 from mooncake.dashboards import FOLDER, board_files, load_boards
 from mooncake.dashboards.__main__ import drift, made, main
 from mooncake.dashboards.objectives import BURNS
-from mooncake.dashboards.rules import PROMETHEUS_RULE, RULES
+from mooncake.dashboards.rules import (
+    PROMETHEUS_RULE,
+    RULES,
+    RUNBOOKS,
+    prometheus_rule,
+    runbooks_at,
+    site_runbooks,
+    with_runbooks,
+)
 from tests.observability.names import VLLM_METRICS, code_metrics, names_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +52,8 @@ def test_drift_is_told_and_a_board_that_nobody_makes_is_too(tmp_path: Path):
     path = next(iter(files))
     assert drift({**files, path: files[path] + " "}) == [f"{path}: not as made"]
     assert drift({one: text for one, text in files.items() if one != path}) == [f"{path}: nobody makes it"]
-    assert main(["--chek"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--chek"])
 
 
 def test_uids_are_file_names_and_panels_have_ids_of_their_own():
@@ -145,6 +154,42 @@ def test_the_operators_object_holds_the_same_rules():
     assert wrapped["spec"] == yaml.safe_load(RULES.read_text())
 
 
+@pytest.mark.parametrize(
+    ("url", "page"),
+    [
+        ("https://docs.example.com", "https://docs.example.com/runbooks/{name}.html"),
+        ("https://docs.example.com/mooncake/", "https://docs.example.com/mooncake/runbooks/{name}.html"),
+        ("http://git/x/blob/main/docs/{name}.md#do", "http://git/x/blob/main/docs/{name}.md#do"),
+    ],
+)
+def test_who_is_paged_gets_a_link_to_where_the_pages_are_served(url, page):
+    again = with_runbooks(with_runbooks(RULES.read_text(), "elsewhere/{name}"), runbooks_at(url))
+    for text in (again, prometheus_rule(again)):
+        body = yaml.safe_load(text)
+        alerts = [
+            rule for group in body.get("spec", body)["groups"] for rule in group["rules"] if "alert" in rule
+        ]
+        links = [rule["annotations"]["runbook_url"] for rule in alerts]
+        assert links == [page.replace("{name}", rule["alert"]) for rule in alerts]
+    assert with_runbooks(again, RUNBOOKS) == with_runbooks(RULES.read_text(), RUNBOOKS)  # and nothing else
+
+
+def test_the_address_of_the_site_is_that_of_the_pages_if_mkdocs_has_one():
+    assert site_runbooks("site_name: x\n") is None
+    page = site_runbooks("site_name: x\nsite_url: 'https://a/b/'  # ours\n")
+    assert page == "https://a/b/runbooks/{name}.html"
+
+
+@pytest.mark.parametrize(
+    "url", ["docs.example.com", "https://a b", "https://a/{{ $labels }}", "file:///x", ""]
+)
+def test_an_address_that_is_none_is_said_and_nothing_is_written(url, capsys):
+    before = RULES.read_text()
+    assert main([f"--runbooks={url}"]) == 2
+    assert url in capsys.readouterr().err
+    assert RULES.read_text() == before
+
+
 def test_every_alert_has_a_severity_words_and_a_page_that_says_what_to_do():
     for rule in rules():
         if "record" in rule:
@@ -153,8 +198,8 @@ def test_every_alert_has_a_severity_words_and_a_page_that_says_what_to_do():
         assert rule["labels"]["severity"] in ("page", "ticket"), name
         assert rule["annotations"]["summary"], name
         assert rule["annotations"]["description"], name
-        assert rule["annotations"]["runbook_url"] == f"docs/runbooks/{name}.md"
-        page = (ROOT / rule["annotations"]["runbook_url"]).read_text()
+        assert re.fullmatch(rf"\S*{name}\S*", rule["annotations"]["runbook_url"])
+        page = (ROOT / RUNBOOKS.format(name=name)).read_text()
         headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
         assert headings == ["What it means", "Confirm", "Do", "Prevent"], name
         assert rule["labels"]["severity"] in page, name
