@@ -94,10 +94,15 @@ class Administered(Drains):
     )
     admin_port: int = setting(0, "Port of metrics, health and drain; 0 = none.", low=0, high=65535)
 
+    @property
+    def has_admin(self) -> bool:
+        """Whether it serves at all, itself or in processes of its own."""
+        return self.admin_port > 0
+
     def unmet(self) -> list[Problem]:
         """See Options."""
         found = super().unmet()
-        if not self.admin_port:
+        if not self.has_admin:
             return found
         return found + refusals(
             "admin_host",
@@ -359,6 +364,11 @@ class ConductorOptions(GatewayOptions):
     )  # fmt: skip
     zygote: bool = setting(True, "Import vLLM once and fork gateways.")
 
+    @property
+    def has_admin(self) -> bool:
+        """See Administered: several processes have ports in any case."""
+        return self.gateways is not None or super().has_admin
+
 
 class LoneGatewayOptions(GatewayOptions):
     """`mooncake gateway`: one that joins a core."""
@@ -378,7 +388,7 @@ class StoreOptions(Joined, Pooled, Administered, Placed):
     transfer: str = setting("", "HOST:PORT where other stores copy KV blocks; empty = ADDRESS, any port.")
 
 
-class UpOptions(Served, Policies, Modelled, Engined, Pooled, Drains, Traced, Placed):
+class UpOptions(Served, Policies, Modelled, Engined, Pooled, Administered, Traced, Placed):
     """What `mooncake up` is asked for."""
 
     section: ClassVar[str] = "up"
@@ -393,12 +403,17 @@ class UpOptions(Served, Policies, Modelled, Engined, Pooled, Drains, Traced, Pla
     pool_bytes: Size = setting(1 << 30, "Memory of the shared KV pool.", key="pool_size", low=POOL_BYTES_MIN)
     cores: Cores = setting([], "auto, or the cores to use, e.g. 0-3.", shown="auto")
     admin_port: int = setting(
-        0, "First loopback port of the processes' metrics, health and drain; 0 = any free.", low=0, high=65535
+        0, "First port of the processes' metrics, health and drain; 0 = any free.", low=0, high=65535
     )
     zygote: bool = setting(True, "Import vLLM once and fork engines.")
     served_name: str = fact("")
     model_is_local: bool = fact(True)
     admin_ports: dict[str, int] = fact({})  # by process name; missing = none
+
+    @property
+    def has_admin(self) -> bool:
+        """See Administered: every process has a port."""
+        return True
 
     def conflicts(self) -> list[Problem]:
         """See Options."""

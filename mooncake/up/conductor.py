@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 
 from mooncake.core import log as logs
-from mooncake.core.config import LOOPBACK
 from mooncake.core.options import ConductorOptions
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
@@ -35,7 +34,9 @@ def conductor(options: ConductorOptions, model_is_local: bool, console: Console)
         name = f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
         options = options.replace(name=name)
     with Held(options.host, options.port):
-        ports = admin_ports(gateway_names(options.gateways), options.port, options.admin_port)
+        ports = admin_ports(
+            gateway_names(options.gateways), options.port, options.admin_port, options.admin_host
+        )
         keys = tenant_keys(options.tenants)
         plan = plan_conductor(options, options.gateways, ports, keys)
         prepare_run_dir(run_dir)
@@ -53,6 +54,6 @@ def ready_text(options: ConductorOptions, ports: dict[str, int]) -> str:
     own = " ".join(f"{name}:{port}" for name, port in ports.items())
     return f"""
 The Conductor is ready at {url} with {len(ports) - 1} gateways; metadata {options.metadata_endpoint}
-metrics on {LOOPBACK}: {own}
+metrics on {options.admin_host}: {own}
 logs: {options.run_dir}   watch: mooncake top --url {url}   stop: Ctrl-C
 """

@@ -85,6 +85,20 @@ def test_every_process_gets_its_own_admin_port():
     assert {one.options.admin_port for one in plan()} == {0}
 
 
+@pytest.mark.parametrize("gateways", [None, 2])
+def test_a_whole_cluster_s_admin_servers_listen_where_it_was_asked_for_if_there_is_a_token(
+    gateways, monkeypatch
+):
+    ports = {"store": 8001, "conductor": 8002, "core": 8003, "gateway-0": 8004, "gateway-1": 8005}
+    ports |= {"prefill-0": 8006, "decode-0": 8007}
+    wish = {"admin_ports": ports, "admin_host": "0.0.0.0", "gateways": gateways}
+    with pytest.raises(ConfigError, match="MOONCAKE_ADMIN_TOKEN"):
+        plan(**wish)
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN", "t" * 16)
+    assert {one.options.admin_host for one in plan(**wish)} == {"0.0.0.0"}
+    assert {one.options.admin_host for one in plan(admin_ports=ports)} == {"127.0.0.1"}
+
+
 def test_every_process_has_time_to_drain():
     assert all(one.stop_s > 7.0 for one in plan(drain_s=7.0, gateways=2) if one.role != "core")
     assert all(one.stop_s > 7.0 for one in plan(drain_s=7.0))

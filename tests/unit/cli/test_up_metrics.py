@@ -86,6 +86,43 @@ def test_every_process_is_scraped_at_its_admin_port(tmp_path):
     assert "20000/metrics" not in metrics_text(options, "http://127.0.0.1:20000")
 
 
+def scraping(tmp_path, **changes) -> dict:
+    write_prometheus_config(with_admin_ports(WISH.replace(run_dir=str(tmp_path), **changes)))
+    (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
+    return job
+
+
+@pytest.mark.parametrize(("host", "seen"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")])
+def test_prometheus_and_people_are_told_an_address_that_this_machine_reaches(tmp_path, host, seen):
+    for target in scraping(tmp_path, admin_host=host)["static_configs"]:
+        assert target["targets"][0].startswith(f"{seen}:")
+    options = WISH.replace(admin_host=host, admin_ports={"conductor": 8002})
+    text = ready_text(options, 1, has_key=False)
+    assert f"http://{seen}:8002/dashboard" in text
+    assert f"on {host}: conductor:8002" in text
+
+
+def test_a_port_is_free_if_it_is_on_the_address_that_is_to_be_bound():
+    with listener() as taken:
+        port = taken.getsockname()[1]
+        assert not can_bind(port, "0.0.0.0")
+        assert can_bind(port, "127.0.0.2")
+
+
+def test_an_address_of_another_host_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 .*an address of this host"):
+        scraping(tmp_path, admin_host="192.0.2.1")
+
+
+def test_prometheus_shows_the_token_that_admin_servers_want_and_no_copy_of_it_is_made(tmp_path, monkeypatch):
+    assert "authorization" not in scraping(tmp_path)
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN", "very-secret-token")
+    assert scraping(tmp_path)["authorization"] == {"credentials_file": "FILE-WITH-MOONCAKE_ADMIN_TOKEN"}
+    assert "very-secret-token" not in (tmp_path / "prometheus.yml").read_text()
+    monkeypatch.setenv("MOONCAKE_ADMIN_TOKEN_FILE", "/etc/mooncake/token")
+    assert scraping(tmp_path)["authorization"] == {"credentials_file": "/etc/mooncake/token"}
+
+
 def test_the_ready_text_says_where_metrics_are():
     options = UpOptions(
         model="/m", served_name="m", run_dir="/r", admin_ports={"store": 8001, "prefill-0": 8002}

@@ -5,13 +5,21 @@ import pytest
 from hypothesis import given
 
 from mooncake.core.errors import ConfigError
-from mooncake.core.options import SECTIONS, GatewayOptions, StoreOptions, UpOptions, WorkerOptions
+from mooncake.core.options import (
+    SECTIONS,
+    ConductorOptions,
+    GatewayOptions,
+    StoreOptions,
+    UpOptions,
+    WorkerOptions,
+)
 from mooncake.core.options_base import kind_of, masked, settings_of, shown
 
 WORKER = WorkerOptions(
     role="prefill", model="m", metadata="tcp://127.0.0.1:1", run_dir="/r", instance_id="prefill-0"
 )
 GATEWAY = GatewayOptions(model="m", run_dir="/r")
+UP = UpOptions(model="m", run_dir="/r")
 STORE = StoreOptions(node="n", capacity_bytes=1 << 30, run_dir="/r", metadata="tcp://127.0.0.1:1")
 
 
@@ -38,6 +46,12 @@ STORE = StoreOptions(node="n", capacity_bytes=1 << 30, run_dir="/r", metadata="t
         (GATEWAY, {"inline": "perhaps"}, "inline = 'perhaps': must be true or false"),
         (GATEWAY, {"vllm_args": "it's"}, "as in a shell"),
         (GATEWAY, {"admin_port": 9000, "admin_host": "0.0.0.0"}, "MOONCAKE_ADMIN_TOKEN"),
+        (
+            UP,
+            {"admin_host": "0.0.0.0"},
+            "admin_host = '0.0.0.0': others can reach it",
+        ),  # its ports are chosen
+        (ConductorOptions(model="m", run_dir="/r", gateways=2), {"admin_host": "::"}, "MOONCAKE_ADMIN_TOKEN"),
         (GATEWAY, {"otlp_endpoint": "here"}, "otlp_endpoint = 'here': must be http://HOST:PORT"),
         (STORE, {"capacity_bytes": 3}, "capacity"),
         (STORE, {"node": "a b"}, "node"),
