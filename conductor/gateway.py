@@ -10,9 +10,8 @@ shutdown    SIGTERM or SIGINT: not ready; after drain_delay_s take no new connec
 import argparse
 import asyncio
 import contextlib
-import hmac
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from conductor.describe import described_stores
 from conductor.dispatch import Dispatcher
 from conductor.http import RejectionMiddleware, tenant_served
 from conductor.keeper import Keeper, KeeperMetrics
+from conductor.key_guard import KeyGuard
 from conductor.live import cluster_parts, live_page
 from conductor.metrics import process_metrics
 from conductor.processes import (
@@ -151,7 +151,7 @@ def configure(options: GatewayOptions) -> tuple[argparse.Namespace, Any]:
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:
-    """Return the keys that vLLM's own middleware accepts."""
+    """Return the keys that open the HTTP port, as vLLM's own middleware takes them."""
     given = args.api_key or [os.environ.get("VLLM_API_KEY")]
     return [key for key in given if key]
 
@@ -176,8 +176,8 @@ async def fronts(metadata: MetadataStore, prefix: str) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(one) for one in sorted(found, key=lambda one: one.name)]
 
 
-def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace, metadata: MetadataStore) -> None:
-    """Add what only we know; vLLM's key check covers only its own paths, so it is ours here.
+def add_routes(app: Any, cluster: Cluster, metadata: MetadataStore) -> None:
+    """Add what only we know; KeyGuard stands before it.
 
     GET /mooncake/instances: who is there. GET /mooncake/decisions[?request_id=...]: why requests run where
     they run, newest first (see conductor.why). POST /mooncake/roles {"instance_id": ..., "role": ...}: let an
@@ -186,17 +186,6 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace, metadata: M
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-
-    keys = [f"Bearer {key}".encode() for key in api_keys(args)]
-
-    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            shown = request.headers.get("authorization", "").encode()
-            if keys and not any(hmac.compare_digest(shown, key) for key in keys):
-                return JSONResponse({"error": "Unauthorized"}, status_code=401)
-            return await answer(request)
-
-        return endpoint
 
     async def instances(request: Request) -> Response:  # noqa: ARG001
         return JSONResponse({
@@ -228,7 +217,7 @@ def add_routes(app: Any, cluster: Cluster, args: argparse.Namespace, metadata: M
         ("decisions", decisions, "GET"),
         ("roles", roles, "POST"),
     ):
-        app.router.routes.insert(0, Route(f"/mooncake/{path}", guarded(answer), methods=[method]))
+        app.router.routes.insert(0, Route(f"/mooncake/{path}", answer, methods=[method]))
 
 
 async def run(options: GatewayOptions, alone: bool = True) -> None:
@@ -251,7 +240,7 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         stack.callback(llm.shutdown)
         stack.push_async_callback(cluster.close)
         app = await vllm_seam.build_app(llm, args)
-        add_routes(app, cluster, args, metadata)
+        add_routes(app, cluster, metadata)
         cluster.start(llm)
         own.leaving.in_flight = lambda: cluster.dispatcher.in_flight
         await stack.enter_async_context(
@@ -270,10 +259,11 @@ async def run(options: GatewayOptions, alone: bool = True) -> None:
         stack.push_async_callback(registration.close)
         key = next(iter(api_keys(args)), "")
         tracing = traced(stack, "gateway", record.name)
+        guard = KeyGuard(app, api_keys(args))
         front = RejectionMiddleware(
-            app, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents,
+            guard, cluster.quotas, key, hopeless=cluster.dispatcher.hopeless, agents=cluster.agents,
             traces=None if tracing is None else Traces(tracing, served_name(args)),
-            answered=process_metrics().answered,
+            answered=process_metrics().answered, lets_in=guard.lets_in,
         )  # fmt: skip
 
         def serves() -> None:

@@ -93,12 +93,14 @@ class RejectionMiddleware:
         agents: Agents | None = None,
         traces: Traces | None = None,
         answered: Callable[[int], None] = lambda _: None,
+        lets_in: Callable[[Message], bool] = lambda _: True,
     ) -> None:
         """`quotas` know the tenants; `api_key`: shown to vLLM for a tenant that showed its own.
 
         `hopeless`: what to tell those who cannot be served whatever they ask, before it is parsed.
         `agents` hear of turns; None: nobody does. `traces`: None = tracing is off.
         `answered` hears the status of each answer that engines are needed for.
+        `lets_in`: whether `app` will let a request in; of others nothing is read.
         """
         self._app = app
         self._hopeless = hopeless
@@ -107,6 +109,7 @@ class RejectionMiddleware:
         self._agents = agents
         self._traces = traces
         self._answered = answered
+        self._lets_in = lets_in
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -150,7 +153,8 @@ class RejectionMiddleware:
         body: _Body | None = None
         if scope["method"] == "POST":
             receive = body = _Body(fate, tenants, receive)
-        if body is not None and scope["path"] in ANSWERED_PATHS and await body.read():
+        wanted = body is not None and scope["path"] in ANSWERED_PATHS and self._lets_in(scope)
+        if body is not None and wanted and await body.read():
             fate.error = self._hopeless(fate.terms)
             if fate.error is None and self._agents is not None:
                 fate.begin(self._agents)

@@ -401,6 +401,9 @@ times a second at least, so never add these gauges up over gateways, and numbers
 `instance_id`). Counters and histograms may be added up: each gateway counts its own requests. Where there are
 many engines, leave vLLM's out: `mooncake gateway ... -- --disable-log-stats`, three quarters of the page.
 
+A gateway's API port shows the same page at `/metrics`, for the API key where there is one (tenants' names are
+in it); vLLM alone shows it to everybody. It is text, never OpenMetrics, which writes `vllm:x` as `vllm_x`.
+
 Goodput is `mooncake_slo_requests_total{result="met"}`: the first token came within its objective, and at most
 a tenth of the gaps between outputs were longer than theirs. Requests bring objectives, or have the operator's
 (`mooncake_slo_objective_seconds`); without any, whatever is served is met.

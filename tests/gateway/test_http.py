@@ -17,6 +17,7 @@ from conductor import core, gateway, vllm_seam
 from conductor.admission import AdmissionMode
 from conductor.cluster import Health
 from conductor.http import RejectionMiddleware
+from conductor.key_guard import OPEN_PATHS, KeyGuard
 from conductor.plan import Reason
 from conductor.scheduler import Policy, SchedulerConfig
 from conductor.tenants import Tenant, Tenants
@@ -63,7 +64,7 @@ async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     cluster = gateway.Cluster(options(model_dir), metadata)
     llm = vllm_seam.build_llm(args, config, cluster.client)
     app = await vllm_seam.build_app(llm, args)
-    gateway.add_routes(app, cluster, args, metadata)
+    gateway.add_routes(app, cluster, metadata)
     cluster.start(llm)
     engines: list[FakeEngine] = []
 
@@ -76,7 +77,9 @@ async def site(configured: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         return engines[-1]
 
     headers = {"Authorization": f"Bearer {KEY}"}
-    front = RejectionMiddleware(app, cluster.quotas, KEY, hopeless=cluster.dispatcher.hopeless)
+    guard = KeyGuard(app, gateway.api_keys(args))
+    hopeless = cluster.dispatcher.hopeless
+    front = RejectionMiddleware(guard, cluster.quotas, KEY, hopeless=hopeless, lets_in=guard.lets_in)
     transport = httpx.ASGITransport(app=front)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
         yield SimpleNamespace(
@@ -204,6 +207,59 @@ def test_policy_and_objectives_reach_the_scheduler(tmp_path) -> None:
 async def test_the_api_key_guards_vllms_routes(site) -> None:
     answer = await site.client.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer no"})
     assert answer.status_code == 401
+
+
+def paths_of(routes: Any) -> set[tuple[str, str]]:
+    """Every path that an app answers, with a method; FastAPI keeps included routers whole."""
+    found = set()
+    for route in routes:
+        if (inner := getattr(route, "original_router", None)) is not None:
+            found |= paths_of(inner.routes)
+        else:
+            methods = set(getattr(route, "methods", None) or {"GET"}) - {"HEAD", "OPTIONS"}
+            found |= {(method, route.path) for method in methods}
+    return found
+
+
+async def test_whatever_vllm_s_app_answers_needs_the_key_but_for_probes(site) -> None:
+    """vLLM's own check covers /v1 and /inference: /invocations is inference without a key."""
+    paths = paths_of(site.app.routes)
+    assert {path for _, path in paths} > {"/invocations", "/tokenize", "/metrics", "/v1/models"} | OPEN_PATHS
+    assert len(paths) > 30
+    for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+        transport = site.client._transport
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=shown) as client:
+            for method, path in sorted(paths):
+                answer = await client.request(method, path)
+                wanted = 200 if path in OPEN_PATHS else 401
+                assert answer.status_code == wanted, (method, path, answer.text[:100])
+                assert path not in OPEN_PATHS or not answer.text, "a status and nothing else"
+            for path in ("/metrics/", "/metricsx", "/health/", "/nowhere", "//health"):
+                assert (await client.get(path)).status_code == 401, path
+            assert (await client.options("/v1/models")).status_code != 401, "browsers ask before they show it"
+
+
+async def test_nothing_is_read_of_a_request_without_the_key(site) -> None:
+    read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        read.append(1)
+        yield b"x" * (1 << 20)
+
+    shown = {"Authorization": "Bearer wrong"}
+    answer = await site.client.post("/v1/completions", content=body(), headers=shown)
+    assert (answer.status_code, read) == (401, [])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/metricsx"])
+async def test_metrics_keep_their_names_whatever_a_scraper_would_rather_read(site, path) -> None:
+    """In OpenMetrics the encoder writes vllm:x as vllm_x."""
+    accept = "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5"
+    answer = await site.client.get(path, headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "vllm:num_requests_running{" in answer.text
+    assert "vllm_num" not in answer.text
 
 
 async def test_metrics_of_both_are_on_one_page(configured) -> None:
