@@ -46,6 +46,8 @@ from tests.integration.cluster import (
 )
 
 LOG_LINES = 40
+SETTINGS = "mooncake.yaml"
+"""Below the run directory; what every process reloads from."""
 
 
 def elsewhere(process: Process, metadata: str) -> Process:
@@ -61,6 +63,7 @@ def main(model: str, port: str, etcd: str, run_dir: str) -> int:
     options = UpOptions(
         model=model, served_name=Path(model).name, run_dir=run_dir, port=int(port), gateways=2,
         dtype="float32", block_size=BLOCK, kv_memory_bytes=256 << 20, pool_bytes=256 << 20,
+        config=f"{run_dir}/{SETTINGS}",
     )  # fmt: skip
     with Held(options.host, options.port):
         options = with_admin_ports(options)
@@ -82,6 +85,7 @@ class Fronts:
         self.client = Client(self.url, model.name)
         self._env = {**os.environ, TAG: self.tag, "CXX": "/bin/false"}
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.write_settings("{}")
         self._start(
             "up", "-m", "tests.integration.fronts", str(model), str(self.port), etcd, str(self.run_dir)
         )
@@ -94,6 +98,7 @@ class Fronts:
         self._start(
             "standby", "-m", "mooncake", "conductor", "--gateways=0", f"--metadata-endpoint={self._etcd}",
             f"--run-dir={self.run_dir / 'b'}", f"--admin-port={metrics}", f"--block-size={BLOCK}",
+            f"--config={self.run_dir / SETTINGS}",
         )  # fmt: skip
 
     def _start(self, name: str, *words: str) -> None:
@@ -104,6 +109,12 @@ class Fronts:
                     start_new_session=True,
                 )
             )  # fmt: skip
+
+    def write_settings(self, values: str) -> None:
+        """Let the file say `values` (a YAML mapping) of all processes, as a ConfigMap changes: at once."""
+        fresh = self.run_dir / "mooncake.new"
+        fresh.write_text(f"up: {values}\nconductor: {values}\n")
+        fresh.replace(self.run_dir / SETTINGS)
 
     def wait_ready(self) -> None:
         """Return when everything serves and one core leads."""

@@ -1,13 +1,16 @@
 """Two gateways share a port and a core; cores and gateways die, stand still and have to go, under load."""
 
+import json
 import os
 import signal
 import time
+from typing import Any
 
+import httpx
 import pytest
 
 from mooncake.core.process import alive
-from tests.integration.client import GREEDY
+from tests.integration.client import GREEDY, Client
 from tests.integration.etcd_servers import NEEDS_ETCD
 from tests.integration.fronts import Fronts, Load
 from tests.integration.reference import random_prompt
@@ -16,6 +19,8 @@ pytestmark = [pytest.mark.integration, NEEDS_ETCD]
 
 TOKENS = 150
 """Of a stream: it lasts some seconds beside others."""
+LONG = 1000
+"""Of one that outlasts a few reloads and some short requests: 4 s at the least."""
 REBUILT_S = 10.0
 AWAY = {"kind": "core_away"}
 
@@ -41,6 +46,100 @@ def test_both_gateways_serve_on_one_port_and_one_core_decides_for_both(fronts: F
     assert fronts.metric(page, "mooncake_decisions_total") >= sum(served)
     asked = fronts.client.http.get("/mooncake/decisions").json()["decisions"]
     assert len(asked) >= 16, "any gateway tells what the core decided for all"
+
+
+def reloads(fronts: Fronts, page: str, result: str) -> float:
+    return fronts.metric(page, "mooncake_config_reloads_total", result=result)
+
+
+def reload_by_post(page: str) -> tuple[int, dict[str, Any]]:
+    answer = httpx.post(page.replace("/metrics", "/config/reload"), timeout=30.0)
+    return answer.status_code, answer.json()
+
+
+def reload_all(fronts: Fronts, values: dict[str, Any], result: str) -> list[tuple[int, dict[str, Any]]]:
+    """Let the file say `values`; one gateway gets SIGHUP, the rest POST; return what those answered."""
+    hung_up, *others = [*fronts.view()["gateways"], *fronts.view()["cores"]]
+    before = {one["metrics_url"]: reloads(fronts, one["metrics_url"], result) for one in (hung_up, *others)}
+    fronts.write_settings(json.dumps(values))
+    os.kill(hung_up["pid"], signal.SIGHUP)
+    answers = [reload_by_post(one["metrics_url"]) for one in others]
+
+    def counted() -> bool:
+        return all(reloads(fronts, page, result) == count + 1 for page, count in before.items())
+
+    fronts.wait(f"every process counts a reload that is {result}", counted, 10.0)
+    return answers
+
+
+def ask(client: Client, tenant: str = "") -> tuple[int, str]:
+    """Return the status and the text of one short request."""
+    body = client.body(random_prompt(40, 77), {"max_tokens": 2, **GREEDY})
+    answer = client.http.post(
+        "/v1/completions", json=body, headers={"x-mooncake-tenant": tenant} if tenant else {}
+    )
+    return answer.status_code, answer.text
+
+
+def test_what_changes_in_the_file_holds_for_the_next_requests_at_both_gateways_and_streams_go_on(
+    fronts: Fronts,
+):
+    first, second = (fronts.bound_client(pid) for pid in fronts.gateways().values())
+    pages = [one["metrics_url"] for one in fronts.view()["gateways"]]
+    beside = [fronts.bound_client(pid) for pid in fronts.gateways().values()]
+    streams = [
+        client.stream(random_prompt(60, 80 + i), max_tokens=LONG, **GREEDY) for i, client in enumerate(beside)
+    ]
+    for stream in streams:
+        stream.wait_tokens(5)
+    tenants = fronts.run_dir / "tenants.toml"
+    tenants.write_text("[tenants.small]\nrequests_per_s = 0.001\nrequests_burst = 1\n")
+    kind = {"kind": "least_load"}
+
+    def planned() -> float:
+        return fronts.metric(fronts.leader()["metrics_url"], "mooncake_decisions_total", **kind)
+
+    before = planned()
+    said = {"policy": "least_load", "ttft_slo_s": 30, "tenants": str(tenants)}
+    for status, told in reload_all(fronts, said, "changed"):
+        assert (status, set(told["changed"])) == (200, set(said))
+    assert [ask(client, "small")[0] for client in (first, second, first)] == [200, 429, 429]
+    assert "quota" in ask(second, "small")[1]
+    assert [ask(client)[0] for client in (first, second)] == [200, 200], "others have no quota"
+    assert planned() == before + 3
+    for page in pages:
+        shown = fronts.metric(page, "mooncake_slo_objective_seconds", objective="ttft", slo_class="default")
+        assert shown == 30
+
+    reload_all(fronts, {**said, "ttft_slo_s": 1e-4}, "changed")
+    for client in (first, second):
+        status, text = ask(client)
+        assert status == 429
+        assert "time to first token" in text
+    assert all(stream.answer.finish is None for stream in streams), "they ran all the time"
+    for stream in streams:
+        assert len(stream.result().tokens) == LONG
+
+    reload_all(fronts, {}, "changed")
+    assert [ask(client, "small")[0] for client in (first, second, first)] == [200, 200, 200]
+    for client in (first, second, *beside):
+        client.close()
+
+
+def test_a_wrong_file_changes_nothing_at_any_process_and_is_told_by_key_and_value(fronts: Fronts):
+    pages = [one["metrics_url"] for one in (*fronts.view()["gateways"], *fronts.view()["cores"])]
+    held = [fronts.metric(page, "mooncake_config_hash") for page in pages]
+    assert len(set(held)) == 2, "gateways agree, and cores do"
+    for status, told in reload_all(fronts, {"policy": "random", "ttft_slo_s": -1}, "refused"):
+        assert (status, told["result"], told["changed"]) == (422, "refused", [])
+        assert any("ttft_slo_s = '-1'" in line for line in told["errors"]), told
+    assert [fronts.metric(page, "mooncake_config_hash") for page in pages] == held
+    assert [fronts.metric(page, "mooncake_config_last_reload_success") for page in pages] == [0] * len(pages)
+    assert ask(fronts.client)[0] == 200
+    decided = fronts.client.http.get("/mooncake/decisions").json()["decisions"][0]
+    assert decided["kind"] == "kvcache_centric", "it is not decided at random"
+    reload_all(fronts, {}, "unchanged")
+    assert [fronts.metric(page, "mooncake_config_last_reload_success") for page in pages] == [1] * len(pages)
 
 
 def test_the_death_of_the_core_fails_no_request_and_its_standby_knows_the_blocks(fronts: Fronts):
