@@ -60,6 +60,8 @@ def test_a_pod_has_the_user_the_root_and_the_names_that_its_spec_says(kube: Kube
     assert facts["pid"] == "1"
     assert facts["host"] in {pod["metadata"]["name"] for pod in kube.pods("demo")}
     assert facts["name"] == kube.get("service", "web", "-n", "demo")["spec"]["clusterIP"]
+    assert facts["own"] == facts["ip"]
+    assert facts["nobody"] == "unknown"
     assert facts["key"] == "from the secret"
 
 

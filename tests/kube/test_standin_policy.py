@@ -220,6 +220,13 @@ def test_names_lead_to_the_services_address_or_without_one_to_each_pod() -> None
     assert {"web", "web-0.web", "web-0.web.ns.svc.cluster.local"} <= set(line.split())
 
 
+def test_what_a_pod_is_called_is_not_what_others_know_it_by() -> None:
+    """A kubelet writes a pod's own name for itself; the DNS of a cluster knows Services."""
+    web_0, web_1 = pod("web-0"), pod("web-1", ip="10.0.0.2")
+    assert not any("web-1" in line.split() for line in endpoints.hosts([SERVICE], [web_0, web_1])["ns"])
+    assert endpoints.own_host("10.0.0.2", "web-1") == "10.0.0.2 web-1"
+
+
 def test_a_budget_lets_one_go_and_no_second_before_its_replacement_is_ready() -> None:
     budget = {
         "metadata": {"name": "b"},

@@ -19,6 +19,11 @@ from mooncake.core.process import open_log
 from tests.kube.standin.sandbox import Sandbox, dies_with_us
 from tests.kube.standin.volumes import Mount
 
+_NO_OTHER_NAMES = (
+    # a name that is not in the file of hosts does not exist, which is known at once, as with a cluster's DNS;
+    # this machine's servers cannot be reached from a pod. Removed first: it may be a link.
+    "rm -f etc/resolv.conf etc/nsswitch.conf", ": > etc/resolv.conf", "echo hosts: files > etc/nsswitch.conf",
+)  # fmt: skip
 Object = dict[str, Any]
 KILL_S = 10.0
 """After SIGKILL of its first process the kernel ends all the others."""
@@ -54,7 +59,7 @@ def root_script(
         *(f"mkdir -p .{path}; mount --rbind {path} .{path}" for path in map(shlex.quote, foreign)),
         "mount -t proc proc proc", "mount --rbind /sys sys", "mount --rbind /dev dev",
         f"mount -t tmpfs -o size={SHM_BYTES},mode=1777 tmpfs dev/shm",
-        "mount --bind {hosts} etc/hosts".format(**quoted),
+        "mount --bind {hosts} etc/hosts".format(**quoted), *_NO_OTHER_NAMES,
     ]  # fmt: skip
     for mount in mounts:
         # links are followed on this machine, whose root this is: an absolute one leads out of the new root

@@ -96,7 +96,7 @@ def slice_of(service: Object, pods: Sequence[Object]) -> Object:
 
 
 def hosts(services: Sequence[Object], pods: Sequence[Object]) -> dict[str, list[str]]:
-    """Return namespace -> lines of the hosts file of its pods."""
+    """Return namespace -> lines that all its pods have in their hosts files: Services by name, as a DNS has them."""
     lines: dict[str, list[str]] = {}
     spaces = {one["metadata"]["namespace"] for one in [*services, *pods]}
     for space in sorted(spaces):
@@ -106,6 +106,11 @@ def hosts(services: Sequence[Object], pods: Sequence[Object]) -> dict[str, list[
             rows += _lines(service, pods, space == meta["namespace"])
         lines[space] = rows
     return lines
+
+
+def own_host(ip: str, hostname: str) -> str:
+    """Return the line of a hosts file that a pod alone has: its own name, which no DNS knows."""
+    return f"{ip} {hostname}"
 
 
 def _lines(service: Object, pods: Sequence[Object], same_space: bool) -> list[str]:

@@ -36,6 +36,8 @@ class Kubelet:
         self._pods: dict[str, Pod] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
+        self._hosts: dict[str, tuple[str, str]] = {}
+        """uid -> namespace and own line of its hosts file."""
         self._numbers = itertools.count(0)
         self._load = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
         self._taken: dict[str, list[int]] = {}
@@ -84,8 +86,10 @@ class Kubelet:
         for place in (places.pod, places.memory, places.node):
             place.mkdir(parents=True, exist_ok=True)
         sandbox = Sandbox(number, pod["spec"].get("hostname", meta["name"]))
+        self._hosts[uid] = meta["namespace"], endpoints.own_host(sandbox.ip, sandbox.hostname)
+        self._write_hosts()
         one = self._pods[uid] = Pod(
-            pod, sandbox, places, self._hosts(meta["namespace"]),
+            pod, sandbox, places, self._hosts_path(uid),
             lambda plural, name: self._store.find(plural, meta["namespace"], name),
             self._settings, lambda status: self._store.set_status("pods", pod, status),
             lambda wanted: self._cores(uid, wanted),
@@ -99,6 +103,8 @@ class Kubelet:
             await asyncio.shield(one.kill())
             shutil.rmtree(places.memory, ignore_errors=True)
             shutil.rmtree(places.pod, ignore_errors=True)
+            del self._hosts[uid]
+            self._hosts_path(uid).unlink(missing_ok=True)
 
     async def _end(self, uid: str, pod: Object) -> None:
         if one := self._pods.get(uid):
@@ -147,17 +153,17 @@ class Kubelet:
         one = self._pods.get(found["metadata"]["uid"]) if found else None
         return one.log_path(container, previous) if one else None
 
-    def _hosts(self, namespace: str) -> Path:
-        path = self._folder / "hosts" / namespace
-        if not path.exists():
-            path.write_text("127.0.0.1 localhost\n")
-        return path
+    def _hosts_path(self, uid: str) -> Path:
+        return self._folder / "hosts" / uid
 
     def _write_hosts(self) -> None:
         """Write names anew where they changed; in place, as the files are mounted."""
         lines = endpoints.hosts(self._store.all("services"), self._store.all("pods"))
-        for namespace, rows in lines.items():
-            path, text = self._hosts(namespace), "".join(f"{row}\n" for row in rows).encode()
+        for uid, (namespace, own) in self._hosts.items():
+            path = self._hosts_path(uid)
+            path.touch()
+            rows = [*lines.get(namespace, ["127.0.0.1 localhost"]), own]  # its namespace may be gone
+            text = "".join(f"{row}\n" for row in rows).encode()
             if path.read_bytes() != text:
                 with path.open("r+b", buffering=0) as file:
                     file.write(text)

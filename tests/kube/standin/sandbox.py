@@ -100,12 +100,12 @@ class Sandbox:
         high, low = divmod(number, 250)
         self.ip = f"{_POD_NETWORK}.{high}.{low + 2}"
         self._cable = f"pod{number}"
-        self._hostname = hostname
+        self.hostname = hostname[:63]
         self._holder: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Make it."""
-        script = f"hostname {self._hostname[:63]} && echo up && exec sleep infinity"
+        script = f"hostname {self.hostname} && echo up && exec sleep infinity"
         self._holder = await asyncio.create_subprocess_exec(
             "unshare", "--net", "--uts", "--ipc", "sh", "-c", script,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=sys.stderr, preexec_fn=dies_with_us(),

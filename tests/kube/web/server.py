@@ -17,9 +17,15 @@ def facts() -> str:
         root = "writable"
     except OSError:
         root = "read-only"
+    nobody = ""
+    try:
+        socket.getaddrinfo("nobody", 80)
+    except socket.gaierror as error:
+        nobody = "unknown" if error.errno == socket.EAI_NONAME else str(error)
     found = {
         "uid": os.getuid(), "groups": ",".join(map(str, os.getgroups())), "pid": os.getpid(), "root": root,
         "host": socket.gethostname(), "name": socket.gethostbyname("web"),
+        "ip": os.environ["POD_IP"], "own": socket.gethostbyname(socket.gethostname()), "nobody": nobody,
         "key": Path("/secrets/key").read_text(),
     }  # fmt: skip
     return "".join(f"{name}={value}\n" for name, value in found.items())
