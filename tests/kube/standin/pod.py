@@ -246,6 +246,7 @@ class Pod:
         probe = spec[f"{kind}Probe"]
         await asyncio.sleep(timing.initial_delay_s)
         while container.running:
+            begun_s = time.monotonic()
             if kind in checks.due and not (kind == "liveness" and self._ending.is_set()):
                 ok = await attempt(probe, spec, self._ip, container, timing.timeout_s)
                 health = checks.on_outcome(kind, ok)
@@ -257,7 +258,7 @@ class Pod:
                     return
             elif kind == "startup":
                 return
-            await asyncio.sleep(timing.period_s)
+            await asyncio.sleep(timing.pause_s(time.monotonic() - begun_s))
 
     def _take(self, state: State, health: Health) -> None:
         if (state.started, state.ready) != (health.started, health.ready):

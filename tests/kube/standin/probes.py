@@ -26,6 +26,10 @@ class Timing:
             period_s=max(PERIOD_S_MIN, self.period_s * factor),
         )
 
+    def pause_s(self, took_s: float) -> float:
+        """Return how long to wait after an attempt that took so long: periods count from beginnings."""
+        return max(0.0, self.period_s - took_s)
+
 
 def timing(probe: Object) -> Timing:
     """Return the timing of a probe's spec, with Kubernetes' defaults."""

@@ -47,5 +47,5 @@ async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, actio
     lines = [f"GET {path} HTTP/1.1", f"Host: {host}", "User-Agent: kube-probe", "Connection: close"]
     writer.write(("\r\n".join(lines) + f"\r\n{headers}\r\n").encode())
     await writer.drain()
-    line = await reader.readline()
-    return 200 <= int(line.split()[1]) < 400
+    words = (await reader.readline()).split()  # none: hung up without an answer
+    return len(words) > 1 and 200 <= int(words[1]) < 400
