@@ -106,18 +106,21 @@ def test_a_rolling_restart_of_a_server_that_drains_drops_no_request(kube: Kube) 
 
 def test_a_process_that_stands_still_gets_no_traffic_and_is_started_again(kube: Kube) -> None:
     stopped, other = kube.pods("demo")
+    before = stopped["status"]["containerStatuses"][0]["restartCount"]
     os.kill(pid_of(stopped), signal.SIGSTOP)
 
     def left() -> bool:
-        slices = kube.get("endpointslices", "web", "-n", "demo")["endpoints"]
+        path = "/apis/discovery.k8s.io/v1/namespaces/demo/endpointslices/web"
+        slices = kube.read(path)["endpoints"]
         return [one["targetRef"]["name"] for one in slices] == [other["metadata"]["name"]]
 
     kube.wait("the pod is not ready", left, WAIT_S)
     kube.wait("the proxy knows it", lambda: served_by(kube, other["metadata"]["name"]), WAIT_S)
 
     def restarted() -> bool:
-        (status,) = kube.get("pod", stopped["metadata"]["name"], "-n", "demo")["status"]["containerStatuses"]
-        return status["restartCount"] >= 1 and status["ready"]
+        path = f"/api/v1/namespaces/demo/pods/{stopped['metadata']['name']}"
+        (status,) = kube.read(path)["status"]["containerStatuses"]
+        return status["restartCount"] > before and status["ready"]
 
     kube.wait("it is started again", restarted, WAIT_S)
 
