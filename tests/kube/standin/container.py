@@ -28,7 +28,10 @@ Object = dict[str, Any]
 KILL_S = 10.0
 """After SIGKILL of its first process the kernel ends all the others."""
 CHILD_S = 10.0
+ROOT_S = 60.0
+"""For a few mounts, on a busy machine."""
 POLL_S = 0.01
+_MADE = "made"
 SHM_BYTES = 64 << 20
 """Of /dev/shm, as every container runtime gives it."""
 
@@ -73,7 +76,8 @@ def root_script(
             lines.append(f"mount -o remount,bind,ro {target}")
     if read_only:
         lines.append("mount -o remount,ro .")
-    return "\n".join([*lines, 'exec chroot . "$@"', ""])
+    made = shlex.quote(str(root.parent / _MADE))
+    return "\n".join([*lines, f": > {made}", 'exec chroot . "$@"', ""])
 
 
 def privileges(pod: Object, container: Object) -> list[str]:
@@ -107,11 +111,29 @@ class Container:
         self._process: asyncio.subprocess.Process | None = None
         self.pid = 0
         """Of its first process, as this machine counts."""
+        self.begun = asyncio.Event()
+        """Its command is what runs (or all has ended): before, signals would meet what makes its root."""
+        self._killed = False
 
     async def start(
         self, script: str, command: Sequence[str], cwd: str, log: Path, cores: Sequence[int]
     ) -> None:
-        """Start it."""
+        """Start it; return when its root is made, so that its command runs.
+
+        Raises:
+            TimeoutError: the machine is too busy to make it.
+        """
+        try:
+            await self._start(script, command, cwd, log, cores)
+        except BaseException:
+            await self.kill()
+            raise
+        finally:
+            self.begun.set()
+
+    async def _start(
+        self, script: str, command: Sequence[str], cwd: str, log: Path, cores: Sequence[int]
+    ) -> None:
         (self._folder / "root").mkdir(parents=True, exist_ok=True)
         self._layers.mkdir(parents=True)
         path = self._folder / "root.sh"
@@ -133,14 +155,19 @@ class Container:
             )  # fmt: skip
         finally:
             os.close(fd)
-        await self._find_child()
+        await self._find_child(self._process)
+        if self._killed:  # while there was nothing to kill
+            await self.kill()
+        made = self._folder / _MADE
+        async with asyncio.timeout(ROOT_S):
+            while self.running and not made.exists():  # noqa: ASYNC110 - a file
+                await asyncio.sleep(POLL_S)
 
-    async def _find_child(self) -> None:
+    async def _find_child(self, process: asyncio.subprocess.Process) -> None:
         """Learn the pid of the first process: the child of `unshare`."""
-        assert self._process is not None
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         async with asyncio.timeout(CHILD_S):
-            while self._process.returncode is None:
+            while process.returncode is None:
                 with contextlib.suppress(OSError):
                     if text := children.read_text().split():  # noqa: ASYNC240 - of /proc
                         self.pid = int(text[0])
@@ -165,7 +192,8 @@ class Container:
                 os.kill(self.pid, number)
 
     async def kill(self) -> None:
-        """End it as a power cut would."""
+        """End it as a power cut would, also while it is being started."""
+        self._killed = True
         self.signal(signal.SIGKILL)
         if self._process is not None and self.running:
             with contextlib.suppress(TimeoutError):

@@ -96,7 +96,7 @@ def slice_of(service: Object, pods: Sequence[Object]) -> Object:
 
 
 def hosts(services: Sequence[Object], pods: Sequence[Object]) -> dict[str, list[str]]:
-    """Return namespace -> lines that all its pods have in their hosts files: Services by name, as a DNS has them."""
+    """Return namespace -> lines that all of its pods have in their hosts files: Services, as a DNS does."""
     lines: dict[str, list[str]] = {}
     spaces = {one["metadata"]["namespace"] for one in [*services, *pods]}
     for space in sorted(spaces):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ class Kubelet:
         self._pods: dict[str, Pod] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
+        self._graces_s: dict[str, float] = {}
+        """What each task of `_ends` was given; 0 = none: deleted by force."""
         self._hosts: dict[str, tuple[str, str]] = {}
         """uid -> namespace and own line of its hosts file."""
         self._numbers = itertools.count(0)
@@ -67,11 +70,10 @@ class Kubelet:
             ending = "deletionTimestamp" in pod["metadata"]
             if uid not in self._tasks and not ending:
                 self._tasks[uid] = asyncio.create_task(self._live(uid, pod), name=pod["metadata"]["name"])
-            elif ending and uid not in self._ends:
-                self._ends[uid] = asyncio.create_task(self._end(uid, pod))
+            elif ending:
+                self._let_end(uid, pod, float(pod["metadata"]["deletionGracePeriodSeconds"]))
         for uid in [uid for uid in self._pods if uid not in wanted]:
-            if uid not in self._ends:  # deleted by force
-                self._ends[uid] = asyncio.create_task(self._kill(uid))
+            self._let_end(uid, None, 0.0)
         for one in self._pods.values():
             with contextlib.suppress(MooncakeError):  # a Secret that was deleted stays as it was
                 one.volumes.refresh()
@@ -106,9 +108,23 @@ class Kubelet:
             del self._hosts[uid]
             self._hosts_path(uid).unlink(missing_ok=True)
 
-    async def _end(self, uid: str, pod: Object) -> None:
+    def _let_end(self, uid: str, pod: Object | None, grace_s: float) -> None:
+        """End a pod, if it is not already ending within as little; None: there is no such object any more."""
+        if grace_s >= self._graces_s.get(uid, math.inf):
+            return
+        earlier = self._ends.get(uid)
+        if earlier is not None:
+            if uid not in self._pods:
+                return  # its time is over, it is being killed
+            earlier.cancel()
+        self._graces_s[uid] = grace_s
+        self._ends[uid] = asyncio.create_task(
+            self._kill(uid) if pod is None else self._end(uid, pod, grace_s)
+        )
+
+    async def _end(self, uid: str, pod: Object, grace_s: float) -> None:
         if one := self._pods.get(uid):
-            await one.end(float(pod["metadata"]["deletionGracePeriodSeconds"]))
+            await one.end(grace_s)
         await self._kill(uid)
         meta = pod["metadata"]
         found = self._store.find("pods", meta["namespace"], meta["name"])

@@ -126,6 +126,11 @@ class Pod:
         if container is None:
             return
         begun_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await container.begun.wait()
+        if not container.running:  # it never was, or has ended by itself
+            return
         hook = self._specs[name].get("lifecycle", {}).get("preStop")
         if hook and "exec" in hook:
             log = self._log(name).with_suffix(".prestop")
