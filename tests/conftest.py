@@ -11,7 +11,8 @@ settings.register_profile("quick", settings.get_profile("full"), max_examples=30
 settings.load_profile("full")
 
 TAIL_CHARS = 4_000
-REAL = ("integration", "rdma", "chaos", "kube")
+REAL = ("integration", "rdma", "chaos")
+"""Not `kube`: its tests are steps of one cluster's life, and a second try would begin in the middle."""
 HERE = Path(__file__).parent
 PARALLEL = ("unit", "sim")
 """Folders whose tests share nothing with each other; they import no vLLM either (12 s in every process)."""
