@@ -8,12 +8,11 @@ last, nobody takes its error, and the event loop reports that on each occasion.
 
 import asyncio
 import ipaddress
-import socket
 from functools import partial
-from typing import Any
 
 from mooncake.core.errors import PeerGone
 from mooncake.core.metadata_etcd_options import Endpoint
+from mooncake.core.names import AddressInfo, address_infos
 
 
 class Names:
@@ -21,7 +20,7 @@ class Names:
 
     def __init__(self) -> None:
         """Nothing is asked yet."""
-        self._asking: dict[Endpoint, asyncio.Task[list[Any]]] = {}
+        self._asking: dict[Endpoint, asyncio.Task[list[AddressInfo]]] = {}
 
     async def addresses(self, endpoint: Endpoint) -> list[str]:
         """Return where a server may be, at least one address. The caller bounds the time.
@@ -33,9 +32,7 @@ class Names:
             return [endpoint.host]
         asking = self._asking.get(endpoint)
         if asking is None:
-            loop = asyncio.get_running_loop()
-            asked = loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-            asking = asyncio.ensure_future(asked)
+            asking = asyncio.create_task(address_infos(endpoint.host, endpoint.port))
             self._asking[endpoint] = asking
             asking.add_done_callback(partial(self._answered, endpoint))
         await asyncio.wait({asking})  # not `await asking`: who gives up would end it for all
@@ -52,7 +49,7 @@ class Names:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
 
-    def _answered(self, endpoint: Endpoint, asking: "asyncio.Task[list[Any]]") -> None:
+    def _answered(self, endpoint: Endpoint, asking: "asyncio.Task[list[AddressInfo]]") -> None:
         self._asking.pop(endpoint, None)
         if not asking.cancelled():
             asking.exception()  # taken, although everybody may have left

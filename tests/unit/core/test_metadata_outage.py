@@ -11,6 +11,7 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
+from mooncake.core import metadata_etcd_names
 from mooncake.core.errors import CapacityError, ConfigError, PeerError, PeerGone, PeerTimeout, RequestError
 from mooncake.core.metadata_client import MetadataServer, RemoteMetadata
 from mooncake.core.metadata_etcd import EtcdMetadata
@@ -181,13 +182,13 @@ async def test_a_silent_name_server_is_asked_once_at_a_time_and_close_ends_it(mo
     asked = []
     silence = asyncio.Event()
 
-    async def lookup(host: str, port: int, **_: Any) -> list[Any]:
+    async def lookup(host: str, port: int) -> list[Any]:
         asked.append(host)
         await silence.wait()
         address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
         return [address, address]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
+    monkeypatch.setattr(metadata_etcd_names, "address_infos", lookup)
     names = Names()
     for _ in range(20):
         with pytest.raises(TimeoutError):
