@@ -3,20 +3,26 @@
 import base64
 import contextlib
 import itertools
+import os
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tests.integration.client import GREEDY, Answer, Client
-from tests.kube.cluster import Kube, running
+from tests.kube.cluster import ROOT, Kube, running
+from tests.kube.standin.disruption import is_ready
 from tests.tiny_model import make_tiny_llama
 
 MODEL_CACHE = Path.home() / ".cache/vllm/modelinfos"
@@ -31,9 +37,14 @@ READY_S = 600.0
 ANSWER_S = 300.0
 PROBE_FACTOR = 0.25
 POLL_S = 0.2
-JOBS, SHORT_TOKENS, LONG_TOKENS = 12, 24, 240
-PAUSE_S = 0.3
-"""Between two requests of a thread: the machine has more to do."""
+THREADS = 2
+JOBS, SHORT_TOKENS, LONG_TOKENS = 12, 24, 120
+PAUSE_S, STARTING_PAUSE_S = 0.3, 1.0
+"""Between two requests of a thread. Longer while pods only start: the machine is theirs."""
+PLURALS = {"deploy": "deployments", "ds": "daemonsets"}
+COMPILED = "vllm.v1.worker.cpu_worker"
+"""A module that only engines import: is its bytecode there, all else's is."""
+COMPILE_S = 300.0
 
 
 def jobs() -> list[dict[str, Any]]:
@@ -58,7 +69,7 @@ class Tally:
 
     @property
     def p50_s(self) -> float:
-        """The median time to first token."""
+        """The median time to first token, of requests that were answered (one at least)."""
         return statistics.median(self.ttfts_s)
 
     @property
@@ -123,7 +134,7 @@ class Serving:
             self.kubectl("rollout", "status", workload, f"--timeout={READY_S:g}s", timeout_s=READY_S + 10.0)
         for workload in workloads:
             kind, _, name = workload.partition("/")
-            spec = self.kube.get(kind, name, "-n", SPACE)["spec"]
+            spec = self.kube.read(f"/apis/apps/v1/namespaces/{SPACE}/{PLURALS[kind]}/{name}")["spec"]
             self._wait_pods(name, spec.get("replicas", len(self.nodes())))
 
     def _wait_pods(self, component: str, count: int) -> None:
@@ -140,17 +151,18 @@ class Serving:
 
     def nodes(self) -> list[str]:
         """Return the names of all nodes."""
-        return [node["metadata"]["name"] for node in self.kube.get("nodes")["items"]]
+        return [node["metadata"]["name"] for node in self.kube.read("/api/v1/nodes")["items"]]
 
     # ------------------------------------------------------------ traffic
 
     def learn(self) -> None:
         """Ask everything once, undisturbed: what all later answers are compared with."""
-        with self.client() as client:
-            self.answers = [client.complete(job["prompt"], **job["params"]) for job in jobs()]
+        with self.client() as client, ThreadPoolExecutor(THREADS) as pool:
+            asked = pool.map(lambda job: client.complete(job["prompt"], **job["params"]), jobs())
+            self.answers = list(asked)
 
     @contextlib.contextmanager
-    def traffic(self, threads: int = 2) -> Iterator[Tally]:
+    def traffic(self, threads: int = THREADS) -> Iterator[Tally]:
         """Stream requests one after another from some threads while the body runs."""
         tally, leave, lock = Tally(), threading.Event(), threading.Lock()
         numbers = itertools.count()
@@ -192,7 +204,12 @@ class Serving:
                 with lock:
                     tally.answered += 1
                     tally.ttfts_s.append(answer.arrivals_s[0] - begun_s)
-            leave.wait(PAUSE_S)
+            leave.wait(self._pause_s())
+
+    def _pause_s(self) -> float:
+        pods = self.kube.pods(SPACE)
+        calm = not any("deletionTimestamp" in pod["metadata"] for pod in pods)
+        return STARTING_PAUSE_S if calm and not all(map(is_ready, pods)) else PAUSE_S
 
     def wait_answered(self, tally: Tally, more: int) -> None:
         """Return when so many more requests have been answered, or one was dropped."""
@@ -206,6 +223,16 @@ def _answers(client: Client) -> bool:
         body = client.body("hello", {"max_tokens": 1})
         return client.http.post("/v1/completions", json=body).status_code == 200
     return False
+
+
+def compiled() -> None:
+    """See that packages have their bytecode, as in an image: pods cannot write it."""
+    folder = Path(str(find_spec("vllm").origin)).parent  # type: ignore[union-attr]
+    source = folder.joinpath(*COMPILED.split(".")[1:]).with_suffix(".py")
+    if not Path(cache_from_source(str(source))).exists():
+        words = [sys.executable, "-c", "from mooncake.worker.preload import preload; preload()"]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run(words, env=env, cwd=ROOT, check=True, timeout=COMPILE_S)
 
 
 def fill(models: Path) -> None:
@@ -222,6 +249,7 @@ def fill(models: Path) -> None:
 def serving(models: Path) -> Iterator[Serving]:
     """Give the cluster, applied; `models` is what `fill` has filled."""
     flags = (f"--probe-factor={PROBE_FACTOR}", "--node-count=2", f"--claim=mooncake-models={models}")
+    compiled()
     with running(*flags, publish=[DOOR]) as kube:
         one = Serving(kube)
         one.apply()
