@@ -16,8 +16,8 @@ check: install         ## style, types, layers
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-test: check            ## everything: style, types, layers, unit, simulation, contract, real engines
-	.venv/bin/python -m pytest -m "not kube"
+test: check            ## everything: style, types, layers, unit, simulation, contract, real engines, kubectl
+	.venv/bin/python -m pytest
 
 unit: install          ## unit and simulation tests, a quick look: four processes (they wait a lot), a third of the examples, nothing that must run alone
 	.venv/bin/python -m pytest tests/unit tests/sim -m "not serial" \
@@ -26,7 +26,7 @@ unit: install          ## unit and simulation tests, a quick look: four processe
 integration: install   ## only the tests with real engines
 	.venv/bin/python -m pytest -m "integration"
 
-kube: install          ## kubectl apply, scale, drain, restarts and delete under traffic, in a stand-in for Kubernetes: ten minutes
+kube: install          ## kubectl apply, scale, drain, restarts and delete under traffic, in a stand-in for Kubernetes, with times: four minutes
 	.venv/bin/python -m pytest -m kube -s
 
 deploy-check: install  ## manifests and container files: rendered, validated, checkov (which it installs into .venv-kube)
