@@ -1,5 +1,7 @@
 """Pods that are deleted: while they start, by force, and again with less time."""
 
+import asyncio
+import os
 import textwrap
 import time
 from collections.abc import Iterator
@@ -8,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.kube.cluster import GONE_S, NEEDS_PODS, Kube, running
+from tests.kube.standin.container import Container
+from tests.kube.standin.pod import Pod, Settings
+from tests.kube.standin.sandbox import Sandbox
+from tests.kube.standin.volumes import Places
 
 pytestmark = [pytest.mark.integration, NEEDS_PODS]
 STARTS = [0.0, 0.05, 0.1, 0.2]
@@ -21,6 +27,14 @@ DEAF = "trap : TERM; while :; do sleep 1000; done"
 def kube() -> Iterator[Kube]:
     with running() as kube:
         yield kube
+
+
+class Here(Sandbox):
+    """The network of this machine."""
+
+    def enter(self) -> list[str]:
+        """Return no command that leads elsewhere."""
+        return ["env"]
 
 
 def start(kube: Kube, folder: Path, name: str, grace_s: int) -> None:
@@ -76,3 +90,40 @@ def test_a_pod_that_is_deleted_by_force_while_it_starts_leaves_no_process(kube: 
     start(kube, tmp_path, "forced", LONG_S)
     delete(kube, "forced", "--grace-period=0", "--force")
     all_gone(kube)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    """Return one that is not started."""
+    return Container(Here(0, "here"), tmp_path / "c", tmp_path / "layers", [], dict(os.environ))
+
+
+async def begin(container: Container, folder: Path) -> None:
+    """Start it; its root takes a while, and SIGTERM in that time ends it with 7."""
+    script = f"trap 'exit 7' TERM; sleep 0.5; : > {folder}/c/made; while :; do sleep 0.05; done"
+    await container.start(script, [], "/", folder / "log", [])
+
+
+async def test_a_container_whose_root_is_being_made_is_asked_to_end_when_its_command_runs(
+    container: Container, tmp_path: Path
+) -> None:
+    spec = {"metadata": {"name": "pod"}, "spec": {"containers": [{"name": "c"}]}}
+    places = Places(tmp_path, tmp_path, tmp_path, tmp_path, {})
+    settings = Settings(os.environ["PATH"])
+    pod = Pod(spec, Here(0, "here"), places, tmp_path, lambda *_: None, settings, print, lambda _: [])
+    pod._running["c"] = container
+    starting = asyncio.create_task(begin(container, tmp_path))
+    await pod.end(GONE_S)
+    await starting
+    assert await container.wait() == 7
+    assert (tmp_path / "c/made").exists()
+
+
+async def test_a_container_that_is_killed_before_it_has_a_process_gets_none_that_lives(
+    container: Container, tmp_path: Path
+) -> None:
+    starting = asyncio.create_task(begin(container, tmp_path))
+    await asyncio.sleep(0)
+    await container.kill()
+    await starting
+    assert not container.running
