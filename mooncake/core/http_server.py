@@ -38,7 +38,7 @@ class BoundedServer(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Bind, without http.server's look-up of our name: one that is away takes seconds."""
+        """Bind. http.server would ask for our name besides: seconds, where no resolver answers."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
