@@ -421,6 +421,12 @@ class UpOptions(Served, Policies, Modelled, Engined, Pooled, Administered, Trace
         if not self.aggregated and not (self.prefill and self.decode):
             advice = "at least one of each, or --aggregated N for instances that do both"
             found.append(Problem(f"prefill = {self.prefill}, decode", str(self.decode), advice))
+        fronts = 1 if self.gateways is None else 1 + self.gateways
+        engines = self.aggregated or self.prefill + self.decode
+        count = 1 + fronts + engines
+        if self.admin_port and self.admin_port <= self.port < self.admin_port + count:
+            advice = f"{count} ports from here on, and port is one of them, {self.port}: choose another"
+            found.append(Problem("admin_port", str(self.admin_port), advice))
         return found
 
 

@@ -13,7 +13,7 @@ from mooncake.up.metrics import (
     with_admin_ports,
     write_prometheus_config,
 )
-from mooncake.up.plan import UpOptions
+from mooncake.up.plan import UpOptions, admin_names, make_plan
 from mooncake.up.run import ready_text
 
 WISH = UpOptions(model="/m", served_name="m", run_dir="/run/x", port=20_000)
@@ -54,6 +54,20 @@ def test_a_base_fixes_the_ports_in_the_order_of_start():
         "prefill-0": base + 2,
         "decode-0": base + 3,
     }
+
+
+@pytest.mark.parametrize("layout", [{}, {"gateways": 3}, {"aggregated": 2}, {"prefill": 3, "decode": 2}])
+def test_a_base_whose_ports_would_take_the_gateways_is_refused(layout):
+    wish = WISH.replace(**layout)
+    count = len(admin_names(wish))
+    for base in (wish.port - count, wish.port + 1):
+        assert wish.replace(admin_port=base).conflicts() == []
+    for base in (wish.port - count + 1, wish.port):
+        (problem,) = wish.replace(admin_port=base).conflicts()
+        assert problem.key == "admin_port"
+        assert f"{count} ports from here on, and port is one of them, {wish.port}" in problem.advice
+        with pytest.raises(ConfigError, match="admin_port"):
+            make_plan(wish.replace(admin_port=base), [0])
 
 
 @pytest.mark.parametrize("base", [-1, 65_534, 70_000])
