@@ -1,5 +1,6 @@
 """The live page as people see it: every board in a real browser, over an admin server and a filled ring."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from mooncake.core.admin import AdminServer
 from mooncake.live.boards import load_boards, names_read, panels
-from mooncake.live.page import LivePage
+from mooncake.live.page import SERIES_MAX, LivePage
 from mooncake.live.ring import Part, Ring
 from tests.live import fake_cluster
 from tests.live.browser import Page, browser
@@ -49,6 +50,27 @@ STATES = """
   };
 })
 """
+
+CHOOSE = """
+((selector, value) => {
+  const select = document.querySelector(selector);
+  select.value = value;
+  select.dispatchEvent(new Event('change'));
+})
+"""
+GATE = """
+(() => {
+  const real = window.fetch;
+  window.asked = [];
+  window.shut = () => { window.gate = new Promise((resolve) => { window.release = resolve; }); };
+  window.fetch = async (url, options) => {
+    window.asked.push(decodeURIComponent(String(url)));
+    if (window.held.test(url)) await window.gate;
+    return real(url, options);
+  };
+})()
+"""
+"""Requests whose address matches `held` wait for `release()` after `shut()`."""
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +139,8 @@ def test_a_description_opens_for_keyboards_and_goes_with_escape(page, url):
 def test_what_is_chosen_is_asked_for_and_kept_in_the_address(page, url):
     page.open(url, height=TALL)
     page.wait(DRAWN)
-    choose = """
-    ((selector, value) => {
-      const select = document.querySelector(selector);
-      select.value = value;
-      select.dispatchEvent(new Event('change'));
-    })
-    """
-    page.ask(f"{choose}('[data-variable=tenant]', 'tenant-1')")
-    page.ask(f"{choose}('#span', '300')")
+    page.ask(f"{CHOOSE}('[data-variable=tenant]', 'tenant-1')")
+    page.ask(f"{CHOOSE}('#span', '300')")
     query = page.wait(
         "performance.getEntriesByType('resource').map((one) => decodeURIComponent(one.name))"
         ".find((name) => name.includes('query_range') && name.includes('tenant-1'))"
@@ -138,6 +153,70 @@ def test_what_is_chosen_is_asked_for_and_kept_in_the_address(page, url):
     page.ask("document.getElementById('theme').click()")
     assert page.ask("document.documentElement.dataset.theme") != before
     assert page.complaints == []
+
+
+def test_what_is_chosen_while_panels_wait_for_answers_is_asked_for_when_they_have_come(page, url):
+    page.open(url, height=TALL)
+    page.wait(DRAWN)
+    page.ask("window.before = Math.max(...[...document.querySelectorAll('.panel')].map((one) => one.dataset.drawn))")  # noqa: E501 # fmt: skip
+    page.ask(f"{CHOOSE}('#every', '0')")  # nothing comes by itself any more
+    page.wait("[...document.querySelectorAll('.panel')].every((one) => one.dataset.drawn > window.before)")
+    count = sum(len(panel.get("targets", ())) for panel in panels(next(iter(load_boards().values()))))
+    page.ask(f"window.held = /query_range/; ({GATE}); window.shut()")
+    page.ask(f"{CHOOSE}('[data-variable=tenant]', 'tenant-1')")
+    page.wait(f"window.asked.filter((url) => url.includes('query_range')).length === {count}")
+    page.ask(f"{CHOOSE}('#span', '300')")
+    page.ask("new Promise((resolve) => setTimeout(resolve, 500))")  # the page has seen that all panels wait
+    page.ask("window.release()")
+    page.wait(f"window.asked.filter((url) => url.includes('query_range')).length >= 2 * {count}")
+    queries = page.ask("window.asked.filter((url) => url.includes('query_range'))")
+    spans = [round(float(re.search(r"&end=(\d+)", one)[1]) - float(re.search(r"&start=(\d+)", one)[1]))
+             for one in queries]  # fmt: skip
+    assert spans == [900] * count + [300] * count
+    assert page.complaints == []
+
+
+def test_a_hidden_tab_asks_for_nothing_more_though_it_was_hidden_while_it_asked(page, url):
+    page.open(url, height=TALL)
+    page.wait(DRAWN)
+    page.ask(f"window.held = /status/; ({GATE}); window.shut()")
+    page.ask("window.before = Number(document.querySelector('.panel').dataset.drawn)")
+    page.ask(f"{CHOOSE}('#span', '300')")
+    page.wait("window.asked.some((url) => url.includes('status'))")
+    page.ask(
+        "Object.defineProperty(document, 'hidden', { value: true });"
+        "document.dispatchEvent(new Event('visibilitychange'));"
+        "window.timers = []; window.setTimeout = (_, wait) => window.timers.push(wait); window.release()"
+    )
+    page.wait(
+        "[...document.querySelectorAll('.panel')].every((one) => Number(one.dataset.drawn) > window.before)"
+    )
+    assert page.ask("window.timers") == []
+    assert page.complaints == []
+
+
+def test_a_panel_says_what_its_answer_leaves_out(page):
+    ring = Ring(names_read(load_boards().values()))
+    text = "".join(
+        f'mooncake_instance_queue_seconds{{instance_id="prefill-{i}",role="prefill"}} 1\n'
+        f'mooncake_engine_pulse_age_seconds{{instance_id="prefill-{i}",role="prefill"}} 0\n'
+        for i in range(SERIES_MAX + 5)
+    )
+    for i in range(20):
+        ring.add(END_S - 5 * (19 - i), {Part("core-0", "http://h:1/", "h:1"): text})
+    admin = AdminServer(CollectorRegistry(), 0)
+    LivePage(load_boards(), ring, now=lambda: END_S).register(admin)
+    admin.start()
+    try:
+        page.open(f"{admin.url}/dashboard#board=mooncake-conductor", height=TALL)
+        page.wait(DRAWN)
+        told = page.ask("[...document.querySelectorAll('.warnings')].map((one) => one.textContent)")
+        assert told == [f"{SERIES_MAX} of {SERIES_MAX + 5} series are shown"]
+        page.ask(f"{CHOOSE}('[data-variable=instance]', 'prefill-7')")
+        page.wait("!document.querySelector('.warnings')")
+        assert page.complaints == []
+    finally:
+        admin.close()
 
 
 def test_the_page_asks_for_the_token_and_keeps_it_for_this_tab(page):

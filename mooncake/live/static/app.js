@@ -1,7 +1,7 @@
 // The page: boards, what is chosen, and when to ask again.
 
 import { ask, filled, labelValues, remember, series, Unauthorized } from "./query.js";
-import { draw, drawError, element, hideTip, paragraphs, showTip } from "./panels.js";
+import { draw, drawError, drawWarnings, element, hideTip, paragraphs, showTip } from "./panels.js";
 
 const SPANS = [[300, "5 min"], [900, "15 min"]];
 const LONGER = [[3600, "1 h"], [21600, "6 h"]]; // a Prometheus remembers that long
@@ -86,21 +86,33 @@ const observer = new IntersectionObserver((changes) => {
   }
 }, { rootMargin: `${MARGIN}px` });
 
-async function refreshPanel(item, now) {
-  if (item.busy) return;
-  item.busy = true;
+// One at a time for each panel: who comes meanwhile waits, and what was chosen meanwhile is asked for then.
+function refreshPanel(item, now) {
+  item.busy ??= redrawn(item, now).finally(() => { item.busy = null; });
+  return item.busy;
+}
+
+async function redrawn(item, now) {
+  do {
+    await drawPanel(item, now);
+    now = view();
+  } while (item.drawn < state.turn && item.seen && state.panels.includes(item));
+}
+
+async function drawPanel(item, now) {
   item.drawn = state.turn;
   try {
     const targets = item.panel.targets ?? [];
     const found = await Promise.all(targets.map((target) => series(filled(target.expr, state.chosen, now), now)));
-    item.results = targets.map((target, i) => ({ target, found: found[i] }));
+    item.results = targets.map((target, i) => ({ target, found: found[i].lines }));
     item.now = now;
     draw(item.panel, item.body, item.results, now);
+    drawWarnings(item.box, found.flatMap(({ warnings }) => warnings));
   } catch (error) {
     if (error instanceof Unauthorized) throw error;
     drawError(item.body, error);
+    drawWarnings(item.box, []);
   } finally {
-    item.busy = false;
     item.box.dataset.drawn = String(item.drawn);
   }
 }
@@ -116,7 +128,7 @@ async function refresh() {
   } catch (error) {
     failed(error);
   }
-  if (mine === state.turn && state.every) state.timer = setTimeout(refresh, state.every * 1000);
+  if (mine === state.turn && state.every && !document.hidden) state.timer = setTimeout(refresh, state.every * 1000);
 }
 
 async function tellStatus() {

@@ -317,3 +317,9 @@ export function drawError(body, error) {
   body.chart = null;
   body.replaceChildren(element("p", { className: "error", role: "alert", text: error.message || String(error) }));
 }
+
+// What an answer leaves out, below what it shows.
+export function drawWarnings(box, texts) {
+  box.querySelector(".warnings")?.remove();
+  if (texts.length) box.append(element("p", { className: "warnings", role: "note", text: [...new Set(texts)].join("; ") }));
+}

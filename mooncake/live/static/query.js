@@ -51,10 +51,11 @@ export async function series(expression, view) {
   const answer = await ask("query_range", {
     query: expression, start: view.end - view.span, end: view.end, step: view.step,
   });
-  return answer.data.result.map(({ metric, values }) => ({
+  const lines = answer.data.result.map(({ metric, values }) => ({
     labels: metric,
     points: new Map(values.map(([when, value]) => [Math.round(when * 1000), Number(value.replace("Inf", "Infinity"))])),
   }));
+  return { lines, warnings: answer.warnings ?? [] };
 }
 
 export async function labelValues(query, chosen, view) {
