@@ -13,6 +13,8 @@ _E2E = "gen_ai_server_request_duration_seconds"
 _ACCEPTED = 'result!="rejected"'
 _ENDED = 'outcome=~"finished|failed"'
 _QUANTILES = (0.5, 0.95, 0.99)
+TOKENS_PER_S = "si:tok/s"
+"""Grafana's way to write a unit that it does not have."""
 _LOOK = (
     "the Conductor board says why requests wait or are refused, "
     "the Prefill and Decode board which side is full"
@@ -134,7 +136,7 @@ def _second() -> list[Part]:
                 "follows the requests.",
                 "requests but no tokens: decode instances stand still, Prefill and Decode board.",
             ),
-            "short",
+            TOKENS_PER_S,
             total(rate("mooncake_tokens_total")),
         ),
         stat_of(
@@ -272,7 +274,7 @@ def _outcomes() -> list[Part]:
                 "each within its share.",
                 "one takes all: give it a quota in the file of --tenants (docs/scheduling.md).",
             ),
-            "short",
+            TOKENS_PER_S,
             Query(total(rate("mooncake_tenant_tokens_total", TENANT), "tenant"), "{{tenant}}"),
             stacked=True,
             no_value="No tenant has sent anything",

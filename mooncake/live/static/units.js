@@ -51,6 +51,7 @@ export function formatted(value, unit, decimals) {
     case "Bps": return scaled(value, SI, "B/s", decimals);
     case "none": return digits(value, decimals);
   }
+  if (unit?.startsWith("si:")) return scaled(value, SI, unit.slice(3), decimals);
   if (unit in PER_SECOND) return scaled(value, SI, PER_SECOND[unit], decimals);
   return scaled(value, SI, "", decimals);
 }

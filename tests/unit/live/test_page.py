@@ -217,6 +217,25 @@ def test_with_a_token_the_frame_is_open_and_nothing_of_the_cluster_is(ring):
         admin.close()
 
 
+def units_of(part: object) -> set[str]:
+    """Return what every "unit" below `part` says."""
+    if isinstance(part, list):
+        return set().union(*map(units_of, part))
+    if not isinstance(part, dict):
+        return set()
+    own = {part["unit"]} if isinstance(part.get("unit"), str) else set()
+    return own.union(*map(units_of, part.values()))
+
+
+def test_the_page_knows_every_unit_of_the_boards(admin):
+    _, script = get(admin, "/dashboard/units.js")
+    units = set().union(*map(units_of, load_boards().values()))
+    assert "si:tok/s" in units
+    assert b'unit?.startsWith("si:")' in script
+    for unit in units - {"short", "si:tok/s"}:
+        assert f'"{unit}"'.encode() in script or f"{unit}: ".encode() in script, unit
+
+
 def test_boards_are_those_that_grafana_gets(admin):
     _, body = get(admin, "/dashboard/api/boards")
     listed = json.loads(body)
