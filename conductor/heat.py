@@ -58,6 +58,7 @@ class Wish(msgspec.Struct, frozen=True):
     copies: int
     size_bytes: int
     parent: bytes
+    ranks: int = 1  # that share each block, and size_bytes
 
 
 class _Head:
@@ -68,7 +69,7 @@ class _Head:
     def __init__(self, now_s: float, parent: bytes, depth: int) -> None:
         self.parent = parent
         self.depth = depth
-        self.shape = (0, 0)  # bytes and tokens of a block
+        self.shape = (0, 0, 1)  # bytes and tokens of a block, and how many ranks share it
         self.uses = 0.0
         self.at_s = now_s
         self.copies = 0
@@ -95,7 +96,13 @@ class Heat:
         self._copies_max = copies_max
 
     def planned(
-        self, now_s: float, keys: Sequence[bytes], hit_blocks: int, block_bytes: int, block_tokens: int
+        self,
+        now_s: float,
+        keys: Sequence[bytes],
+        hit_blocks: int,
+        block_bytes: int,
+        block_tokens: int,
+        ranks: int = 1,
     ) -> None:
         """A request is going to use the first `hit_blocks` of its `keys` from the pool."""
         if self._copies_max < COPIES_MIN or hit_blocks <= 0 or block_bytes <= 0:
@@ -112,7 +119,7 @@ class Heat:
                 head = _Head(now_s, parent, rungs[number])
             head.uses = head.uses_at(now_s) + 1
             head.at_s = now_s
-            head.shape = block_bytes, block_tokens
+            head.shape = block_bytes, block_tokens, ranks
             heads[key] = head
         begin = 0
         for depth in rungs:
@@ -173,7 +180,7 @@ class Heat:
 
     def _worth(self, head: _Head) -> float:
         """Return what a copy saves per use, in fetches of it."""
-        size_bytes, tokens = head.shape
+        size_bytes, tokens, _ = head.shape
         fetch_s = self._cost.transfer_s(head.depth * size_bytes, remote=True)
         # the rest of the prompt is computed in any case, with all that a step costs by itself
         compute_s = self._cost.prefill_s(head.depth * tokens, 0) - self._cost.prefill_s(0, 0)
@@ -201,7 +208,7 @@ class Heat:
             keys += head.keys
             found[key] = first, keys
         wishes = [
-            Wish(tuple(keys), chosen[last], first.shape[0], first.parent)
+            Wish(tuple(keys), chosen[last], first.shape[0], first.parent, first.shape[2])
             for last, (first, keys) in found.items()
         ]
         depths = {last: first.depth for last, (first, _) in found.items()}

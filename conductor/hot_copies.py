@@ -24,6 +24,7 @@ from kvstore.leader.tasks import HOT_NODES_MAX
 from kvstore.limits import KEYS_PER_REQUEST_MAX
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import CapacityError, MooncakeError, PeerTimeout, ProtocolError, RequestError
+from mooncake.core.keys import share_keys
 from mooncake.core.messages import Ok
 from mooncake.core.metadata import MetadataStore
 from mooncake.core.rpc import RpcClient
@@ -95,9 +96,8 @@ class HotCopies:
         """A request is sent as planned."""
         record = self._view.record(plan.prefill or plan.decode or "")
         if record is not None:
-            self._heat.planned(
-                time.monotonic(), facts.keys, plan.hit_blocks, record.block_bytes, record.block_size
-            )
+            block = record.block_bytes, record.block_size, record.ranks
+            self._heat.planned(time.monotonic(), facts.keys, plan.hit_blocks, *block)
 
     def start(self) -> None:
         """Begin."""
@@ -153,10 +153,11 @@ class HotCopies:
         trouble = ""
         for wish, order in due:
             try:
-                for begin in range(0, len(wish.keys), KEYS_PER_REQUEST_MAX):
-                    keys = list(wish.keys[begin : begin + KEYS_PER_REQUEST_MAX])
+                objects, size_bytes = share_keys(wish.keys, wish.ranks), -(-wish.size_bytes // wish.ranks)
+                for begin in range(0, len(objects), KEYS_PER_REQUEST_MAX):
+                    keys = objects[begin : begin + KEYS_PER_REQUEST_MAX]
                     nodes = order[:HOT_NODES_MAX]
-                    await _call(client, KeepHot(keys, wish.copies, wish.size_bytes, nodes, TTL_S))
+                    await _call(client, KeepHot(keys, wish.copies, size_bytes, nodes, TTL_S))
             except (RequestError, CapacityError) as error:  # this one, and not before its next turn
                 self._metrics.wishes.labels("failed").inc()
                 trouble = str(error)

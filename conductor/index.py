@@ -16,7 +16,7 @@ from itertools import islice, repeat
 
 import msgspec
 
-from mooncake.core.keys import names_of, short_names
+from mooncake.core.keys import block_names, names_of
 
 LOOK_KEYS = 32
 LOOK_KEYS_MAX = 128
@@ -84,7 +84,7 @@ class PrefixIndex:
         Raises:
             ProtocolError: a blob is not a whole number of 32-byte keys; nothing was applied.
         """
-        stored_names, removed_names = short_names(stored).tolist(), short_names(removed).tolist()
+        stored_names, removed_names = block_names(stored).tolist(), block_names(removed).tolist()
         bit = self._bit(node)
         shards, low, masks, live = self._shards, self._low, self._masks, self._live
         if len(masks) > SHARED_MASKS_MAX:

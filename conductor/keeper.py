@@ -17,6 +17,7 @@ from conductor.keeps import Order
 from kvstore.leader.store_clients import StoreClients
 from kvstore.limits import KEYS_PER_REQUEST_MAX
 from mooncake.core.errors import MooncakeError
+from mooncake.core.keys import share_keys
 from mooncake.core.messages import Pin, Pinned
 
 log = structlog.get_logger(__name__)
@@ -99,10 +100,13 @@ class Keeper:
                 self._clients.join(record)
 
     async def _say(self, node: str, orders: Sequence[Order]) -> None:
+        # names of shares that no engine there has are of nothing in its store, which passes over them
+        ranks = max((record.ranks for record, _ in self._view.alive() if record.node == node), default=1)
         for done, order in enumerate(orders):
             try:
-                for begin in range(0, len(order.keys), KEYS_PER_REQUEST_MAX):
-                    keys = order.keys[begin : begin + KEYS_PER_REQUEST_MAX]
+                objects = share_keys(order.keys, ranks)
+                for begin in range(0, len(objects), KEYS_PER_REQUEST_MAX):
+                    keys = objects[begin : begin + KEYS_PER_REQUEST_MAX]
                     await self._clients.ask(node, Pin(keys, order.ttl_s), Pinned, SAY_S)
             except MooncakeError as error:
                 self._metrics.orders.labels("failed").inc(len(orders) - done)

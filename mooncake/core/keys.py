@@ -25,6 +25,9 @@ NAME_BITS = 60
 """Of the first 64 of a key: Python's ints of up to 60 bits take 32 bytes, larger ones 48. Among four million
 blocks two share a name once in 100,000 clusters."""
 _NAME = np.uint64((1 << NAME_BITS) - 1)
+SHARE_MARK = b"mc-share"
+"""The end of every name of a share, see share_key. A block's own key ends so once in 2^64."""
+_SHARE = np.frombuffer(SHARE_MARK, "<u8")[0]
 
 
 def context_root(context: Mapping[str, str]) -> bytes:
@@ -100,6 +103,38 @@ def prompt_keys(root: bytes, tokens: Sequence[int], block_size: int) -> tuple[li
     if not rest:
         return full, None
     return full, tail_key(full[-1] if full else root, rest)
+
+
+def share_key(key: bytes, rank: int) -> bytes:
+    """Return the name of what rank `rank` of an engine of several has of the block `key`.
+
+    Each rank's share is an object of its own in the pool: rank 0's is called as the block itself, so that
+    whoever looks for the block finds it, those of the others end in SHARE_MARK. 192 bits of a hash remain.
+    """
+    if not rank:
+        return key
+    digest = sha256(b"mooncake-share-1" + key + rank.to_bytes(4, "little")).digest()
+    return digest[: KEY_BYTES - len(SHARE_MARK)] + SHARE_MARK
+
+
+def share_keys(keys: Sequence[bytes], ranks: int) -> list[bytes]:
+    """Return the names of all shares of blocks, block by block: so a store finds whole blocks first.
+
+    Args:
+        keys: of blocks.
+        ranks: that share each of them.
+    """
+    return [share_key(key, rank) for key in keys for rank in range(ranks)]
+
+
+def block_names(blob: bytes) -> npt.NDArray[np.uint64]:
+    """Return short_names of the keys in `blob` without those of shares of other ranks than 0: one a block.
+
+    Raises:
+        ProtocolError: as short_names.
+    """
+    names = short_names(blob)
+    return names[np.frombuffer(blob, "<u8")[KEY_BYTES // 8 - 1 :: KEY_BYTES // 8] != _SHARE]
 
 
 def short_names(blob: bytes) -> npt.NDArray[np.uint64]:

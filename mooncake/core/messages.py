@@ -530,12 +530,13 @@ class InstanceRecord(msgspec.Struct, frozen=True):
     kv_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_bytes: int  # size of one KV block, all layers
+    block_bytes: int  # size of one KV block, all layers and ranks
     vllm_version: str
     metrics_url: str = ""  # Prometheus metrics, reachable on its host only; "" = none
     context: dict[str, str] = {}  # what context_root commits to: KvContext.settings()
     gpu_endpoint: str = ""  # like a store's `endpoint`, for what the engine's own cache holds; "" = untold
     gpu_events: str = ""  # like a store's `events`; the node is called gpu_node(instance_id)
+    ranks: int = 1  # that share each block: as many objects in a store (core.keys.share_keys)
 
 
 def gpu_node(instance_id: str) -> str:

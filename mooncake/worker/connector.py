@@ -25,7 +25,7 @@ from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf
 from mooncake.worker.connector_worker import WorkerHalf
 from mooncake.worker.context import kv_context
-from mooncake.worker.pulse import Pulse
+from mooncake.worker.pulse import Pulse, RankPulse
 from mooncake.worker.spans import PoolSpans
 from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_facts
 
@@ -50,6 +50,36 @@ def tells_blocks(vllm_config: "VllmConfig", spec: EngineSpec) -> bool:
     return bool(events.enable_kv_cache_events) and events.endpoint == spec.kv_events
 
 
+def ranks_of(vllm_config: "VllmConfig", spec: EngineSpec) -> int:
+    """Return how many ranks share each block of this engine.
+
+    Raises:
+        ConfigError: they are of a kind, or asked for something, that the pool does not know.
+    """
+    parallel = vllm_config.parallel_config
+    for name, size in (
+        ("pipeline", parallel.pipeline_parallel_size),
+        ("data", parallel.data_parallel_size),
+        ("prefill context", parallel.prefill_context_parallel_size),
+        ("decode context", parallel.decode_context_parallel_size),
+    ):
+        if size != 1:
+            raise ConfigError(
+                f"{name} parallel size {size}: the pool shares blocks of tensor parallel engines only; "
+                "use --tensor-parallel-size, more instances, or no pool (--no-pool)"
+            )
+    if parallel.nnodes != 1:
+        raise ConfigError(
+            f"an engine on {parallel.nnodes} hosts: the pool shares blocks of engines on one host only; "
+            "use fewer ranks, or no pool (--no-pool)"
+        )
+    ranks = int(parallel.tensor_parallel_size)
+    if ranks > 1 and spec.load_mode != "async":
+        # one rank cannot know in time that another one's bytes were bad, and would save what came of them
+        raise ConfigError(f"load mode {spec.load_mode} with {ranks} ranks: several load by `async` only")
+    return ranks
+
+
 class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads KV blocks from the pool and saves computed ones into it."""
 
@@ -62,15 +92,16 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         spec = msgspec.convert(extra["mooncake_spec"], EngineSpec)
         if spec.store is None:
             raise ConfigError("MooncakeConnector without a store record in mooncake_spec")
-        parallel = vllm_config.parallel_config
-        if parallel.world_size != 1:
-            raise ConfigError(
-                f"world size {parallel.world_size}: this release shares blocks of single-rank engines only"
-            )
+        ranks, rank = ranks_of(vllm_config, spec), 0
         pulse = Pulse(spec.pulse_path, create=False)
+        parallel = vllm_config.parallel_config
+        if role == KVConnectorRole.WORKER and parallel.distributed_executor_backend == "mp":
+            rank = parallel.rank
+            pulse = RankPulse(spec.pulse_path, rank)  # in a process of its own
+        writer = f"{spec.instance_id}/{spec.epoch}"
         pool = PoolClient(
             spec.store,
-            writer=f"{spec.instance_id}/{spec.epoch}",
+            writer=f"{writer}/{rank}" if rank else writer,
             resolve=functools.partial(current_store, spec.store_path),
             touch=role == KVConnectorRole.WORKER,  # only that side copies bytes
         )
@@ -86,15 +117,15 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             self._tracing = open_tracing(spec.role, spec.instance_id)
             self._scheduler = SchedulerHalf(
                 pool, root, block_size, spec.load_mode, spec.save_decoded, pulse,
-                None if self._tracing is None else PoolSpans(self._tracing),
+                None if self._tracing is None else PoolSpans(self._tracing), ranks,
             )  # fmt: skip
             page_bytes = kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
             layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
             tells = tells_blocks(vllm_config, spec)
-            facts = EngineFacts(root.hex(), page_bytes * layers, context.settings(), tells)
+            facts = EngineFacts(root.hex(), page_bytes * layers * ranks, context.settings(), tells, ranks)
             write_facts(spec.facts_path, facts)
         else:
-            self._worker = WorkerHalf(pool, pulse)
+            self._worker = WorkerHalf(pool, pulse, rank, ranks)
 
     @property
     def requires_kv_delivery(self) -> bool:

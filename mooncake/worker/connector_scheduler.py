@@ -5,6 +5,10 @@ when the request arrives and its answer is usually there when the request is sch
 Traps that shaped it (reference: vLLM 0.32 notes): `get_num_new_matched_tokens` is asked again
 after a failed load, so a request whose load failed never loads again (else a livelock), and for
 async loads `update_state_after_alloc` is called a second time with 0 tokens.
+
+Of an engine of several ranks, every block is as many objects, one rank's share each (core.keys.share_key).
+They are looked up block by block, a block counts if all its shares are there, and the lease on them is given
+back here, once vLLM says that all ranks have loaded.
 """
 
 import time
@@ -14,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from kvstore.limits import KEYS_PER_REQUEST_MAX
 from mooncake.core import keys as names
 from mooncake.core.errors import MooncakeError
 from mooncake.core.fingerprint import AdapterNames
@@ -74,8 +79,11 @@ class SchedulerHalf:
         save_decoded: bool,
         pulse: Pulse,
         spans: PoolSpans | None = None,
+        ranks: int = 1,
     ) -> None:
         """`root` is the engine's context root (core.keys.context_root); `spans` None: tracing is off."""
+        assert ranks == 1 or load_mode == "async"
+        self._ranks = ranks
         self._pool = pool
         self._root = root
         self._block_size = block_size
@@ -87,6 +95,7 @@ class SchedulerHalf:
         self._requests: dict[str, Tracked] = {}
         self._pending_loads: list[LoadJob] = []
         self._pending_sync: list[LoadJob] = []
+        self._leases: dict[str, int] = {}  # of loads under way, by request: of several ranks
 
     # ------------------------------------------------------------ arrival and look-up
 
@@ -123,10 +132,16 @@ class SchedulerHalf:
             self._begin_lookup(state)
 
     def _wanted(self, state: Tracked) -> list[bytes]:
-        """Return the keys to look up: full blocks, then for a decode leg the prompt's tail."""
+        """Return the blocks to look up: full ones, then for a decode leg the prompt's tail."""
         if state.leg == "decode" and state.tail_key is not None:
             return [*state.keys[: state.prompt_len // self._block_size], state.tail_key]
         return state.keys
+
+    def _objects(self, blocks: list[bytes]) -> list[bytes]:
+        """Return the names in the pool of what all ranks have of `blocks`, as many as one request may ask for."""
+        if self._ranks == 1:
+            return blocks
+        return names.share_keys(blocks[: KEYS_PER_REQUEST_MAX // self._ranks], self._ranks)
 
     def _begin_lookup(self, state: Tracked) -> None:
         wanted = self._wanted(state)
@@ -137,7 +152,8 @@ class SchedulerHalf:
             state.looked_up = True
             return
         try:
-            state.call = self._pool.begin_acquire(wanted, LEASE_S, _wait_s(state), source=state.source)
+            keys = self._objects(wanted)
+            state.call = self._pool.begin_acquire(keys, LEASE_S, _wait_s(state), source=state.source)
             state.call_s = time.monotonic()
         except MooncakeError as error:
             self._failed_lookup(state, error)
@@ -186,12 +202,12 @@ class SchedulerHalf:
     def _looked_up(self, state: Tracked, answer: Acquired | None) -> None:
         if state.trace and self._spans is not None:
             wanted = len(self._wanted(state))
-            self._spans.looked_up(state.trace, state.call_s, wanted, answer, state.source)
+            self._spans.looked_up(state.trace, state.call_s, wanted, answer, state.source, self._ranks)
 
     def _hand_over(self, state: Tracked) -> None:
         """What was found here is not saved again: the decoding node's store can copy it now."""
         try:
-            self._pool.hand_over(state.keys[: state.saved], state.target)
+            self._pool.hand_over(self._objects(state.keys[: state.saved]), state.target)
         except MooncakeError as error:
             log.debug("pool.hand_over_failed", error=str(error))  # it is fetched when it is needed
 
@@ -211,18 +227,23 @@ class SchedulerHalf:
             return 0, False
         return extra, self._async
 
+    def _blocks_found(self, state: Tracked) -> int:
+        """Return how many blocks are there, with all their shares."""
+        return len(state.found) // self._ranks
+
     def _full_found(self, state: Tracked) -> int:
         """Return how many of the found blocks are full ones: a decode leg's last may be the tail.
 
         Not min(found, keys): decoding makes more keys, and then the tail would count as full.
         """
         with_tail = state.leg == "decode" and state.tail_key is not None
-        return min(len(state.found), state.prompt_len // self._block_size if with_tail else len(state.keys))
+        full = state.prompt_len // self._block_size if with_tail else len(state.keys)
+        return min(self._blocks_found(state), full)
 
     def _covered(self, state: Tracked) -> int:
         """Return the tokens that the leased blocks cover, from the start."""
         tokens = self._full_found(state) * self._block_size
-        if len(state.found) > state.prompt_len // self._block_size and state.leg == "decode":
+        if self._blocks_found(state) > state.prompt_len // self._block_size and state.leg == "decode":
             tokens = max(tokens, state.prompt_len)  # the tail came too
         total = int(state.request.num_tokens)
         # a synchronous load must leave a token to compute; an async one may cover everything
@@ -246,14 +267,16 @@ class SchedulerHalf:
         job = LoadJob(
             request.request_id,
             wanted[first:last],
-            state.found[first:last],
+            state.found[first * self._ranks : last * self._ranks],
             list(block_ids[first:last]),
             state.lease_id,
         )
         state.lease_id, state.found = 0, []  # the worker half releases the lease after the load
+        if self._ranks > 1:  # of several, none can say when the others are done
+            self._leases[request.request_id], job.lease_id = job.lease_id, 0
         state.loading = set(job.block_ids)
         if state.trace and self._async:
-            state.load = time.monotonic(), len(job.blocks), sum(block.size_bytes for block in job.blocks)
+            state.load = time.monotonic(), len(job.keys), sum(block.size_bytes for block in job.blocks)
         (self._pending_loads if self._async else self._pending_sync).append(job)
         self._pulse.add("hit_tokens", extra)
 
@@ -321,19 +344,21 @@ class SchedulerHalf:
         """Take note of finished and failed loads."""
         if invalid_block_ids:
             for state in self._requests.values():
-                if state.loading & invalid_block_ids:
+                if state.loading & invalid_block_ids and not state.no_load:  # ranks may say so one by one
                     state.no_load = True
                     state.saved = 0  # let the recomputed blocks be saved again
                     self._pulse.add("failed_loads", 1)
         for request_id in finished:
+            if lease_id := self._leases.pop(request_id, 0):
+                self._release(lease_id)
             if state_or_none := self._requests.get(request_id):
-                self._loaded(state_or_none, invalid_block_ids)
+                self._loaded(state_or_none)
                 state_or_none.loading = set()
 
-    def _loaded(self, state: Tracked, invalid_block_ids: set[int]) -> None:
+    def _loaded(self, state: Tracked) -> None:
         load, state.load = state.load, None
         if load is not None and self._spans is not None:
-            self._spans.loaded(state.trace, *load, intact=not state.loading & invalid_block_ids)
+            self._spans.loaded(state.trace, *load, intact=not state.no_load)
 
     def finished(self, request_id: str) -> None:
         """The request left the engine."""
@@ -354,6 +379,9 @@ class SchedulerHalf:
         if not state.lease_id:
             return
         lease_id, state.lease_id, state.found = state.lease_id, 0, []
+        self._release(lease_id)
+
+    def _release(self, lease_id: int) -> None:
         try:
             self._pool.release(lease_id)
         except MooncakeError as error:

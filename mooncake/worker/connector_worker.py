@@ -4,6 +4,9 @@ Load: copy, then verify the *source* after the copy, so a slot that was overwrit
 it cannot pass. Save: reserve at the start of the step (the answer travels while the first layer
 computes), copy each layer's pages right after its attention, checksum and commit at the end of
 the step: when prefill reports a request finished, its blocks are readable.
+
+Of an engine of several ranks, each has a worker half, which moves only its own shares of blocks: objects
+with names and checksums of their own (core.keys.share_key).
 """
 
 import queue
@@ -44,8 +47,9 @@ class Writing:
 class WorkerHalf:
     """See the module's text. `pool` is a kvstore PoolClient (or a fake of the same shape)."""
 
-    def __init__(self, pool: Any, pulse: Pulse) -> None:
-        """Start the loader thread."""
+    def __init__(self, pool: Any, pulse: Pulse, rank: int = 0, ranks: int = 1) -> None:
+        """Start the loader thread. `rank`: of the engine's `ranks`, whose shares are ours."""
+        self._rank, self._ranks = rank, ranks
         self._pool = pool
         self._pulse = pulse
         self._kv: PagedKv | None = None
@@ -77,6 +81,8 @@ class WorkerHalf:
     def begin_step(self, meta: StepMeta) -> None:
         """Called before the forward pass: ask for room for what this step will save."""
         self._end_saves(intact=False)  # of a step that broke off before its end
+        if self._ranks > 1:
+            meta = meta.share(self._rank, self._ranks)
         self._meta = meta
         if meta.saves:
             self._begin_reserve(meta.saves)
@@ -171,7 +177,8 @@ class WorkerHalf:
         good = len(job.blocks) - len(bad)
         self._pulse.add("load_blocks", good)
         self._pulse.add("load_bytes", good * self.kv.block_bytes)
-        self._tell(self._pool.release, job.lease_id)
+        if job.lease_id:
+            self._tell(self._pool.release, job.lease_id)
         if bad:
             self._pulse.add("bad_blocks", len(bad))
             log.warning("pool.bad_blocks", request_id=job.request_id, blocks=len(bad))

@@ -1,7 +1,8 @@
 """The engine process: vLLM's engine core (engine_core.py) with our settings and signals.
 
-One process: executor `uni`, because a second process per engine costs a second import and a message
-queue per step (measured: half of stock vLLM's CPU time per token on a small model).
+One process for an engine of one rank: executor `uni`, because a second process costs a second import and a
+message queue per step (measured: half of stock vLLM's CPU time per token on a small model). An engine of
+several has a process for each beside this one, which schedules: ranks.py.
 """
 
 import os
@@ -36,18 +37,22 @@ def refuse_insecure_serialization() -> None:
         )
 
 
-def bind_cores(cores: list[int], threads: int) -> None:
-    """Pin this process to `cores`, if any, and size torch's thread pool.
+def executor_of(spec: EngineSpec, config: Any, pulse: Pulse) -> Any:
+    """Return the class of vLLM's executor, made ready: for one rank in this process, or a process for each.
 
-    vLLM's own binding needs its OMP environment before the import; affinity of the whole process
-    holds however the process came to be. Passive waiting: a spinning thread on a shared core cost
-    45x (reference measurements, 925 against 20 ms per token).
+    One rank computes here, so torch's thread pool is sized here, by call: the process may be a fork of one
+    that has read its environment. Several are forks of this process, in which no thread pool may have run.
     """
-    import torch
+    if config.parallel_config.distributed_executor_backend == "mp":
+        from mooncake.worker import ranks
 
-    if cores:
-        os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
+        pulse.has_ranks(config.parallel_config.local_world_size)
+        return ranks.executor(spec, config)
+    import torch
+    from vllm.v1.executor import Executor
+
+    torch.set_num_threads(spec.threads_used)
+    return Executor.get_class(config)
 
 
 def engine_arguments(spec: EngineSpec) -> list[str]:
@@ -60,7 +65,6 @@ def engine_arguments(spec: EngineSpec) -> list[str]:
         f"--max-num-seqs={spec.max_num_seqs}",
         f"--max-num-batched-tokens={spec.max_num_batched_tokens}",
         "--enforce-eager",
-        "--distributed-executor-backend=uni",
         "--prefix-caching-hash-algo=sha256",
         "--scheduling-policy=priority",  # first come, first served among those of one priority
     ]
@@ -107,10 +111,10 @@ def run(spec: EngineSpec) -> int:
     refuse_insecure_serialization()
     pulse = Pulse(spec.pulse_path, create=False)
     pulse.start_beating()
-    bind_cores(spec.cores, spec.threads_used)
+    if spec.cores:  # vLLM's own binding needs its OMP environment before the import
+        os.sched_setaffinity(0, spec.cores)
     config = build_config(spec)
-    from vllm.v1.executor import Executor
-
+    executor_class = executor_of(spec, config, pulse)
     from mooncake.worker import engine_core, resume
 
     resume.install(config.model_config.get_vocab_size())
@@ -143,7 +147,7 @@ def run(spec: EngineSpec) -> int:
         vllm_config=config,
         local_client=True,
         handshake_address="",
-        executor_class=Executor.get_class(config),
+        executor_class=executor_class,
         log_stats=True,
     )
     try:

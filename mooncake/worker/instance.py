@@ -202,6 +202,7 @@ class Instance:
             max_num_seqs=answer["max_num_seqs"],
             max_num_batched_tokens=answer["max_num_batched_tokens"],
             block_bytes=facts.block_bytes,
+            ranks=facts.ranks,
             vllm_version=answer["vllm_version"],
             metrics_url=metrics_url(
                 self._options.admin_port, self._options.admin_host, self._options.address

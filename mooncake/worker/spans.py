@@ -23,14 +23,14 @@ class PoolSpans:
         self._tracing = tracing
 
     def looked_up(
-        self, trace: str, start_s: float, wanted: int, answer: Acquired | None, source: str
+        self, trace: str, start_s: float, wanted: int, answer: Acquired | None, source: str, ranks: int = 1
     ) -> None:
-        """The pool answered; None: not in time."""
+        """The pool answered; None: not in time. A block is `ranks` objects in the pool."""
         about: dict[str, str | int | float] = {"mooncake.wanted_blocks": wanted}
         if answer is None:
             about["mooncake.timeout"] = True
         else:
-            about["mooncake.found_blocks"] = len(answer.blocks)
+            about["mooncake.found_blocks"] = len(answer.blocks) // ranks
             if answer.fetched_bytes:
                 about["mooncake.fetched_bytes"] = answer.fetched_bytes
                 about["mooncake.fetch_s"] = answer.fetch_s

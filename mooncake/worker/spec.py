@@ -74,15 +74,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What only the engine knows: the root of its block names and the size of one block.
+    """What only the engine knows: the root of its block names and the size of one block, over all ranks.
 
     tells_blocks: whether it publishes on `EngineSpec.kv_events` what its prefix cache holds.
+    ranks: that share each block (core.keys.share_key).
     """
 
     context_root: str  # hex, core.context.KvContext.root()
     block_bytes: int
     context: dict[str, str]  # core.context.KvContext.settings()
     tells_blocks: bool = False
+    ranks: int = 1
 
 
 def write_atomically(path: Path, payload: bytes) -> None:

@@ -1,0 +1,112 @@
+"""The ranks of an engine of several (tensor parallel): a process each on this host that dies with its engine.
+
+vLLM's own multiprocess executor starts, feeds and hears them. Ours differs in what it must not leave to it:
+
+- a rank takes SIGKILL from the kernel when its engine ends in whatever way, and no signal that comes to the
+  whole process group: the relay drains first, then ends the engine;
+- a rank that ends takes the engine along at once: the others wait for it in shared memory, deaf to signals,
+  and nothing here is worth saving. The relay sees the engine end, as it would with one rank;
+- on a CPU, ranks are forks of the engine (an import less for each, 20 CPU-seconds), and its cores and threads
+  are shared out among them here, as vLLM's own binding wants a NUMA node for each rank.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import structlog
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.executor import multiproc_executor
+
+from mooncake.core import log as logs
+from mooncake.core.process import pick_cores, set_parent_death_signal
+from mooncake.worker import resume
+from mooncake.worker.pulse import RankPulse
+from mooncake.worker.spec import EngineSpec
+
+log = structlog.get_logger(__name__)
+
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+"""Ranks of one host talk by shared memory, and by sockets of gloo's without any authentication."""
+RANK_ENDED = 1
+"""Exit code of an engine that lost a rank."""
+_run_rank = multiproc_executor.WorkerProc.worker_main
+
+
+class RankProcess(multiproc_executor.WorkerProc):
+    """Stands for vLLM's class when processes are started; `worker_main` is then set to rank_main."""
+
+
+class RanksExecutor(multiproc_executor.MultiprocExecutor):
+    """vLLM's executor, but for what follows the end of a rank."""
+
+    def start_worker_monitor(self, inline: bool = False) -> None:  # noqa: ARG002 - vLLM's contract
+        """End this process when a rank ends unasked."""
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        processes = {worker.proc.sentinel: worker for worker in self.workers}
+        ended = multiprocessing.connection.wait(list(processes))
+        if getattr(self, "shutting_down", False):
+            return
+        worker = processes[ended[0]]
+        log.error("engine.rank_ended", rank=worker.rank, code=worker.proc.exitcode)
+        queue = self.rpc_broadcast_mq
+        with contextlib.suppress(OSError, AttributeError):  # else the tracker of shared memory does so
+            queue.buffer.shared_memory.unlink()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RANK_ENDED)
+
+
+def executor(spec: EngineSpec, config: Any) -> type[RanksExecutor]:
+    """Return the executor for an engine whose ranks are processes, made ready to start those of this host.
+
+    Args:
+        spec: of the engine.
+        config: its VllmConfig.
+    """
+    ranks = config.parallel_config.local_world_size
+    if current_platform.is_cpu():
+        # set by vLLM to have OpenMP read its environment anew: our threads are sized by call instead
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if config.parallel_config.nnodes == 1:
+        for name, value in LOOPBACK.items():
+            os.environ.setdefault(name, value)
+    RankProcess.worker_main = staticmethod(functools.partial(rank_main, spec, ranks))
+    multiproc_executor.WorkerProc = RankProcess
+    return RanksExecutor
+
+
+def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> None:
+    """Run one rank, in its own process, until its engine ends. `arguments` are WorkerProc.worker_main's."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    set_parent_death_signal(parent.pid)
+    # blocked, not ignored: vLLM sets handlers for both. They may come to the whole group
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    rank = int(named["local_rank"])
+    logs.setup_inherited(f"rank-{rank}")
+    if current_platform.is_cpu():
+        cores, threads = share_of_cores(spec, rank, ranks)
+        if cores:
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+    RankPulse(spec.pulse_path, rank).start_beating()
+    resume.install(named["vllm_config"].model_config.get_vocab_size())
+    _run_rank(*arguments, **named)
+
+
+def share_of_cores(spec: EngineSpec, rank: int, ranks: int) -> tuple[list[int], int]:
+    """Return the cores and the number of threads of one of `ranks`: equal shares of the engine's, at least 1."""
+    cores = pick_cores(rank, ranks, spec.cores) if spec.cores else []
+    return cores, max(1, spec.threads_used // ranks)
