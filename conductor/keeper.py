@@ -101,7 +101,7 @@ class Keeper:
 
     async def _say(self, node: str, orders: Sequence[Order]) -> None:
         # names of shares that no engine there has are of nothing in its store, which passes over them
-        ranks = max((record.ranks for record, _ in self._view.alive() if record.node == node), default=1)
+        ranks = max((record.ranks for record, *_ in self._view.instances() if record.node == node), default=1)
         for done, order in enumerate(orders):
             try:
                 objects = share_keys(order.keys, ranks)

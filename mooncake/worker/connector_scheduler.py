@@ -138,7 +138,7 @@ class SchedulerHalf:
         return state.keys
 
     def _objects(self, blocks: list[bytes]) -> list[bytes]:
-        """Return the names in the pool of what all ranks have of `blocks`, as many as one request may ask for."""
+        """Return the names in the pool of all shares of `blocks`, as many as one request may ask for."""
         if self._ranks == 1:
             return blocks
         return names.share_keys(blocks[: KEYS_PER_REQUEST_MAX // self._ranks], self._ranks)

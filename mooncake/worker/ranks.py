@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from vllm.v1.executor import multiproc_executor
 
 from mooncake.core import log as logs
-from mooncake.core.process import pick_cores, set_parent_death_signal
+from mooncake.core.process import set_parent_death_signal
 from mooncake.worker import resume
 from mooncake.worker.pulse import RankPulse
 from mooncake.worker.spec import EngineSpec
@@ -97,16 +97,10 @@ def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> No
     rank = int(named["local_rank"])
     logs.setup_inherited(f"rank-{rank}")
     if current_platform.is_cpu():
-        cores, threads = share_of_cores(spec, rank, ranks)
+        cores, threads = spec.share_of_cores(rank, ranks)
         if cores:
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
     RankPulse(spec.pulse_path, rank).start_beating()
     resume.install(named["vllm_config"].model_config.get_vocab_size())
     _run_rank(*arguments, **named)
-
-
-def share_of_cores(spec: EngineSpec, rank: int, ranks: int) -> tuple[list[int], int]:
-    """Return the cores and the number of threads of one of `ranks`: equal shares of the engine's, at least 1."""
-    cores = pick_cores(rank, ranks, spec.cores) if spec.cores else []
-    return cores, max(1, spec.threads_used // ranks)

@@ -7,6 +7,7 @@ import msgspec
 
 from mooncake.core.config import STEP_TOKENS
 from mooncake.core.messages import StoreRecord
+from mooncake.core.process import pick_cores
 
 LOAD_MODES = ("async", "layerwise")
 STOP_SIGNAL = signal.SIGUSR2
@@ -41,6 +42,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def threads_used(self) -> int:
         """What a CPU engine computes with: unbound, it cannot know how many cores are its own."""
         return self.threads or max(1, len(self.cores))
+
+    def share_of_cores(self, rank: int, ranks: int) -> tuple[list[int], int]:
+        """Return the cores and the number of threads of one of `ranks` of a CPU engine; each has 1."""
+        cores = pick_cores(rank, ranks, self.cores) if self.cores else []
+        return cores, max(1, self.threads_used // ranks)
 
     @property
     def engine_in(self) -> str:

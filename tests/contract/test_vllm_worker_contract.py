@@ -25,6 +25,8 @@ SYMBOLS = {
     "vllm.v1.serial_utils:MsgpackDecoder": "TolerantDecoder extends it",
     "vllm.v1.serial_utils:MsgpackEncoder": "one per output thread",
     "vllm.v1.executor:Executor": "get_class(config)",
+    "vllm.v1.executor:multiproc_executor": "RanksExecutor extends its executor; its WorkerProc is replaced",
+    "vllm.platforms:current_platform": "ranks of a CPU engine are forks",
     "vllm.engine.arg_utils:AsyncEngineArgs": "engine settings from flags",
     "vllm.entrypoints.launchers.cli_args:make_arg_parser": "vLLM's own flags pass through",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "vLLM's own flags pass through",
@@ -64,6 +66,53 @@ def test_the_list_names_every_symbol_that_the_worker_imports():
 def test_every_symbol_exists(symbol):
     module, _, name = symbol.partition(":")
     assert getattr(importlib.import_module(module), name, None) or importlib.import_module(f"{module}.{name}")
+
+
+class TestTheRanks:
+    def test_are_started_by_the_class_that_we_replace(self):
+        from vllm.v1.executor import multiproc_executor as module
+
+        assert "WorkerProc.make_worker_process(" in inspect.getsource(module.MultiprocExecutor._init_executor)
+        source = inspect.getsource(module.WorkerProc.make_worker_process)
+        assert "target=WorkerProc.worker_main" in source
+        assert "daemon=True" in source
+        assert {"rank", "local_rank", "vllm_config"} <= set(re.findall(r'"(\w+)": ', source))
+
+    def test_take_no_thread_count_of_their_own(self):
+        from vllm.v1.executor import multiproc_executor as module
+
+        source = inspect.getsource(module.set_multiprocessing_worker_envs)
+        assert source.index("is_cpu()") < source.index("set_num_threads")
+
+    def test_are_watched_by_the_method_that_we_replace(self):
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        assert parameters(MultiprocExecutor.start_worker_monitor) == ["self", "inline"]
+        assert "self.start_worker_monitor()" in inspect.getsource(MultiprocExecutor._init_executor)
+        shutdown = inspect.getsource(MultiprocExecutor.shutdown)
+        assert shutdown.index("self.shutting_down = True") < shutdown.index("death_writer.close()")
+
+    def test_are_waited_for_with_the_outcome_of_their_loads(self):
+        """The scheduler half gives the lease back then, and one rank's bad block is bad for all."""
+        from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        def heard(*outputs: KVConnectorOutput) -> KVConnectorOutput:
+            empty = [ModelRunnerOutput(req_ids=[], req_id_to_index={}) for _ in outputs]
+            for one, output in zip(empty, outputs, strict=True):
+                one.kv_connector_output = output
+            return aggregator.aggregate(empty).kv_connector_output
+
+        aggregator = KVOutputAggregator(2)
+        first = heard(KVConnectorOutput(finished_recving={"r"}), KVConnectorOutput(invalid_block_ids={7}))
+        assert (first.finished_recving, first.invalid_block_ids) == (None, {7})
+        second = heard(KVConnectorOutput(), KVConnectorOutput(finished_recving={"r"}))
+        assert second.finished_recving == {"r"}
+
+    def test_know_their_number_before_they_make_a_connector(self):
+        from vllm.v1.worker.worker_base import WorkerBase
+
+        assert "self.parallel_config.rank = rank" in inspect.getsource(WorkerBase.__init__)
 
 
 class TestTheEngine:

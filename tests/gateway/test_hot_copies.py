@@ -25,6 +25,7 @@ from kvstore.leader.term import LeaderTerm
 from mooncake.core.config import HOT_COPIES, HOT_COPIES_MAX
 from mooncake.core.election import LeaderRecord
 from mooncake.core.errors import CapacityError, ConfigError, MooncakeError, NotLeader
+from mooncake.core.keys import share_keys
 from mooncake.core.messages import InstanceRecord, Ok, Pulled, StoreRecord, StoreStats, Term
 from mooncake.core.metadata_memory import MemoryMetadata
 from mooncake.core.options import GatewayOptions
@@ -70,11 +71,11 @@ class World:
         for number in range(nodes):
             self.host(f"n{number}", transfer=transfer)
 
-    def host(self, node: str, role: str = "prefill", transfer: str = "tcp://x") -> None:
+    def host(self, node: str, role: str = "prefill", transfer: str = "tcp://x", ranks: int = 1) -> None:
         record = InstanceRecord(
             instance_id=f"p-{node}", role=role, epoch="1", endpoint="", node=node, pid=1, model="m",
             context_root="00", block_size=32, max_model_len=4096, kv_blocks=100, max_num_seqs=8,
-            max_num_batched_tokens=4096, block_bytes=BLOCK_BYTES, vllm_version="",
+            max_num_batched_tokens=4096, block_bytes=BLOCK_BYTES, vllm_version="", ranks=ranks,
         )  # fmt: skip
         self.view.store_up(StoreRecord(node, "1", "", "", "", 400 * BLOCK_BYTES, 1, transfer=transfer))
         self.view.instance_up(0.0, record)
@@ -147,6 +148,16 @@ async def test_what_many_ask_for_is_told_with_the_hosts_that_prefill_holders_fir
     assert sorted(wish.nodes) == list(NODES)
     assert (world.metric("mooncake_hot_prefixes"), world.metric("mooncake_hot_copies_wanted")) == (1, 3)
     assert world.wishes("sent") == 1
+
+
+async def test_what_ranks_share_is_wished_for_with_all_its_shares(make):
+    world = make()
+    leader = await world.leader()
+    world.host("n0", ranks=2)
+    world.ask(chain("a"), 30)
+    await world.round()
+    (wish,) = leader.heard
+    assert (wish.keys, wish.size_bytes) == (share_keys(chain("a"), 2), BLOCK_BYTES // 2)
 
 
 async def test_a_wish_is_said_again_now_and_then_and_at_once_when_it_changes(make):

@@ -23,6 +23,7 @@ from conductor.plan import Decision, Plan, RequestFacts
 from conductor.terms import Terms
 from conductor.vllm_seam import Unavailable
 from mooncake.core.errors import CapacityError, MooncakeError
+from mooncake.core.keys import share_keys
 from mooncake.core.messages import InstanceRecord, Pin, Pinned, StoreRecord, StoreRequest
 from mooncake.core.rpc import RpcServer
 
@@ -60,12 +61,12 @@ class Site:
         front = RejectionMiddleware(self.app, agents=self.agents)
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=front), base_url="http://gateway")
 
-    def open(self, node: str) -> Store:
+    def open(self, node: str, ranks: int = 1) -> Store:
         store = self.stores[node] = Store()
         record = InstanceRecord(
             instance_id=f"p-{node}", role="prefill", epoch="1", endpoint="", node=node, pid=1, model="m",
             context_root="00", block_size=BLOCK_SIZE, max_model_len=4096, kv_blocks=100, max_num_seqs=8,
-            max_num_batched_tokens=4096, block_bytes=BLOCK_BYTES, vllm_version="",
+            max_num_batched_tokens=4096, block_bytes=BLOCK_BYTES, vllm_version="", ranks=ranks,
         )  # fmt: skip
         self.view.store_up(
             StoreRecord(node, "1", store.server.endpoint, "", "", 100 * BLOCK_BYTES, 1, transfer="tcp://x")
@@ -128,6 +129,15 @@ async def test_what_an_answer_that_calls_a_tool_leaves_is_pinned_where_it_was_co
     assert other.heard == []
     assert site.metric("mooncake_keep_orders_total", result="sent") == 1
     assert site.metric("mooncake_kept_contexts") == 1
+    assert site.metric("mooncake_kept_blocks") == len(KEYS)
+
+
+async def test_what_ranks_share_is_pinned_with_all_its_shares(site: Site) -> None:
+    store = site.open("n1", ranks=2)
+    site.turn("run", "p-n1")
+    await site.keeper.round(time.monotonic())
+    heard = [order for order in store.heard if order.ttl_s]
+    assert [order.keys for order in heard] == [share_keys(KEYS, 2)]
     assert site.metric("mooncake_kept_blocks") == len(KEYS)
 
 

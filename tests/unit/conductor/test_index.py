@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conductor.index import BLOCKS_MAX, DEAD_BITS_MAX, PrefixIndex
 from mooncake.core.errors import ProtocolError
-from mooncake.core.keys import KEY_BYTES, NAME_BITS
+from mooncake.core.keys import KEY_BYTES, NAME_BITS, share_keys
 from tests.unit.conductor.make import keys
 
 KEYS = keys(12)
@@ -26,6 +26,17 @@ def test_a_node_hits_as_many_leading_blocks_as_it_holds():
     index.apply("a", blob(0, 1, 2, 3), b"")
     index.apply("b", blob(0, 1), b"")
     assert index.longest_prefix(KEYS) == {"b": 2, "a": 4}
+
+
+def test_a_block_that_ranks_share_counts_once_and_is_there_as_long_as_the_share_of_the_first():
+    index = PrefixIndex()
+    shares = share_keys(KEYS[:4], 3)
+    index.apply("a", b"".join(shares), b"")
+    assert index.longest_prefix(KEYS) == {"a": 4}
+    assert index.stats().blocks == 4
+    index.apply("a", b"", b"".join([*shares[1:3], *shares[9:]]))
+    assert index.longest_prefix(KEYS) == {"a": 3}
+    assert index.stats().blocks == 3
 
 
 def test_a_hole_ends_the_hit_although_deeper_blocks_are_there():

@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from mooncake.core.keys import (
     KEY_BYTES,
+    SHARE_MARK,
     block_checksum,
+    block_names,
     chain,
     context_root,
     prompt_keys,
     request_root,
+    share_key,
+    share_keys,
+    short_names,
     tail_key,
     token_bytes,
 )
@@ -155,3 +160,39 @@ def test_a_checksum_commits_to_the_key(data, a, b):
 def test_a_checksum_is_the_same_for_bytes_and_for_a_view_of_them():
     data = bytes(range(256)) * 16
     assert block_checksum(b"k" * 32, data) == block_checksum(b"k" * 32, memoryview(bytearray(data)))
+
+
+# ---------------------------------------------------------------- shares of ranks
+
+BLOCKS = st.lists(st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES), unique=True, max_size=6)
+
+
+@given(blocks=BLOCKS, ranks=st.integers(1, 9))
+def test_every_share_of_every_block_has_a_name_of_its_own(blocks, ranks):
+    shares = share_keys(blocks, ranks)
+    assert len(set(shares)) == len(shares) == len(blocks) * ranks
+    assert all(len(key) == KEY_BYTES for key in shares)
+    assert shares == share_keys(blocks, ranks)
+
+
+@given(blocks=BLOCKS, ranks=st.integers(1, 9))
+def test_shares_come_block_by_block_and_the_first_is_called_as_the_block(blocks, ranks):
+    shares = share_keys(blocks, ranks)
+    assert shares[::ranks] == blocks
+    for rank in range(ranks):
+        assert shares[rank::ranks] == [share_key(key, rank) for key in blocks]
+
+
+@given(blocks=BLOCKS, ranks=st.integers(1, 9), data=st.data())
+def test_who_counts_blocks_counts_each_once_however_many_share_it(blocks, ranks, data):
+    assume(not any(key.endswith(SHARE_MARK) for key in blocks))
+    shares = data.draw(st.permutations(share_keys(blocks, ranks)))
+    counted = sorted(block_names(b"".join(shares)).tolist())
+    assert counted == sorted(short_names(b"".join(blocks)).tolist())
+
+
+def test_names_of_shares_do_not_change_from_release_to_release():
+    key = bytes(range(32))
+    assert share_key(key, 1).hex() == sha256(b"mooncake-share-1" + key + b"\1\0\0\0").hexdigest()[:48] + (
+        b"mc-share".hex()
+    )

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from mooncake.worker.pulse import FIELDS, PULSE_INTERVAL_S, Pulse
+from mooncake.core.errors import ConfigError
+from mooncake.worker.pulse import COUNTED_ONCE, FIELDS, PULSE_INTERVAL_S, RANKS_MAX, Pulse, RankPulse
 
 ENGINE = """
 import sys, time
@@ -72,3 +73,45 @@ def test_counters_and_beats_of_another_process_are_seen_and_a_stopped_one_ages(e
     while pulse.read("pulse_s") == first_s:
         assert time.monotonic() < end_s, "the pulse did not come back"
         time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def test_what_ranks_count_adds_up_and_what_they_do_together_counts_once(tmp_path):
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    pulse.has_ranks(3)
+    pulse.add("pool_errors", 1)
+    for rank in range(3):
+        for name in ("pool_errors", "load_bytes", *COUNTED_ONCE):
+            RankPulse(tmp_path / "pulse", rank).add(name, 10)
+    assert pulse.read("pool_errors") == 31
+    assert pulse.read("load_bytes") == pulse.snapshot()["load_bytes"] == 30
+    assert {pulse.read(name) for name in COUNTED_ONCE} == {10}
+
+
+def test_an_engine_is_as_silent_as_the_most_silent_of_its_ranks(tmp_path, monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr("mooncake.worker.pulse.time.monotonic", lambda: now_s)
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    pulse.has_ranks(2)
+    ranks = [RankPulse(tmp_path / "pulse", rank) for rank in range(2)]
+    pulse.beat()
+    assert pulse.age_s(101.0) == 1.0, "ranks that have not begun are not silent"
+    for one in ranks:
+        one.beat()
+    now_s = 110.0
+    pulse.beat()
+    ranks[0].beat()
+    assert pulse.age_s(110.0) == 10.0
+    ranks[1].beat()
+    assert pulse.age_s(110.0) == 0.0
+
+
+def test_more_ranks_than_have_a_page_are_refused(tmp_path):
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    pulse.has_ranks(RANKS_MAX)
+    RankPulse(tmp_path / "pulse", RANKS_MAX - 1).add("load_bytes", 1)
+    assert pulse.read("load_bytes") == 1
+    with pytest.raises(ConfigError, match="ranks on one host"):
+        pulse.has_ranks(RANKS_MAX + 1)

@@ -5,6 +5,7 @@ import sys
 import threading
 
 import msgspec
+import pytest
 
 from mooncake.worker.spec import EngineFacts, EngineSpec, write_facts
 
@@ -34,6 +35,23 @@ def test_a_spec_survives_its_journey_as_json():
     spec = EngineSpec(instance_id="i", role="both", epoch="e", run_dir="/run/i", model="m", cores=[1])
     assert msgspec.json.decode(msgspec.json.encode(spec), type=EngineSpec) == spec
     assert spec.engine_in == "ipc:///run/i/in"
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "shares"),
+    [
+        ([4, 5, 6, 7], 0, [([4, 5], 2), ([6, 7], 2)]),
+        ([4, 5, 6], 0, [([4], 1), ([5], 1)]),
+        ([4], 0, [([4], 1), ([4], 1)]),
+        ([], 6, [([], 3), ([], 3)]),
+        ([], 0, [([], 1), ([], 1)]),
+    ],
+)
+def test_ranks_share_the_cores_and_threads_of_their_engine_and_each_has_one(cores, threads, shares):
+    spec = EngineSpec(
+        instance_id="i", role="both", epoch="e", run_dir="/run/i", model="m", cores=cores, threads=threads
+    )
+    assert [spec.share_of_cores(rank, 2) for rank in range(2)] == shares
 
 
 def test_what_every_process_imports_is_free_of_vllm_and_torch():
