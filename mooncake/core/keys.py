@@ -134,7 +134,10 @@ def block_names(blob: bytes) -> npt.NDArray[np.uint64]:
         ProtocolError: as short_names.
     """
     names = short_names(blob)
-    return names[np.frombuffer(blob, "<u8")[KEY_BYTES // 8 - 1 :: KEY_BYTES // 8] != _SHARE]
+    of_blocks: npt.NDArray[np.uint64] = names[
+        np.frombuffer(blob, "<u8")[KEY_BYTES // 8 - 1 :: KEY_BYTES // 8] != _SHARE
+    ]
+    return of_blocks
 
 
 def short_names(blob: bytes) -> npt.NDArray[np.uint64]:

@@ -110,7 +110,7 @@ class Pulse:
     def _oldest_s(self) -> float:
         """Return the last sign of life of whoever gave his first and has been silent for longest."""
         beats = self._pages[1 : 1 + int(self._slots[_RANKS]), 0]
-        return min([float(self._slots[0]), *beats[beats > 0].tolist()])
+        return float(min([self._slots[0], *beats[beats > 0]]))
 
     def beat(self) -> None:
         """Give one sign of life."""

@@ -6,22 +6,26 @@ vLLM's own multiprocess executor starts, feeds and hears them. Ours differs in w
   whole process group: the relay drains first, then ends the engine;
 - a rank that ends takes the engine along at once: the others wait for it in shared memory, deaf to signals,
   and nothing here is worth saving. The relay sees the engine end, as it would with one rank;
+- what they share has no name any more once all have it, so nothing of it is left, however they end;
 - on a CPU, ranks are forks of the engine (an import less for each, 20 CPU-seconds), and its cores and threads
   are shared out among them here, as vLLM's own binding wants a NUMA node for each rank.
 """
 
-import contextlib
 import functools
+import gc
+import glob
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
+from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 from vllm.platforms import current_platform
 from vllm.v1.executor import multiproc_executor
 
@@ -43,9 +47,20 @@ _run_rank = multiproc_executor.WorkerProc.worker_main
 class RankProcess(multiproc_executor.WorkerProc):
     """Stands for vLLM's class when processes are started; `worker_main` is then set to rank_main."""
 
+    def worker_busy_loop(self) -> None:
+        """Serve until the engine ends; all others have mapped by now what is ours."""
+        unlink_shared_memory()
+        mark = os.environ.get("VLLM_DIST_IDENT")  # of what vLLM's CPU kernels share, which they leave behind
+        for path in Path("/dev/shm").glob(f"{glob.escape(mark)}-*_{self.rank}") if mark else ():
+            path.unlink(missing_ok=True)
+        super().worker_busy_loop()
+
 
 class RanksExecutor(multiproc_executor.MultiprocExecutor):
     """vLLM's executor, but for what follows the end of a rank."""
+
+    def _post_init_executor(self) -> None:
+        unlink_shared_memory()
 
     def start_worker_monitor(self, inline: bool = False) -> None:  # noqa: ARG002 - vLLM's contract
         """End this process when a rank ends unasked."""
@@ -58,9 +73,6 @@ class RanksExecutor(multiproc_executor.MultiprocExecutor):
             return
         worker = processes[ended[0]]
         log.error("engine.rank_ended", rank=worker.rank, code=worker.proc.exitcode)
-        queue = self.rpc_broadcast_mq
-        with contextlib.suppress(OSError, AttributeError):  # else the tracker of shared memory does so
-            queue.buffer.shared_memory.unlink()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(RANK_ENDED)
@@ -81,6 +93,9 @@ def executor(spec: EngineSpec, config: Any) -> type[RanksExecutor]:
     if config.parallel_config.nnodes == 1:
         for name, value in LOOPBACK.items():
             os.environ.setdefault(name, value)
+    # in our folder, which goes with us; its last part is also the mark of what ranks share
+    rendezvous = f"file://{spec.run_dir}/ranks-{spec.instance_id}-{spec.epoch}"
+    multiproc_executor.get_file_store_init_method = lambda: rendezvous
     RankProcess.worker_main = staticmethod(functools.partial(rank_main, spec, ranks))
     multiproc_executor.WorkerProc = RankProcess
     return RanksExecutor
@@ -103,4 +118,19 @@ def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> No
         torch.set_num_threads(threads)
     RankPulse(spec.pulse_path, rank).start_beating()
     resume.install(named["vllm_config"].model_config.get_vocab_size())
-    _run_rank(*arguments, **named)
+    multiproc_executor.WorkerProc = RankProcess  # in a fresh interpreter it is vLLM's still
+    try:
+        _run_rank(*arguments, **named)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not the interpreter's own end, which waits for threads: nothing is left to do
+        os._exit(RANK_ENDED if isinstance(sys.exception(), Exception) else 0)
+
+
+def unlink_shared_memory() -> None:
+    """Take their names from the queues that this process has made and all others have mapped."""
+    for each in gc.get_objects():
+        if type(each) is ShmRingBuffer and each.is_creator:
+            each.shared_memory.unlink()
+            each.is_creator = False  # else it is unlinked again with its last reference

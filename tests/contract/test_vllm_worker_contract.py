@@ -27,6 +27,7 @@ SYMBOLS = {
     "vllm.v1.executor:Executor": "get_class(config)",
     "vllm.v1.executor:multiproc_executor": "RanksExecutor extends its executor; its WorkerProc is replaced",
     "vllm.platforms:current_platform": "ranks of a CPU engine are forks",
+    "vllm.distributed.device_communicators.shm_broadcast:ShmRingBuffer": "unlinked once it is mapped",
     "vllm.engine.arg_utils:AsyncEngineArgs": "engine settings from flags",
     "vllm.entrypoints.launchers.cli_args:make_arg_parser": "vLLM's own flags pass through",
     "vllm.utils.argparse_utils:FlexibleArgumentParser": "vLLM's own flags pass through",
@@ -83,6 +84,20 @@ class TestTheRanks:
 
         source = inspect.getsource(module.set_multiprocessing_worker_envs)
         assert source.index("is_cpu()") < source.index("set_num_threads")
+
+    def test_have_mapped_all_queues_when_we_unlink_them(self):
+        from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+        from vllm.v1.executor import multiproc_executor as module
+
+        engine = inspect.getsource(module.MultiprocExecutor._init_executor)
+        assert "= get_file_store_init_method()" in engine, "replaced by name"
+        assert engine.index("response_mq.wait_until_ready()") < engine.index("self._post_init_executor()")
+        rank = inspect.getsource(module.WorkerProc.worker_main)
+        assert rank.index("worker.worker_response_mq.wait_until_ready()") < rank.index("worker_busy_loop()")
+        assert "worker = WorkerProc(" in rank
+        source = inspect.getsource(ShmRingBuffer)
+        assert "self.is_creator = True" in source
+        assert "if self.is_creator:\n                self.shared_memory.unlink()" in source
 
     def test_are_watched_by_the_method_that_we_replace(self):
         from vllm.v1.executor.multiproc_executor import MultiprocExecutor

@@ -10,5 +10,6 @@ AGGREGATED = Setup("bf16 aggregated", dtype="bfloat16", flags=("--aggregated=2",
 """Two, so that each has one core: threads change the sums of bf16, and with them tokens."""
 FIRST_TOKEN = Setup("bf16 first token", dtype="bfloat16", flags=("--first-token",))
 THREE = Setup("fp32 three engines", flags=("--prefill=2",), instances=3, traced=True)
+TWO_RANKS = Setup("fp32 two ranks", vllm=("--tensor-parallel-size=2",))
 TIGHT = Setup("fp32 tight", flags=("--kv-memory=16MiB", "--max-model-len=1024"))
 """KV for 4,096 tokens: engines would have to take it from one request to give it to another."""
