@@ -290,7 +290,10 @@ class WorkerOptions(Joined, Modelled, Engined, Administered, Traced, Placed):
     node: Name = setting("local", "Node name of the store on this host.")
     cores: Cores = setting([], "Cores to bind, e.g. 0 or 0-3; empty = none.")
     threads: int = setting(
-        0, "Threads of a CPU engine; 0 = one for each core it is bound to, else one.", low=0, high=THREADS_MAX
+        0,
+        "Threads of a CPU engine, all its ranks; 0 = one for each core it is bound to, else one.",
+        low=0,
+        high=THREADS_MAX,
     )
     use_pool: bool = setting(True, "Share KV blocks through the pool.", key="pool")
     save_decoded: bool = setting(True, "Blocks of answers go into the pool, too: the next turn hits them.")

@@ -24,7 +24,7 @@ from mooncake.core.tracing import open_tracing
 from mooncake.worker.connector_meta import StepMeta
 from mooncake.worker.connector_scheduler import SchedulerHalf
 from mooncake.worker.connector_worker import WorkerHalf
-from mooncake.worker.context import kv_context
+from mooncake.worker.context import kv_context, ranks_of
 from mooncake.worker.pulse import Pulse, RankPulse
 from mooncake.worker.spans import PoolSpans
 from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_facts
@@ -48,36 +48,6 @@ def tells_blocks(vllm_config: "VllmConfig", spec: EngineSpec) -> bool:
     if not vllm_config.cache_config.enable_prefix_caching or events is None:
         return False
     return bool(events.enable_kv_cache_events) and events.endpoint == spec.kv_events
-
-
-def ranks_of(vllm_config: "VllmConfig", spec: EngineSpec) -> int:
-    """Return how many ranks share each block of this engine.
-
-    Raises:
-        ConfigError: they are of a kind, or asked for something, that the pool does not know.
-    """
-    parallel = vllm_config.parallel_config
-    for name, size in (
-        ("pipeline", parallel.pipeline_parallel_size),
-        ("data", parallel.data_parallel_size),
-        ("prefill context", parallel.prefill_context_parallel_size),
-        ("decode context", parallel.decode_context_parallel_size),
-    ):
-        if size != 1:
-            raise ConfigError(
-                f"{name} parallel size {size}: the pool shares blocks of tensor parallel engines only; "
-                "use --tensor-parallel-size, more instances, or no pool (--no-pool)"
-            )
-    if parallel.nnodes != 1:
-        raise ConfigError(
-            f"an engine on {parallel.nnodes} hosts: the pool shares blocks of engines on one host only; "
-            "use fewer ranks, or no pool (--no-pool)"
-        )
-    ranks = int(parallel.tensor_parallel_size)
-    if ranks > 1 and spec.load_mode != "async":
-        # one rank cannot know in time that another one's bytes were bad, and would save what came of them
-        raise ConfigError(f"load mode {spec.load_mode} with {ranks} ranks: several load by `async` only")
-    return ranks
 
 
 class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):

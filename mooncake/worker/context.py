@@ -10,6 +10,7 @@ from mooncake.core.context import KvContext
 from mooncake.core.errors import ConfigError
 from mooncake.core.fingerprint import model_fingerprint
 from mooncake.worker.layout import POOL_LAYOUT
+from mooncake.worker.spec import EngineSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,6 +62,36 @@ def kv_context(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> K
         decode_context_parallel=parallel.decode_context_parallel_size,
         context_interleave=parallel.cp_kv_cache_interleave_size,
     )
+
+
+def ranks_of(vllm_config: "VllmConfig", spec: EngineSpec) -> int:
+    """Return how many ranks share each block of this engine.
+
+    Raises:
+        ConfigError: they are of a kind, or asked for something, that the pool does not know.
+    """
+    parallel = vllm_config.parallel_config
+    for name, size in (
+        ("pipeline", parallel.pipeline_parallel_size),
+        ("data", parallel.data_parallel_size),
+        ("prefill context", parallel.prefill_context_parallel_size),
+        ("decode context", parallel.decode_context_parallel_size),
+    ):
+        if size != 1:
+            raise ConfigError(
+                f"{name} parallel size {size}: the pool shares blocks of tensor parallel engines only; "
+                "use --tensor-parallel-size, more instances, or no pool (--no-pool)"
+            )
+    if parallel.nnodes != 1:
+        raise ConfigError(
+            f"an engine on {parallel.nnodes} hosts: the pool shares blocks of engines on one host only; "
+            "use fewer ranks, or no pool (--no-pool)"
+        )
+    ranks = int(parallel.tensor_parallel_size)
+    if ranks > 1 and spec.load_mode != "async":
+        # one rank cannot know in time that another one's bytes were bad, and would save what came of them
+        raise ConfigError(f"load mode {spec.load_mode} with {ranks} ranks: use --load-mode async")
+    return ranks
 
 
 def _weights(model: Any, load: Any) -> str:

@@ -17,6 +17,7 @@ import msgspec
 from mooncake.core import log as logs
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import set_parent_death_signal
+from mooncake.worker.context import ranks_of
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.spec import STOP_SIGNAL, EngineSpec
 
@@ -92,7 +93,11 @@ def engine_arguments(spec: EngineSpec) -> list[str]:
 
 
 def build_config(spec: EngineSpec) -> Any:
-    """Return the VllmConfig of `spec`."""
+    """Return the VllmConfig of `spec`.
+
+    Raises:
+        ConfigError: it has ranks of a kind that cannot share blocks through the pool.
+    """
     # read by vLLM when the configuration is made: keeps the CPU executor in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -102,7 +107,10 @@ def build_config(spec: EngineSpec) -> Any:
     # the server's parser: the user's flags go to gateway and engines alike, each takes its own
     parser = make_arg_parser(FlexibleArgumentParser())
     arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(engine_arguments(spec)))
-    return arguments.create_engine_config()
+    config = arguments.create_engine_config()
+    if spec.store is not None:
+        ranks_of(config, spec)  # refuse now what each rank would refuse once it is loaded
+    return config
 
 
 def run(spec: EngineSpec) -> int:
