@@ -261,6 +261,7 @@ class Instance:
                         request_stop(self._stop_write)
                 elif self._ready.is_set() and registration is None and self._record is not None:
                     record = self._open_gpu_events(spec, self._record)
+                    own.children.update((f"rank {n}", pid) for n, pid in enumerate(pulse.rank_pids()))
                     encode = functools.partial(self._encoded, record)
                     registration = Registration(metadata, INSTANCES_PREFIX + spec.instance_id, encode)
                     registration.start()

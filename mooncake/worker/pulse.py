@@ -10,6 +10,7 @@ the engine is as silent as the most silent of them.
 """
 
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ RANKS_MAX = 64
 """Of one host: no machine has more accelerators. A page of the file for each, 13 KiB in all."""
 COUNTED_ONCE = frozenset({"load_seconds", "load_blocks", "save_seconds", "save_blocks"})
 """By rank 0: all ranks move their shares of the same blocks at the same time."""
-_RANKS = len(FIELDS)  # a slot behind the others: how many pages of ranks are in use
+_RANKS = len(FIELDS)  # a slot behind the others: of the engine, how many ranks; of a rank, its pid
 _PAGE = _RANKS + 1
 _SIZE_BYTES = 8 * _PAGE * (1 + RANKS_MAX)
 
@@ -88,6 +89,10 @@ class Pulse:
         if ranks > RANKS_MAX:
             raise ConfigError(f"{ranks} ranks on one host: at most {RANKS_MAX}")
         self._slots[_RANKS] = ranks
+
+    def rank_pids(self) -> list[int]:
+        """Return the processes of the ranks that have begun, if there are several."""
+        return [int(page[_RANKS]) for page in self._pages[1 : 1 + int(self._slots[_RANKS])] if page[_RANKS]]
 
     def read(self, name: str) -> float:
         """Return a slot's value, of all ranks together."""
@@ -136,6 +141,7 @@ class RankPulse(Pulse):
         """`path` as the engine's."""
         super().__init__(path, create=False, page=1 + rank)
         self._leaves = COUNTED_ONCE if rank else frozenset()
+        self._slots[_RANKS] = os.getpid()
 
     def add(self, name: str, amount: float) -> None:
         """Add to a counter, unless another rank counts the same."""

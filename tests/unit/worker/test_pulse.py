@@ -108,6 +108,16 @@ def test_an_engine_is_as_silent_as_the_most_silent_of_its_ranks(tmp_path, monkey
     assert pulse.age_s(110.0) == 0.0
 
 
+def test_the_relay_learns_which_processes_the_ranks_are(tmp_path):
+    pulse = Pulse(tmp_path / "pulse", create=True)
+    assert pulse.rank_pids() == []
+    pulse.has_ranks(2)
+    assert pulse.rank_pids() == [], "none has begun"
+    for rank in range(2):
+        RankPulse(tmp_path / "pulse", rank)
+    assert pulse.rank_pids() == [os.getpid()] * 2
+
+
 def test_more_ranks_than_have_a_page_are_refused(tmp_path):
     pulse = Pulse(tmp_path / "pulse", create=True)
     pulse.has_ranks(RANKS_MAX)
