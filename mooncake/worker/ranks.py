@@ -109,6 +109,8 @@ def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> No
     set_parent_death_signal(parent.pid)
     # blocked, not ignored: vLLM sets handlers for both. They may come to the whole group
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    for queue in _own_queues():
+        queue.is_creator = False  # a fork has inherited it
     rank = int(named["local_rank"])
     logs.setup_inherited(f"rank-{rank}")
     if current_platform.is_cpu():
@@ -130,7 +132,10 @@ def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> No
 
 def unlink_shared_memory() -> None:
     """Take their names from the queues that this process has made and all others have mapped."""
-    for each in gc.get_objects():
-        if type(each) is ShmRingBuffer and each.is_creator:
-            each.shared_memory.unlink()
-            each.is_creator = False  # else it is unlinked again with its last reference
+    for queue in _own_queues():
+        queue.shared_memory.unlink()
+        queue.is_creator = False  # else it is unlinked again with its last reference
+
+
+def _own_queues() -> list[ShmRingBuffer]:
+    return [each for each in gc.get_objects() if type(each) is ShmRingBuffer and each.is_creator]
