@@ -109,8 +109,7 @@ def rank_main(spec: EngineSpec, ranks: int, *arguments: Any, **named: Any) -> No
     set_parent_death_signal(parent.pid)
     # blocked, not ignored: vLLM sets handlers for both. They may come to the whole group
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    for queue in _own_queues():
-        queue.is_creator = False  # a fork has inherited it
+    leave_queues_to_others()
     rank = int(named["local_rank"])
     logs.setup_inherited(f"rank-{rank}")
     if current_platform.is_cpu():
@@ -135,6 +134,12 @@ def unlink_shared_memory() -> None:
     for queue in _own_queues():
         queue.shared_memory.unlink()
         queue.is_creator = False  # else it is unlinked again with its last reference
+
+
+def leave_queues_to_others() -> None:
+    """Say that what a fork has inherited is not its own."""
+    for queue in _own_queues():
+        queue.is_creator = False
 
 
 def _own_queues() -> list[ShmRingBuffer]:

@@ -7,6 +7,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,32 @@ class TestTheRanks:
         source = inspect.getsource(ShmRingBuffer)
         assert "self.is_creator = True" in source
         assert "if self.is_creator:\n                self.shared_memory.unlink()" in source
+
+    def test_take_the_names_of_their_own_queues_only(self):
+        """vLLM's queues of a parent are in a fork as if it had made them."""
+        code = """
+import os
+from pathlib import Path
+from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+from mooncake.worker import ranks
+def there(queue):
+    return (Path("/dev/shm") / queue.shared_memory.name).exists()
+engines = ShmRingBuffer(1, 1024, 4)
+pid = os.fork()
+if not pid:
+    ranks.leave_queues_to_others()
+    own = ShmRingBuffer(1, 1024, 4)
+    ranks.unlink_shared_memory()
+    os._exit(10 * there(own) + (not there(engines)))
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert there(engines)
+ranks.unlink_shared_memory()
+assert not there(engines)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
     def test_are_watched_by_the_method_that_we_replace(self):
         from vllm.v1.executor.multiproc_executor import MultiprocExecutor
