@@ -41,6 +41,8 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 """Ranks of one host talk by shared memory, and by sockets of gloo's without any authentication."""
 RANK_ENDED = 1
 """Exit code of an engine that lost a rank."""
+REAP_S = 1.0
+"""For the exit code of a rank: its end shows a moment before."""
 _run_rank = multiproc_executor.WorkerProc.worker_main
 
 
@@ -72,6 +74,7 @@ class RanksExecutor(multiproc_executor.MultiprocExecutor):
         if getattr(self, "shutting_down", False):
             return
         worker = processes[ended[0]]
+        worker.proc.join(REAP_S)
         log.error("engine.rank_ended", rank=worker.rank, code=worker.proc.exitcode)
         sys.stdout.flush()
         sys.stderr.flush()
