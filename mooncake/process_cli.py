@@ -1,4 +1,4 @@
-"""The processes: `mooncake up`, `conductor`, `gateway`, `prefill`, `decode`, `store`.
+"""The processes: `mooncake up`, `conductor`, `gateway`, `prefill`, `decode`, `follower`, `store`.
 
 Imports nothing heavy before one of them runs.
 """
@@ -15,6 +15,7 @@ from mooncake.cli_settings import settings_command
 if TYPE_CHECKING:
     from mooncake.core.options import (
         ConductorOptions,
+        FollowerOptions,
         GatewayOptions,
         LoneGatewayOptions,
         PrefillOptions,
@@ -30,7 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add our commands to `mooncake`."""
     for section, main in (
         ("up", up), ("conductor", conductor), ("gateway", gateway), ("prefill", prefill), ("decode", decode),
-        ("store", store),
+        ("follower", follower), ("store", store),
     ):  # fmt: skip
         settings_command(app, section, main)
 
@@ -150,6 +151,17 @@ def _worker(options: "WorkerOptions", role: str) -> None:
     )
     run = run_decode if role == "decode" else run_prefill
     run_role(made.instance_id, made, lambda: run(made))
+
+
+def follower(options: "FollowerOptions") -> None:
+    """Run one more node of an engine that spans several, see `mooncake decode --nodes`."""
+    from mooncake.up.launch import run_follower
+
+    refuse_conflicts()
+    options.checked()
+    model = resolve(options.model).path_or_name if options.model else ""
+    made = options.replace(model=model, run_dir=run_dir_of(options.run_dir))
+    run_role(f"follower-{made.node_rank}", made, lambda: run_follower(made))
 
 
 def store(options: "StoreOptions") -> None:

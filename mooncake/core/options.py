@@ -32,6 +32,7 @@ from mooncake.core.config import (
     Role,
     admin_token,
     check_host,
+    is_loopback,
 )
 from mooncake.core.errors import ConfigError
 from mooncake.core.options_base import (
@@ -56,6 +57,16 @@ THREADS_MAX: Final = 1024
 GATEWAYS_MAX: Final = 64
 INSTANCES_MAX: Final = 64
 """On one machine; beyond this the plan is a mistake, not a wish."""
+NODES_MAX: Final = 64
+"""Of one engine: tensors in eight on each, and a pipeline of as many nodes as anybody has built."""
+NODES_PORT: Final = 7710
+JOIN_S: Final = 600.0
+"""As long as a node that is new takes to pull an image."""
+NODE_FLAGS: Final = ("--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless")
+UNPROVED: Final = (
+    "others can reach it, and between nodes vLLM proves nothing and encrypts nothing: on a network that is "
+    "private say --accept-unauthenticated-nodes (docs/deploy.md)"
+)
 BLOCK_TOKENS_MAX: Final = 1024
 INDEXED_BLOCKS_MAX: Final = 64_000_000
 """6 GB of names."""
@@ -184,6 +195,24 @@ class Engined(Options):
     load_mode: LoadMode = setting("async", "How KV is loaded: whole requests (async) or layer by layer.")
 
 
+class Spanning(Member):
+    """A process of an engine that may span several nodes."""
+
+    join_s: float = setting(
+        JOIN_S, "Seconds that the nodes of an engine wait for each other.", low=1, high=SLO_S_MAX
+    )
+    accept_unauthenticated_nodes: bool = setting(
+        False,
+        "vLLM's ranks talk between hosts, neither proved nor encrypted: this network is private.",
+    )
+
+    def _unproved(self, key: str, host: str) -> list[Problem]:
+        """Return the problem of letting vLLM's ranks talk over `host`."""
+        if is_loopback(host) or self.accept_unauthenticated_nodes:
+            return []
+        return [Problem(key, host, UNPROVED)]
+
+
 class Pooled(Options):
     """A process with a store."""
 
@@ -279,7 +308,7 @@ def read_secret(key: str, path: str) -> str:
 # ---------------------------------------------------------------- processes
 
 
-class WorkerOptions(Joined, Modelled, Engined, Administered, Traced, Placed):
+class WorkerOptions(Joined, Spanning, Modelled, Engined, Administered, Traced, Placed):
     """One engine instance with its relay (`mooncake prefill`, `mooncake decode`)."""
 
     section: ClassVar[str] = "decode"
@@ -301,16 +330,58 @@ class WorkerOptions(Joined, Modelled, Engined, Administered, Traced, Placed):
     max_num_batched_tokens: int = setting(
         STEP_TOKENS, "Tokens of one engine step, at least those of a block.", low=1, high=MODEL_LEN_MAX
     )
+    nodes: int = setting(
+        1, "Nodes of the engine; each but this one runs a `mooncake follower`.", low=1, high=NODES_MAX
+    )
+    nodes_port: int = setting(NODES_PORT, "Port where followers meet this one.", low=1, high=65535)
     role: Role = fact("decode")
     served_name: str = fact("")
+
+    def unmet(self) -> list[Problem]:
+        """See Options."""
+        return super().unmet() + (self._unproved("address", self.address) if self.nodes > 1 else [])
 
     def conflicts(self) -> list[Problem]:
         """See Options."""
         found = super().conflicts()
+        if self.nodes > 1 and self.use_pool:
+            advice = (
+                f"an engine of {self.nodes} nodes cannot share KV blocks yet: say --no-pool (docs/deploy.md)"
+            )
+            found.append(Problem("pool", "true", advice))
+        for word in self.vllm_args:
+            if word.partition("=")[0] in NODE_FLAGS:
+                found.append(
+                    Problem("vllm_args", word, "say --nodes, and start `mooncake follower` elsewhere")
+                )
         if self.max_num_batched_tokens < self.block_size:
             advice = f"must be at least block_size, {self.block_size}"
             found.append(Problem("max_num_batched_tokens", str(self.max_num_batched_tokens), advice))
         return found
+
+
+class FollowerOptions(Spanning, Administered, Placed):
+    """One node, above the first, of an engine that spans several (`mooncake follower`)."""
+
+    section: ClassVar[str] = "follower"
+
+    leader: str = setting(..., "HOST:PORT of the engine's first node: its address and nodes_port.")
+    node_rank: int = setting(..., "Which node of the engine this is, from 1.", low=1, high=NODES_MAX - 1)
+    model: str = setting("", "Folder or hub name, where it is not called here as on the first node.")
+    cores: Cores = setting([], "Cores to bind, e.g. 0 or 0-3; empty = none.")
+    threads: int = setting(
+        0, "Threads of each rank of a CPU engine; 0 = one for each core it is bound to, else one.",
+        low=0, high=THREADS_MAX,
+    )  # fmt: skip
+
+    def unmet(self) -> list[Problem]:
+        """See Options."""
+        from mooncake.core.rpc import check_endpoint  # sockets: heavier than settings
+
+        found = super().unmet()
+        found += refusals("leader", self.leader, lambda: check_endpoint(f"tcp://{self.leader}"))
+        host = self.leader.rpartition(":")[0]
+        return found + (self._unproved("leader", host) or self._unproved("address", self.address))
 
 
 class PrefillOptions(WorkerOptions):
@@ -467,8 +538,8 @@ class IndexerOptions(Served):
 SECTIONS: Final[dict[str, type[Options]]] = {
     kind.section: kind
     for kind in (
-        UpOptions, ConductorOptions, LoneGatewayOptions, PrefillOptions, WorkerOptions, StoreOptions,
-        DirectoryOptions, IndexerOptions,
+        UpOptions, ConductorOptions, LoneGatewayOptions, PrefillOptions, WorkerOptions, FollowerOptions,
+        StoreOptions, DirectoryOptions, IndexerOptions,
     )
 }  # fmt: skip
 """Processes by their section of the settings file."""

@@ -29,7 +29,7 @@ from mooncake.core.messages import STORES_PREFIX
 from mooncake.core.metadata_metrics import metered
 from mooncake.core.metadata_open import open_metadata
 from mooncake.core.metadata_registration import Registration, RegistrationState
-from mooncake.core.options import GatewayOptions, StoreOptions, Traced, WorkerOptions
+from mooncake.core.options import FollowerOptions, GatewayOptions, StoreOptions, Traced, WorkerOptions
 from mooncake.core.options_base import Options
 from mooncake.core.reload import has_terminal, reloading
 from mooncake.core.secret import cluster_secret
@@ -140,6 +140,13 @@ def run_decode(options: WorkerOptions) -> int:
     return service.main(options.checked())
 
 
+def run_follower(options: FollowerOptions) -> int:
+    """Run one more node of an engine until its leader ends, or SIGTERM; return the exit code."""
+    from mooncake.worker import follower
+
+    return follower.main(options.checked())
+
+
 def run_conductor(options: GatewayOptions) -> int:
     """Run the Conductor with its gateway until SIGTERM; return the exit code."""
     from conductor import gateway
@@ -170,6 +177,7 @@ ROLES: dict[str, tuple[type[Options], Callable[..., int]]] = {
     "store": (StoreOptions, run_store),
     "prefill": (WorkerOptions, run_prefill),
     "decode": (WorkerOptions, run_decode),
+    "follower": (FollowerOptions, run_follower),
     "conductor": (GatewayOptions, run_conductor),
     "gateway": (GatewayOptions, run_gateway),
     "core": (GatewayOptions, run_core),

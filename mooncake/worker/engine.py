@@ -17,6 +17,7 @@ import msgspec
 from mooncake.core import log as logs
 from mooncake.core.errors import ConfigError
 from mooncake.core.process import set_parent_death_signal
+from mooncake.worker import nodes
 from mooncake.worker.context import ranks_of
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.spec import STOP_SIGNAL, EngineSpec
@@ -89,6 +90,8 @@ def engine_arguments(spec: EngineSpec) -> list[str]:
             "replay_endpoint": spec.kv_replay,
         }
         arguments.append(f"--kv-events-config={msgspec.json.encode(events).decode()}")
+    if spec.nodes is not None:
+        arguments += nodes.arguments(spec.nodes)
     return [*arguments, *spec.vllm_args]
 
 
@@ -121,8 +124,12 @@ def run(spec: EngineSpec) -> int:
     pulse.start_beating()
     if spec.cores:  # vLLM's own binding needs its OMP environment before the import
         os.sched_setaffinity(0, spec.cores)
+    if spec.nodes is not None:
+        os.environ.update(nodes.environment(spec.nodes, os.environ))
     config = build_config(spec)
     executor_class = executor_of(spec, config, pulse)
+    if spec.nodes is not None and spec.nodes.rank:
+        return nodes.follow(spec, executor_class(config, monitor_workers=False))
     from mooncake.worker import engine_core, resume
 
     resume.install(config.model_config.get_vocab_size())

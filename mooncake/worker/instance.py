@@ -36,13 +36,15 @@ from mooncake.worker.engine import refuse_insecure_serialization
 from mooncake.worker.gpu_blocks import GpuBlocks
 from mooncake.worker.gpu_events import GpuEvents
 from mooncake.worker.launch import EngineProcess, start_engine
+from mooncake.worker.leader import Leader, leading
 from mooncake.worker.leave import drained
 from mooncake.worker.metrics import GpuCollector, PulseCollector
+from mooncake.worker.nodes import free_port
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.relay import Relay, make_stop_pipe, request_stop
 from mooncake.worker.role import HeldRole
 from mooncake.worker.run_dirs import hold, remove_orphans
-from mooncake.worker.spec import EngineFacts, EngineSpec, current_store, write_atomically
+from mooncake.worker.spec import EngineFacts, EngineSpec, NodeSpec, current_store, write_atomically
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +88,15 @@ def make_spec(options: WorkerOptions, store: StoreRecord | None) -> EngineSpec:
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     remove_orphans(parent)
     run_dir = tempfile.mkdtemp(prefix=f"{options.instance_id}-", dir=parent)  # 0700
+    nodes = None
+    if options.nodes > 1:
+        nodes = NodeSpec(
+            count=options.nodes,
+            rank=0,
+            address=options.address,
+            leader=options.address,
+            port=free_port(options.address),
+        )
     return EngineSpec(
         instance_id=options.instance_id,
         role=options.role,
@@ -104,6 +115,7 @@ def make_spec(options: WorkerOptions, store: StoreRecord | None) -> EngineSpec:
         save_decoded=options.save_decoded,
         store=store,
         vllm_args=list(options.vllm_args),
+        nodes=nodes,
     )
 
 
@@ -129,13 +141,18 @@ class Instance:
     def run(self) -> int:
         """Start, serve until SIGTERM and the end of what is in flight, or the engine's end, clean up."""
         refuse_insecure_serialization()
+        with leading(self._options) as leader:
+            return self._run(leader)
+
+    def _run(self, leader: Leader | None) -> int:
         store = None
         if self._options.use_pool:
             store = asyncio.run(self._find_store())
         spec = make_spec(self._options, store)
         hold(Path(spec.run_dir))
         pulse = Pulse(spec.pulse_path, create=True)
-        engine = start_engine(spec)  # before any thread of ours: it may fork
+        # before any thread of ours: it may fork (not one with followers, whose leader is a thread)
+        engine = start_engine(spec)
         relay = Relay(spec, pulse, f"tcp://{self._options.address}:0")
         relay.on_role = self._take_role
         relay.on_turn = self._turned
@@ -144,6 +161,8 @@ class Instance:
         if not has_terminal():
             signal.signal(signal.SIGHUP, self._hung_up)
         self._start_control(spec, pulse, engine)
+        if leader is not None:
+            leader.lead(spec, self._is_drained, functools.partial(self._node_lost, engine), self._node_leaves)
         log.info("engine.loading", instance=spec.instance_id, pid=engine.pid, model=spec.model)
         try:
             started_s = time.monotonic()
@@ -156,16 +175,20 @@ class Instance:
                 )
 
             why = relay.run(engine.pidfd, self._stop_read, ready)
-            return self._finish(why, relay, engine, spec)
+            return self._finish(why, relay, engine, spec, leader)
         finally:
             engine.stop(ENGINE_STOP_S)
             relay.close()
             self._stop_control()
             shutil.rmtree(spec.run_dir, ignore_errors=True)
 
-    def _finish(self, why: str, relay: Relay, engine: EngineProcess, spec: EngineSpec) -> int:
+    def _finish(
+        self, why: str, relay: Relay, engine: EngineProcess, spec: EngineSpec, leader: Leader | None
+    ) -> int:
         if why == "stop":
             relay.announce_death(f"{spec.instance_id} is stopping")
+            if leader is not None:
+                leader.release(failed=False)
             code = engine.stop(ENGINE_STOP_S)
             log.info("engine.stopped", instance=spec.instance_id, code=code)
             return 0
@@ -173,6 +196,25 @@ class Instance:
         relay.announce_death(f"engine of {spec.instance_id} ended with code {code}")
         log.error("engine.died", instance=spec.instance_id, code=code)
         return 1
+
+    # ------------------------------------------------------------ called by the leader's thread
+
+    def _is_drained(self) -> bool:
+        return self._attended is not None and self._attended[1].leaving.is_done
+
+    def _node_leaves(self, why: str) -> None:
+        """Drain, as a follower was told to go; it waits for that."""
+        if self._attended is not None:
+            self._attended[1].leaving.ask(why)
+
+    def _node_lost(self, engine: EngineProcess, why: str) -> None:
+        """End an engine that is not whole any more: its ranks may wait for the lost one for half an hour."""
+        log.error("engine.node_lost", why=why)
+        if self._is_drained():
+            request_stop(self._stop_write)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(engine.pidfd, signal.SIGKILL)
 
     async def _find_store(self) -> StoreRecord:
         metadata = open_metadata(self._options.metadata)

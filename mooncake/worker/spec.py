@@ -14,6 +14,16 @@ STOP_SIGNAL = signal.SIGUSR2
 """By which a relay ends its engine: SIGTERM may come to a whole process group, and the relay drains first."""
 
 
+class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The place of a process in an engine that spans several nodes; rank 0 leads, and serves."""
+
+    count: int
+    rank: int
+    address: str  # of this node, for the others
+    leader: str  # address of rank 0
+    port: int  # on the leader: where torch.distributed's ranks find each other
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one engine process needs; travels as JSON, never holds a secret.
 
@@ -37,6 +47,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     save_decoded: bool = True
     store: StoreRecord | None = None
     vllm_args: list[str] = []
+    nodes: NodeSpec | None = None  # None = one node
 
     @property
     def threads_used(self) -> int:

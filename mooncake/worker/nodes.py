@@ -1,0 +1,131 @@
+"""vLLM's side of an engine that spans several nodes: its arguments, its sockets, and what a follower runs.
+
+vLLM's executor `mp` starts one process for each rank of this node. Ranks find each other by
+torch.distributed's TCPStore on the leader, compute over gloo or NCCL, and get their steps over vLLM's
+MessageQueue (pickle over ZMQ). None of this is authenticated: core.options wants it accepted in words, and
+all of it is held to the one address of this node that the operator named (docs/deploy.md).
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from mooncake.core.errors import ConfigError
+from mooncake.core.process import set_parent_death_signal
+from mooncake.worker.spec import STOP_SIGNAL, EngineFacts, EngineSpec, NodeSpec, write_facts
+
+log = structlog.get_logger(__name__)
+
+RANK = "mooncake.worker.rank.Rank"
+ENGINE_PID_ENV = "MOONCAKE_ENGINE_PID"
+"""Of the process whose ranks must not outlive it."""
+
+
+def arguments(nodes: NodeSpec) -> list[str]:
+    """Return vLLM's arguments for one node of `nodes.count`."""
+    return [
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.rank}",
+        f"--master-addr={nodes.leader}",
+        f"--master-port={nodes.port}",
+        f"--worker-extension-cls={RANK}",
+    ]
+
+
+def interface_of(address: str) -> str:
+    """Return the network interface that has `address`.
+
+    Raises:
+        ConfigError: none of this host has it.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return name
+    raise ConfigError(f"address = {address!r}: no network interface of this host has it; name one that does")
+
+
+def environment(nodes: NodeSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that hold vLLM's sockets to this node's address; what the operator says wins.
+
+    Without them vLLM takes the address by which this host would reach the internet, and gloo the one of the
+    host's name. Threads of a CPU engine are those we set, not those that vLLM would bind.
+    """
+    interface = interface_of(nodes.address)
+    wanted = {
+        "VLLM_HOST_IP": nodes.address,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": f"={interface}",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    found = {name: value for name, value in wanted.items() if name not in environ}
+    return {**found, ENGINE_PID_ENV: str(os.getpid())}
+
+
+def follow(spec: EngineSpec, config: Any) -> int:
+    """Run the ranks of a follower until told to stop, or one of them ends; return the exit code.
+
+    As vLLM's `serve --headless` does for a node above 0: the leader's executor drives them. They have nothing
+    to save and wait for steps without end, so that they end by the kernel, with this process (`hold_rank`).
+    """
+    from multiprocessing import connection
+
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):  # these may reach the whole group; the follower decides
+        signal.signal(number, signal.SIG_IGN)
+    executor = MultiprocExecutor(config, monitor_workers=False)
+    write_facts(spec.facts_path, EngineFacts("", 0, {}))
+    connection.wait([one.proc.sentinel for one in executor.workers])
+    log.error("engine.rank_ended", codes=[one.proc.exitcode for one in executor.workers])
+    return 1
+
+
+# ---------------------------------------------------------------- in a rank's own process
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """Return a listening socket of one address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=512)
+
+
+def hold_rank() -> None:
+    """Make the rank in this process end with its engine, and listen where it was told to."""
+    parent = os.environ.get(ENGINE_PID_ENV, "")
+    if parent:
+        set_parent_death_signal(int(parent))
+    for number in (signal.SIGTERM, signal.SIGINT):  # of a whole process group: the engine ends its ranks
+        signal.signal(number, signal.SIG_IGN)
+    _bind_rendezvous()
+
+
+def _bind_rendezvous() -> None:
+    """Make torch's TCPStore listen on the leader's address: by itself it takes every address of the host."""
+    from torch.distributed import TCPStore, rendezvous
+
+    def store(host: str, port: int, rank: int, world_size: int, timeout: Any, use_libuv: bool = True) -> Any:
+        shared = {"world_size": world_size, "timeout": timeout, "multi_tenant": True, "use_libuv": use_libuv}
+        if rank:
+            return TCPStore(host, port, is_master=False, **shared)
+        return TCPStore(host, port, is_master=True, master_listen_fd=listener(host, port).detach(), **shared)
+
+    rendezvous._create_c10d_store = store
+
+
+def free_port(address: str) -> int:
+    """Return a port of `address` that nobody has now."""
+    with listener(address, 0) as found:
+        number: int = found.getsockname()[1]
+        return number
+
+
+def is_present(model: str) -> bool:
+    """Return whether a model that the leader names is here: a folder of this host, or a name of the hub."""
+    return not os.path.isabs(model) or Path(model).is_dir()
