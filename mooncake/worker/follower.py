@@ -1,7 +1,7 @@
 """`mooncake follower`: one node, above the first, of an engine that spans several.
 
-A light process (no vLLM) beside the ranks of its node: it joins the leader, starts what the leader orders, tells
-it twice a second how it is, and ends when the leader does. Reads startup, main loop, shutdown.
+A light process (no vLLM) beside the ranks of its node: it joins the leader, starts what that one orders,
+tells it twice a second how it is, and ends when it does. Reads startup, main loop, shutdown.
 """
 
 import asyncio
@@ -108,8 +108,8 @@ class Follower:
                 why = str(error)
             if time.monotonic() > end_s:
                 raise PeerTimeout(
-                    f"leader {options.leader}: nothing to do after {options.join_s:g} s ({why}): start `mooncake "
-                    "prefill` or `decode` there with --nodes, and all its followers"
+                    f"leader {options.leader}: nothing to do after {options.join_s:g} s ({why}): start "
+                    "`mooncake prefill` or `decode` there with --nodes, and all its followers"
                 )
             own.health.unready(why)
             await own.leaving.pause(BEAT_S)

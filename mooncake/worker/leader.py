@@ -73,8 +73,8 @@ class Leader:
         while missing := self._missing():
             if time.monotonic() > end_s:
                 raise PeerTimeout(
-                    f"no follower {', '.join(map(str, missing))} after {options.join_s:g} s: start `mooncake follower"
-                    f" --leader={options.address}:{options.nodes_port} --node-rank={missing[0]}` elsewhere"
+                    f"no follower {', '.join(map(str, missing))} after {options.join_s:g} s: start `mooncake "
+                    f"follower --leader={options.address}:{options.nodes_port} --node-rank={missing[0]}`"
                 )
             time.sleep(LOOK_S)
 

@@ -8,7 +8,7 @@ import msgspec
 from mooncake.worker.spec import EngineSpec
 
 GATHERS, SERVES, STOPS, FAILED = "gathers", "serves", "stops", "failed"
-"""Phases of a leader: it waits for followers; its engine loads or serves; it ends as told; its engine died."""
+"""Of a leader: it waits for followers; its engine loads or serves; it ends as told; its engine has died."""
 
 
 class NodeBeat(msgspec.Struct, frozen=True, array_like=True, tag="nbeat"):

@@ -1,5 +1,6 @@
 """The overlays as `kubectl kustomize` renders them, and short ways to their parts."""
 
+import copy
 import functools
 import shutil
 import subprocess
@@ -12,10 +13,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("dev-cpu", "etcd", "gpu", "prod", "rdma")
-CLUSTERS = ("dev-cpu", "gpu", "prod", "rdma")
+OVERLAYS = ("dev-cpu", "etcd", "gpu", "lws", "prod", "rdma")
+CLUSTERS = ("dev-cpu", "gpu", "lws", "prod", "rdma")
 """Those with all of our processes."""
+NO_POOL = ("gpu", "lws")
+"""Those without stores."""
 WORKLOADS = ("Deployment", "DaemonSet", "StatefulSet")
+GROUPS = "LeaderWorkerSet"
+LWS = "leaderworkerset.sigs.k8s.io"
 COMPONENT = "app.kubernetes.io/component"
 RENDER_S_MAX = 60
 
@@ -59,8 +64,40 @@ def names(overlay: str, kind: str) -> set[str]:
 
 
 def workloads(overlay: str) -> list[Object]:
-    """Return what has pods."""
-    return of_kind(overlay, *WORKLOADS)
+    """Return what has pods; of a LeaderWorkerSet leaders and workers, as if each were a workload."""
+    halves = [half for one in of_kind(overlay, GROUPS) for half in (leaders(one), followers(one))]
+    return of_kind(overlay, *WORKLOADS) + halves
+
+
+def leaders(groups: Object, group: int = 0) -> Object:
+    """Return the leaders of a LeaderWorkerSet, with what its operator adds to those of one group."""
+    return _half(groups, "leader", group, 0)
+
+
+def followers(groups: Object, group: int = 0) -> Object:
+    """Return the workers of a LeaderWorkerSet, with what its operator adds to the first of one group."""
+    return _half(groups, "worker", group, 1)
+
+
+def _half(groups: Object, role: str, group: int, rank: int) -> Object:
+    name, parts = groups["metadata"]["name"], groups["spec"]["leaderWorkerTemplate"]
+    template = copy.deepcopy(parts[f"{role}Template"])
+    labels = {f"{LWS}/name": name, f"{LWS}/worker-index": str(rank)}
+    template["metadata"]["labels"] |= {**labels, f"{LWS}/group-index": str(group)}
+    told = {
+        "LWS_LEADER_ADDRESS": f"{name}-{group}.{name}.{groups['metadata']['namespace']}",
+        "LWS_GROUP_SIZE": str(parts["size"]),
+        "LWS_WORKER_INDEX": str(rank),
+    }
+    for container in template["spec"]["containers"]:
+        container["env"] = [*container["env"], *({"name": key, "value": told[key]} for key in told)]
+    return {
+        "kind": GROUPS,
+        "metadata": {"name": f"{name}-{role}"},
+        "spec": {
+            "replicas": groups["spec"]["replicas"], "selector": {"matchLabels": labels}, "template": template,
+        },
+    }  # fmt: skip
 
 
 def pod(workload: Object) -> Object:

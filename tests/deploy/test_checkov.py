@@ -7,11 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.deploy.manifests import DEPLOY, OVERLAYS, ROOT, needs_kubectl, rendered
+from tests.deploy.manifests import DEPLOY, GROUPS, OVERLAYS, ROOT, needs_kubectl, rendered, workloads
 
 CHECKOV = ROOT / ".venv-kube" / "bin" / "checkov"
 RUN_S_MAX = 300
+DEPLOYED = {"apiVersion": "apps/v1", "kind": "Deployment"}
 
 pytestmark = [
     needs_kubectl,
@@ -23,6 +25,10 @@ pytestmark = [
 def test_checkov_has_nothing_to_say(tmp_path: Path) -> None:
     for overlay in OVERLAYS:
         (tmp_path / f"{overlay}.yaml").write_text(rendered(overlay))
+    # it knows no LeaderWorkerSet: its pods as those of Deployments
+    pods = [{**one, **DEPLOYED} for one in workloads("lws") if one["kind"] == GROUPS]
+    assert len(pods) == 2
+    (tmp_path / "groups.yaml").write_text(yaml.safe_dump_all(pods))
     for path in (DEPLOY / "containers").iterdir():
         folder = tmp_path / path.suffix[1:]
         folder.mkdir()

@@ -9,6 +9,7 @@ from tests.deploy.manifests import (
     CLUSTERS,
     COMPONENT,
     DEPLOY,
+    NO_POOL,
     OVERLAYS,
     Object,
     containers,
@@ -95,7 +96,7 @@ def test_the_host_lends_one_folder_to_stores_and_engines_and_nothing_else(
     overlay: str, workload: Object
 ) -> None:
     paths = [volume["hostPath"]["path"] for volume in pod(workload)["volumes"] if "hostPath" in volume]
-    shares = component(workload) in ("store", "prefill", "decode") and overlay != "gpu"
+    shares = component(workload) in ("store", "prefill", "decode") and overlay not in NO_POOL
     assert paths == (["/run/mooncake"] if shares else [])
 
 
@@ -144,7 +145,7 @@ def test_drain_has_its_time_before_the_kill(overlay: str, settings_of: Any) -> N
         wait_s = drain_wait_s(workload)
         takes_s = wait_s + options.drain_s + getattr(options, "drain_delay_s", 0.0)
         assert pod(workload)["terminationGracePeriodSeconds"] >= takes_s + ROLL_ROOM_S, workload["metadata"]
-        if overlay != "dev-cpu" and component(workload) in ("gateway", "prefill", "decode"):
+        if overlay != "dev-cpu" and component(workload) in ("gateway", "prefill", "decode", "follower"):
             assert wait_s >= LONGEST_REQUEST_S
 
 
@@ -326,7 +327,7 @@ def test_every_port_is_named_and_somebody_is_let_in(overlay: str, workload: Obje
         assert port["name"] in opened or (scraped and not monitored), port["name"]
 
 
-@pytest.mark.parametrize("overlay", ["gpu", "prod", "rdma"])
+@pytest.mark.parametrize("overlay", ["gpu", "lws", "prod", "rdma"])
 def test_prometheus_finds_every_process_and_shows_the_token(overlay: str) -> None:
     monitors = of_kind(overlay, "PodMonitor")
     for workload in workloads(overlay):

@@ -8,7 +8,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from tests.deploy.manifests import DEPLOY, OVERLAYS, needs_kubectl, objects, rendered
+from tests.deploy.manifests import DEPLOY, GROUPS, OVERLAYS, needs_kubectl, objects, rendered, workloads
 
 pytestmark = needs_kubectl
 CRDS = Path(__file__).parent / "crds"
@@ -37,6 +37,14 @@ def test_custom_resources_are_valid_with_no_unknown_field() -> None:
     assert {one["kind"] for one in found} == FOREIGN
     for one in found:
         _check(one)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pods_of_groups_are_valid_strictly(version: str) -> None:
+    pods = [one["spec"]["template"] for one in workloads("lws") if one["kind"] == GROUPS]
+    assert len(pods) == 2
+    for template in pods:
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **template}, version, strict=True)
 
 
 def _check(one: dict[str, Any]) -> None:
