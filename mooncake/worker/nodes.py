@@ -6,6 +6,7 @@ MessageQueue (pickle over ZMQ). None of this is authenticated: core.options want
 all of it is held to the one address of this node that the operator named (docs/deploy.md).
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -108,7 +109,9 @@ def hold_rank() -> None:
 
 def _bind_rendezvous() -> None:
     """Make torch's TCPStore listen on the leader's address: by itself it takes every address of the host."""
-    from torch.distributed import TCPStore, rendezvous
+    from torch.distributed import TCPStore
+
+    module = importlib.import_module("torch.distributed.rendezvous")  # as an attribute it is a function
 
     def store(host: str, port: int, rank: int, world_size: int, timeout: Any, use_libuv: bool = True) -> Any:
         shared = {"world_size": world_size, "timeout": timeout, "multi_tenant": True, "use_libuv": use_libuv}
@@ -116,7 +119,7 @@ def _bind_rendezvous() -> None:
             return TCPStore(host, port, is_master=False, **shared)
         return TCPStore(host, port, is_master=True, master_listen_fd=listener(host, port).detach(), **shared)
 
-    rendezvous._create_c10d_store = store
+    module._create_c10d_store = store  # type: ignore[attr-defined]
 
 
 def free_port(address: str) -> int:

@@ -291,3 +291,47 @@ class TestTheConnector:
         from vllm.v1.core.sched.output import SchedulerOutput
 
         assert "kv_connector_block_state" in SchedulerOutput.__dataclass_fields__
+
+
+class TestNodes:
+    """An engine over several nodes: mooncake/worker/nodes.py, rank.py."""
+
+    def test_a_follower_needs_no_more_than_an_executor_that_does_not_watch(self):
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProcHandle
+
+        assert parameters(MultiprocExecutor.__init__) == ["self", "vllm_config", "monitor_workers"]
+        assert "proc" in WorkerProcHandle.__dataclass_fields__
+        source = inspect.getsource(importlib.import_module("vllm.entrypoints.cli.serve").run_headless)
+        assert "MultiprocExecutor(vllm_config, monitor_workers=False)" in source
+
+    def test_flags_of_nodes_exist(self):
+        from vllm.engine.arg_utils import EngineArgs
+
+        fields = EngineArgs.__dataclass_fields__
+        assert {"nnodes", "node_rank", "master_addr", "master_port", "worker_extension_cls"} <= set(fields)
+
+    def test_ranks_import_our_module_before_their_worker_is_made(self):
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        source = inspect.getsource(WorkerWrapperBase.init_worker)
+        assert source.index("parallel_config.worker_extension_cls") < source.index("worker_class(**kwargs)")
+
+    def test_ranks_find_each_other_by_the_store_that_we_bind(self):
+        rendezvous = importlib.import_module("torch.distributed.rendezvous")
+        assert parameters(rendezvous._create_c10d_store) == [
+            "hostname", "port", "rank", "world_size", "timeout", "use_libuv",
+        ]  # fmt: skip
+        assert "_create_c10d_store(" in inspect.getsource(rendezvous._tcp_rendezvous_handler)
+        state = importlib.import_module("vllm.distributed.parallel_state")
+        assert "get_distributed_init_method(ip, port)" in inspect.getsource(
+            state.init_distributed_environment
+        )
+
+    def test_queues_between_nodes_listen_where_they_are_told(self):
+        from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+        source = inspect.getsource(MessageQueue.__init__)
+        assert 'bind(f"tcp://{connect_ip}:0")' in source
+        assert "connect_ip = get_ip()" in source
+        network = importlib.import_module("vllm.utils.network_utils")
+        assert "envs.VLLM_HOST_IP" in inspect.getsource(network.get_ip)
