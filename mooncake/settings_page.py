@@ -15,6 +15,7 @@ _NAMES = {
     "gateway": "`mooncake gateway`: one that joins a core",
     "prefill": "`mooncake prefill`",
     "decode": "`mooncake decode`",
+    "follower": "`mooncake follower`: one more node of an engine",
     "store": "`mooncake store`",
     "directory": "`mooncake directory`",
     "indexer": "`mooncake indexer`",

@@ -366,7 +366,9 @@ class FollowerOptions(Spanning, Administered, Placed):
     section: ClassVar[str] = "follower"
 
     leader: str = setting(..., "HOST:PORT of the engine's first node: its address and nodes_port.")
-    node_rank: int = setting(..., "Which node of the engine this is, from 1.", low=1, high=NODES_MAX - 1)
+    node_rank: int = setting(
+        1, "Which node of the engine this is; the first, that leads, is 0.", low=1, high=NODES_MAX - 1
+    )
     model: str = setting("", "Folder or hub name, where it is not called here as on the first node.")
     cores: Cores = setting([], "Cores to bind, e.g. 0 or 0-3; empty = none.")
     threads: int = setting(

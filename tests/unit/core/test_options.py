@@ -120,7 +120,7 @@ def test_every_setting_has_a_meaning_and_a_default_that_means_itself(kind):
         assert one.text.endswith("."), one
         info = kind.model_fields[one.field]
         if one.default and not one.secret:
-            said = {"metadata": "tcp://127.0.0.1:1", one.key: one.default}
+            said = {"metadata": "tcp://127.0.0.1:1", "leader": "127.0.0.1:7710", one.key: one.default}
             read = kind(**{key: value for key, value in said.items() if key in settings_of(kind)})
             assert getattr(read, one.field) == info.default, one
 
