@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from mooncake.core.process import alive
 from tests.integration.client import Client
@@ -118,6 +119,14 @@ class TwoNodes:
             return self.processes.pop(name).wait(deadline_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{name} has not ended after {deadline_s:g} s\n{self.logs()}") from None
+
+    def family(self) -> set[int]:
+        """Return both nodes and all that they have started: ranks write over what `tagged` looks for."""
+        found = set()
+        for name in ("leader", "follower"):
+            process = psutil.Process(self.processes[name].pid)
+            found |= {process.pid, *(child.pid for child in process.children(recursive=True))}
+        return found
 
     def log(self, name: str) -> str:
         """Return what a node has logged."""

@@ -36,9 +36,8 @@ def test_a_decision_core_imports_no_engine():
 
 
 COMMANDS = (
-    "up", "model", "doctor", "conductor", "gateway", "prefill", "decode", "follower", "store", "directory", "pool",
-    "top",
-    "version",
+    "up", "model", "doctor", "conductor", "gateway", "prefill", "decode", "follower", "store", "directory",
+    "pool", "top", "version",
 )  # fmt: skip
 
 
