@@ -129,7 +129,7 @@ def run(spec: EngineSpec) -> int:
     config = build_config(spec)
     executor_class = executor_of(spec, config, pulse)
     if spec.nodes is not None and spec.nodes.rank:
-        return nodes.follow(spec, executor_class(config, monitor_workers=False))
+        return nodes.follow(spec, config, executor_class)
     from mooncake.worker import engine_core, resume
 
     resume.install(config.model_config.get_vocab_size())

@@ -133,6 +133,7 @@ class Follower:
         return msgspec.structs.replace(
             order,
             run_dir=tempfile.mkdtemp(prefix=f"{order.instance_id}-{options.node_rank}-", dir=parent),  # 0700
+            epoch=self._life,  # names what the ranks of one host share: never with those of another
             model=model,
             cores=list(options.cores),
             threads=options.threads,

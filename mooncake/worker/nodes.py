@@ -1,6 +1,6 @@
 """vLLM's side of an engine that spans several nodes: its arguments, its sockets, and what a follower runs.
 
-vLLM's executor `mp` starts one process for each rank of this node. Ranks find each other by
+Each rank of a node is a process (ranks.py). Ranks of all nodes find each other by
 torch.distributed's TCPStore on the leader, compute over gloo or NCCL, and get their steps over vLLM's
 MessageQueue (pickle over ZMQ). None of this is authenticated: core.options wants it accepted in words, and
 all of it is held to the one address of this node that the operator named (docs/deploy.md).
@@ -15,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 
 from mooncake.core.errors import ConfigError
-from mooncake.core.process import set_parent_death_signal
 from mooncake.worker.spec import STOP_SIGNAL, EngineFacts, EngineSpec, NodeSpec, write_facts
 
-log = structlog.get_logger(__name__)
-
 RANK = "mooncake.worker.rank.Rank"
-ENGINE_PID_ENV = "MOONCAKE_ENGINE_PID"
-"""Of the process whose ranks must not outlive it."""
 
 
 def arguments(nodes: NodeSpec) -> list[str]:
@@ -55,37 +49,32 @@ def environment(nodes: NodeSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hold vLLM's sockets to this node's address; what the operator says wins.
 
     Without them vLLM takes the address by which this host would reach the internet, and gloo the one of the
-    host's name. Threads of a CPU engine are those we set, not those that vLLM would bind.
+    host's name.
     """
     interface = interface_of(nodes.address)
     wanted = {
         "VLLM_HOST_IP": nodes.address,
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": f"={interface}",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    found = {name: value for name, value in wanted.items() if name not in environ}
-    return {**found, ENGINE_PID_ENV: str(os.getpid())}
+    return {name: value for name, value in wanted.items() if name not in environ}
 
 
-def follow(spec: EngineSpec, config: Any) -> int:
-    """Run the ranks of a follower until told to stop, or one of them ends; return the exit code.
+def follow(spec: EngineSpec, config: Any, executor_class: Any) -> int:
+    """Run the ranks of a follower's node until told to stop, which ends the process.
 
     As vLLM's `serve --headless` does for a node above 0: the leader's executor drives them. They have nothing
-    to save and wait for steps without end, so that they end by the kernel, with this process (`hold_rank`).
+    to save and wait for steps without end, so that they are ended by the kernel, with this process; and one
+    that ends takes this process along (ranks.py).
     """
-    from multiprocessing import connection
-
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-
     signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
     for number in (signal.SIGTERM, signal.SIGINT):  # these may reach the whole group; the follower decides
         signal.signal(number, signal.SIG_IGN)
-    executor = MultiprocExecutor(config, monitor_workers=False)
+    executor = executor_class(config, monitor_workers=False)
+    executor.start_worker_monitor()
     write_facts(spec.facts_path, EngineFacts("", 0, {}))
-    connection.wait([one.proc.sentinel for one in executor.workers])
-    log.error("engine.rank_ended", codes=[one.proc.exitcode for one in executor.workers])
-    return 1
+    while True:
+        signal.pause()
 
 
 # ---------------------------------------------------------------- in a rank's own process
@@ -97,17 +86,7 @@ def listener(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=512)
 
 
-def hold_rank() -> None:
-    """Make the rank in this process end with its engine, and listen where it was told to."""
-    parent = os.environ.get(ENGINE_PID_ENV, "")
-    if parent:
-        set_parent_death_signal(int(parent))
-    for number in (signal.SIGTERM, signal.SIGINT):  # of a whole process group: the engine ends its ranks
-        signal.signal(number, signal.SIG_IGN)
-    _bind_rendezvous()
-
-
-def _bind_rendezvous() -> None:
+def bind_rendezvous() -> None:
     """Make torch's TCPStore listen on the leader's address: by itself it takes every address of the host."""
     from torch.distributed import TCPStore
 

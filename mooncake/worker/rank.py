@@ -1,8 +1,8 @@
 """Imported by vLLM in the process of each rank (`--worker-extension-cls`), before it opens its device."""
 
-from mooncake.worker.nodes import hold_rank
+from mooncake.worker.nodes import bind_rendezvous
 
-hold_rank()  # an import is the only moment of ours in that process before torch.distributed listens
+bind_rendezvous()  # an import is the only moment of ours there, whether that process is a fork or a fresh one
 
 
 class Rank:

@@ -1,7 +1,5 @@
 """Of an engine of several nodes: what vLLM is told, and that nothing of it listens beyond one address."""
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -33,9 +31,8 @@ def secret(monkeypatch):
 
 
 class TestArguments:
-    def test_an_engine_of_one_node_is_one_process(self):
+    def test_an_engine_of_one_node_is_told_nothing_of_nodes(self):
         words = engine_arguments(SPEC)
-        assert "--distributed-executor-backend=uni" in words
         assert not [word for word in words if "node" in word or "master" in word]
 
     def test_every_node_is_told_its_place_and_the_users_words_come_last(self):
@@ -43,7 +40,7 @@ class TestArguments:
         spec = EngineSpec(**{**SPEC_FIELDS, "nodes": place, "vllm_args": ["--tensor-parallel-size=2"]})
         words = engine_arguments(spec)
         assert {
-            "--distributed-executor-backend=mp", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1",
+            "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1",
             "--master-port=1234", "--worker-extension-cls=mooncake.worker.rank.Rank",
         } <= set(words)  # fmt: skip
         assert words[-1] == "--tensor-parallel-size=2"
@@ -71,9 +68,9 @@ class TestSockets:
         code = """
 import importlib, sys
 from datetime import timedelta
-from mooncake.worker.nodes import _bind_rendezvous, free_port
+from mooncake.worker.nodes import bind_rendezvous, free_port
 if sys.argv[1] == "bound":
-    _bind_rendezvous()
+    bind_rendezvous()
 rendezvous = importlib.import_module("torch.distributed.rendezvous")
 port = free_port("127.0.0.1")
 store = rendezvous._create_c10d_store("127.0.0.1", port, 0, 1, timedelta(seconds=30))
@@ -112,38 +109,6 @@ sys.stdin.read()
             assert listening.getsockname() == ("127.0.0.1", port)
             with socket.create_connection(("127.0.0.1", port), timeout=5.0):
                 pass
-
-
-def test_a_rank_ends_with_its_engine_and_with_nobody_else():
-    code = """
-import os, sys
-from mooncake.worker import nodes
-nodes._bind_rendezvous = lambda: None
-nodes.hold_rank()
-print(os.getpid(), flush=True)
-sys.stdin.read()
-"""
-    engine = f"""
-import os, subprocess, sys
-os.environ["{nodes.ENGINE_PID_ENV}"] = str(os.getpid())
-subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", engine, code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        rank = os.pidfd_open(int(parent.stdout.readline()))
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):  # of the whole group: the engine decides
-                signal.pidfd_send_signal(rank, number)
-            signal.pidfd_send_signal(rank, 0)
-            parent.kill()
-            parent.wait(5.0)
-            import select
-
-            assert select.select([rank], [], [], 5.0)[0], "the rank outlived its engine"
-        finally:
-            os.close(rank)
 
 
 class TestOptions:
