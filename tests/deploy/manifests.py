@@ -93,7 +93,7 @@ def _half(groups: Object, role: str, group: int, rank: int) -> Object:
         container["env"] = [*container["env"], *({"name": key, "value": told[key]} for key in told)]
     return {
         "kind": GROUPS,
-        "metadata": {"name": f"{name}-{role}"},
+        "metadata": {"name": f"{name}-{role}", "namespace": groups["metadata"]["namespace"]},
         "spec": {
             "replicas": groups["spec"]["replicas"], "selector": {"matchLabels": labels}, "template": template,
         },

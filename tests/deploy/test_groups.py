@@ -1,6 +1,7 @@
 """Engines of several nodes: a group of pods starts, is cut off, and ends as one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from tests.deploy.manifests import (
     pod,
     pod_labels,
     selects,
+    workloads,
 )
-from tests.deploy.test_policies import EPHEMERAL, _lets
+from tests.deploy.test_policies import EPHEMERAL, _lets, component
+from tests.integration.nodes import TwoNodes
 
 pytestmark = needs_kubectl
 Settings = Callable[[str, Object], Options]
@@ -61,7 +64,6 @@ def test_what_is_unproved_is_accepted_in_words_by_both(settings_of: Settings) ->
     for half in (leaders(groups()), followers(groups())):
         options: Any = settings_of("lws", half)
         assert options.accept_unauthenticated_nodes
-        options.checked  # noqa: B018 - a secret of the cluster is checked where the process starts
         assert "--accept-unauthenticated-nodes" in main_container(half)["args"]
 
 
@@ -77,14 +79,33 @@ def test_the_pods_of_a_group_reach_each_other_and_no_other_groups(port: int) -> 
 
 
 def test_a_follower_talks_to_nobody_but_its_group() -> None:
-    from tests.deploy.test_policies import component, workloads
-
     follower = followers(groups())
     for one in workloads("lws"):
         if one["kind"] != GROUPS:
             for port in (2379, 7710, 8000, EPHEMERAL[0]):
                 assert not _lets("lws", follower, one, port), component(one)
                 assert not _lets("lws", one, follower, port), component(one)
+
+
+def test_the_commands_are_those_of_the_test_that_runs_them() -> None:
+    """With other values, and what only a pod has: a settings file, and a folder of its own."""
+    two = TwoNodes.__new__(TwoNodes)
+    two.model, two.cut = Path("m"), "--pipeline-parallel-size=2"
+    two.metadata = two.meeting = 1
+    two.admin = {"leader": 2, "follower": 3}
+    for name, half in (("leader", leaders(groups())), ("follower", followers(groups()))):
+        container = main_container(half)
+        pods, tests = container["command"] + container["args"], ["mooncake", *two.commands()[name]]
+        assert pods[:2] == tests[:2]
+        assert _flags(pods) - {"--config", "--run-dir"} <= _flags(tests)
+        assert {"--pipeline-parallel-size"} <= _flags(pods) or name == "follower"
+
+
+def _flags(words: list[str]) -> set[str]:
+    own = words[: words.index("--")] if "--" in words else words
+    return {word.partition("=")[0] for word in own if word.startswith("--")} | {
+        word.partition("=")[0] for word in words[len(own) + 1 :] if word.startswith("--pipeline")
+    }
 
 
 def test_one_budget_holds_all_pods_of_all_groups() -> None:

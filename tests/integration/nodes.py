@@ -35,6 +35,7 @@ class TwoNodes:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url, model.name)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.cut = ""
         self._run(
             "conductor", "conductor", f"--model={model}", f"--port={self.port}", "--dtype=float32",
             f"--metadata-endpoint=tcp://127.0.0.1:{self.metadata}", f"--block-size={BLOCK}", "--aggregated",
@@ -46,19 +47,26 @@ class TwoNodes:
             "leader": [
                 "prefill", f"--metadata=tcp://127.0.0.1:{self.metadata}", f"--name={NAME}", "--node=a",
                 "--address=127.0.0.1", "--admin-host=127.0.0.1", "--both", "--no-pool", "--nodes=2",
-                f"--nodes-port={self.meeting}", f"--admin-port={self.admin['leader']}",
-                f"--kv-memory={KV_MEMORY}", "--max-num-seqs=16", "--max-num-batched-tokens=512",
+                "--accept-unauthenticated-nodes", f"--nodes-port={self.meeting}",
+                f"--admin-port={self.admin['leader']}", f"--kv-memory={KV_MEMORY}", "--max-num-seqs=16",
+                "--max-num-batched-tokens=512",
                 f"--model={self.model}", "--dtype=float32", f"--block-size={BLOCK}", "--drain-s=60",
-                "--", "--tensor-parallel-size=2",
+                "--", self.cut,
             ],
             "follower": [
                 "follower", f"--leader=127.0.0.1:{self.meeting}", "--node-rank=1", "--address=127.0.0.1",
                 "--admin-host=127.0.0.1", f"--admin-port={self.admin['follower']}", "--drain-s=60",
+                "--accept-unauthenticated-nodes",
             ],
         }  # fmt: skip
 
-    def start_engine(self) -> None:
-        """Start both nodes."""
+    def start_engine(self, cut: str) -> None:
+        """Start both nodes, those that there are ended first; `cut`: vLLM's argument for two ranks."""
+        for name in ("leader", "follower"):
+            if name in self.processes:
+                self.processes[name].kill()
+                self.code(name)
+        self.cut = cut
         for name, words in self.commands().items():
             place = [f"--run-dir={self.folder / name}"]
             at = words.index("--") if "--" in words else len(words)

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.integration
 NOTICED_S = 30.0
 """A follower that is gone is noticed after 10 s of silence, or with the next step."""
 FEW = slice(0, 20, 3)
+TENSOR, PIPELINE = "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
+"""How an engine is cut in two: every layer, or half of the layers on each node."""
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,21 @@ def two(model: Path, clusters) -> Iterator[TwoNodes]:
 
 
 @pytest.fixture
-def serving(two: TwoNodes) -> TwoNodes:
-    """Both nodes, made anew where the last test has ended them."""
-    if "leader" not in two.processes:
-        two.start_engine()
+def serving(two: TwoNodes, request: pytest.FixtureRequest) -> TwoNodes:
+    """Both nodes, made anew where the last test has ended them, or had them cut otherwise."""
+    cut = getattr(request, "param", TENSOR)
+    if "leader" not in two.processes or two.cut != cut:
+        two.start_engine(cut)
     two.wait_serves()
     return two
+
+
+def assert_same_tokens(serving: TwoNodes, reference: Reference) -> None:
+    jobs, expected = greedy_jobs()[FEW], reference.greedy("float32")[FEW]
+    for length, job, wanted in zip(LENGTHS[FEW], jobs, expected, strict=True):
+        answer = serving.client.complete(job["prompt"], **job["params"])
+        assert answer.tokens == wanted["tokens"], f"{length} tokens"
+    assert "world_size=2" in serving.log("leader"), "one rank would answer the same"
 
 
 def listening() -> dict[int, set[str]]:
@@ -59,11 +70,7 @@ def listening() -> dict[int, set[str]]:
 
 
 def test_two_nodes_answer_as_one_engine_with_one_rank(serving: TwoNodes, reference: Reference):
-    jobs, expected = greedy_jobs()[FEW], reference.greedy("float32")[FEW]
-    for length, job, wanted in zip(LENGTHS[FEW], jobs, expected, strict=True):
-        answer = serving.client.complete(job["prompt"], **job["params"])
-        assert answer.tokens == wanted["tokens"], f"{length} tokens"
-    assert "world_size=2" in serving.log("leader"), "one rank would answer the same"
+    assert_same_tokens(serving, reference)
     assert serving.page("follower", "/livez") == (200, "alive")
 
 
@@ -91,7 +98,13 @@ def test_a_killed_follower_ends_the_instance_and_its_requests_and_nothing_hangs(
     serving.wait("every rank is gone", lambda: not [pid for pid in before if alive(pid)], NOTICED_S)
 
 
-def test_the_next_life_serves_again_and_a_told_leader_drains_and_takes_its_follower_along(serving: TwoNodes):
+@pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
+def test_layers_of_which_each_node_has_half_answer_the_same(serving: TwoNodes, reference: Reference):
+    assert_same_tokens(serving, reference)
+
+
+@pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
+def test_a_told_leader_drains_and_takes_its_follower_along(serving: TwoNodes):
     client = Client(serving.url, serving.client.model)
     quiet = client.complete(random_prompt(60, 2), max_tokens=200, **GREEDY)
     stream = client.stream(random_prompt(60, 2), max_tokens=200, **GREEDY)
