@@ -90,7 +90,7 @@ def test_a_follower_talks_to_nobody_but_its_group() -> None:
 def test_the_commands_are_those_of_the_test_that_runs_them() -> None:
     """With other values, and what only a pod has: a settings file, and a folder of its own."""
     two = TwoNodes.__new__(TwoNodes)
-    two.model, two.cut = Path("m"), "--pipeline-parallel-size=2"
+    two.model, two.cut, two.apart = Path("m"), "--pipeline-parallel-size=2", True
     two.metadata = two.meeting = 1
     two.admin = {"leader": 2, "follower": 3}
     for name, half in (("leader", leaders(groups())), ("follower", followers(groups()))):

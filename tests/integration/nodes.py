@@ -1,4 +1,7 @@
-"""An engine of two nodes on one machine, behind a Conductor; its commands are those of the manifests."""
+"""An engine of two nodes behind a Conductor; its commands are those of the manifests.
+
+Both on loopback, or `apart`: the follower in a network namespace behind a cable, as on another host.
+"""
 
 import contextlib
 import os
@@ -14,9 +17,11 @@ from typing import Any
 import httpx
 import psutil
 
+from mooncake.core.config import LOOPBACK
 from mooncake.core.process import alive
 from tests.integration.client import Client
 from tests.integration.cluster import BLOCK, READY_S, STOP_S, TAG, tagged, wait_until
+from tests.integration.hosts import FETCH, HERE, SECRET, THERE
 from tests.integration.ports import lasting_port
 
 NAME = "engine-0"
@@ -26,8 +31,11 @@ KV_MEMORY = 256 << 20
 class TwoNodes:
     """Each process ends, or is ended, by itself; `start_engine` makes both nodes anew."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, space: str) -> None:
+        """`space`: name of the other namespace, "" = this machine has none."""
         self.model = model
+        self.space = space
+        self.apart = False
         self.tag = uuid.uuid4().hex
         self.folder = Path(tempfile.mkdtemp(prefix="mc-"))
         self.port, self.metadata, self.meeting = (lasting_port() for _ in range(3))
@@ -36,6 +44,8 @@ class TwoNodes:
         self.client = Client(self.url, model.name)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.cut = ""
+        (self.folder / "secret").write_text(SECRET)
+        (self.folder / "secret").chmod(0o600)
         self._run(
             "conductor", "conductor", f"--model={model}", f"--port={self.port}", "--dtype=float32",
             f"--metadata-endpoint=tcp://127.0.0.1:{self.metadata}", f"--block-size={BLOCK}", "--aggregated",
@@ -43,10 +53,11 @@ class TwoNodes:
 
     def commands(self) -> dict[str, list[str]]:
         """Return the words of both nodes after `mooncake`, but for their folders."""
+        leader, follower = (HERE, THERE) if self.apart else (LOOPBACK, LOOPBACK)
         return {
             "leader": [
                 "prefill", f"--metadata=tcp://127.0.0.1:{self.metadata}", f"--name={NAME}", "--node=a",
-                "--address=127.0.0.1", "--admin-host=127.0.0.1", "--both", "--no-pool", "--nodes=2",
+                f"--address={leader}", "--admin-host=127.0.0.1", "--both", "--no-pool", "--nodes=2",
                 "--accept-unauthenticated-nodes", f"--nodes-port={self.meeting}",
                 f"--admin-port={self.admin['leader']}", f"--kv-memory={KV_MEMORY}", "--max-num-seqs=16",
                 "--max-num-batched-tokens=512",
@@ -54,19 +65,19 @@ class TwoNodes:
                 "--", self.cut,
             ],
             "follower": [
-                "follower", f"--leader=127.0.0.1:{self.meeting}", "--node-rank=1", "--address=127.0.0.1",
+                "follower", f"--leader={leader}:{self.meeting}", "--node-rank=1", f"--address={follower}",
                 "--admin-host=127.0.0.1", f"--admin-port={self.admin['follower']}", "--drain-s=60",
                 "--accept-unauthenticated-nodes",
             ],
         }  # fmt: skip
 
-    def start_engine(self, cut: str) -> None:
+    def start_engine(self, cut: str, apart: bool) -> None:
         """Start both nodes, those that there are ended first; `cut`: vLLM's argument for two ranks."""
         for name in ("leader", "follower"):
             if name in self.processes:
                 self.processes[name].kill()
                 self.code(name)
-        self.cut = cut
+        self.cut, self.apart = cut, apart and bool(self.space)
         for name, words in self.commands().items():
             place = [f"--run-dir={self.folder / name}"]
             at = words.index("--") if "--" in words else len(words)
@@ -79,12 +90,15 @@ class TwoNodes:
         env = {
             **os.environ, TAG: self.tag, "VLLM_SERVER_DEV_MODE": "1", "CXX": "/bin/false",
             "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+            "MOONCAKE_SECRET_FILE": str(self.folder / "secret"),
         }  # fmt: skip
+        command = [sys.executable, "-m", "mooncake", *words]
+        if name == "follower" and self.apart:
+            command = ["ip", "netns", "exec", self.space, *command]
         with (self.folder / f"{name}.log").open("ab") as out:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "mooncake", *words],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True,
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
+            )
 
     def wait_serves(self) -> None:
         """Return when both nodes are ready and the gateway has the instance."""
@@ -114,9 +128,14 @@ class TwoNodes:
         return [row["state"] for row in answer["instances"]]
 
     def page(self, name: str, path: str) -> tuple[int, str]:
-        """Return status and text of a node's admin port; 0 while nobody answers."""
+        """Return status and text of a node's admin port; 0 while nobody answers (there: or not with 200)."""
+        url = f"http://127.0.0.1:{self.admin[name]}{path}"
+        if name == "follower" and self.apart:
+            command = ["ip", "netns", "exec", self.space, sys.executable, "-c", FETCH, url]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30.0)
+            return (0, "") if done.returncode else (200, done.stdout.strip())
         try:
-            answer = httpx.get(f"http://127.0.0.1:{self.admin[name]}{path}", timeout=5.0)
+            answer = httpx.get(url, timeout=5.0)
         except httpx.TransportError:
             return 0, ""
         return answer.status_code, answer.text.strip()

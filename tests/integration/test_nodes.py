@@ -1,15 +1,19 @@
 """An engine of two nodes serves as one, and ends as one: nobody waits for a node that is gone."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mooncake.core.config import LOOPBACK
 from mooncake.core.process import alive
 from tests.integration.client import GREEDY, Client
+from tests.integration.hosts import HERE, THERE, no_second_host, second_host
 from tests.integration.nodes import TwoNodes
 from tests.integration.reference import LENGTHS, Reference, greedy_jobs, random_prompt
 
@@ -19,25 +23,24 @@ NOTICED_S = 30.0
 """A follower that is gone is noticed after 10 s of silence, or with the next step."""
 FEW = slice(0, 20, 3)
 TENSOR, PIPELINE = "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
-"""How an engine is cut in two: every layer, or half of the layers on each node."""
+"""How an engine is cut in two: every layer, on loopback; half of the layers on each of two hosts."""
 
 
 @pytest.fixture(scope="module")
 def two(model: Path, clusters) -> Iterator[TwoNodes]:
     clusters.close()  # two cores are shared by everything
-    two = TwoNodes(model)
-    try:
+    with contextlib.ExitStack() as stack:
+        two = TwoNodes(model, "" if no_second_host() else stack.enter_context(second_host()))
+        stack.callback(two.stop)
         yield two
-    finally:
-        two.stop()
 
 
 @pytest.fixture
 def serving(two: TwoNodes, request: pytest.FixtureRequest) -> TwoNodes:
-    """Both nodes, made anew where the last test has ended them, or had them cut otherwise."""
+    """Both nodes, made anew where the last test has ended them, or had them otherwise."""
     cut = getattr(request, "param", TENSOR)
     if "leader" not in two.processes or two.cut != cut:
-        two.start_engine(cut)
+        two.start_engine(cut, apart=cut == PIPELINE)
     two.wait_serves()
     return two
 
@@ -50,14 +53,20 @@ def assert_same_tokens(serving: TwoNodes, reference: Reference) -> None:
     assert "world_size=2" in serving.log("leader"), "one rank would answer the same"
 
 
+def hexed(address: str) -> str:
+    """Return an IPv4 address as the kernel writes it."""
+    return socket.inet_aton(address)[::-1].hex().upper()
+
+
 def listening() -> dict[int, set[str]]:
-    """Return the sockets at which each process of this machine is listened to: its addresses, in hex."""
+    """Return the addresses at which each process here can be reached, in any network, as `hexed`."""
     inodes = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            row = line.split()
-            if row[3] == "0A":
-                inodes[f"socket:[{row[9]}]"] = row[1].partition(":")[0]
+    for table in Path("/proc").glob("[0-9]*/net/tcp*"):
+        with contextlib.suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                row = line.split()
+                if row[3] == "0A":
+                    inodes[f"socket:[{row[9]}]"] = row[1].partition(":")[0]
     found: dict[int, set[str]] = {}
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -78,7 +87,7 @@ def test_nothing_of_them_listens_beyond_loopback(serving: TwoNodes):
     ours = serving.family()
     found = {pid: addresses for pid, addresses in listening().items() if pid in ours}
     assert len(found) >= 5, "leader, its engine, follower and two ranks"
-    assert set.union(*found.values()) == {"0100007F"}, found  # 127.0.0.1, as the kernel writes it
+    assert set.union(*found.values()) == {hexed(LOOPBACK)}, found
 
 
 def test_a_killed_follower_ends_the_instance_and_its_requests_and_nothing_hangs(serving: TwoNodes):
@@ -99,8 +108,10 @@ def test_a_killed_follower_ends_the_instance_and_its_requests_and_nothing_hangs(
 
 
 @pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
-def test_layers_of_which_each_node_has_half_answer_the_same(serving: TwoNodes, reference: Reference):
+def test_layers_of_which_each_of_two_hosts_has_half_answer_the_same(serving: TwoNodes, reference: Reference):
     assert_same_tokens(serving, reference)
+    found = set.union(*(listening().get(pid, set()) for pid in serving.family()))
+    assert found <= {hexed(LOOPBACK), hexed(HERE), hexed(THERE)}, "each at its own address and no other"
 
 
 @pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
