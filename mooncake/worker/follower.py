@@ -46,6 +46,7 @@ class Follower:
         """Nothing is started yet."""
         self._options = options
         self._life = uuid.uuid4().hex[:12]
+        self._epoch = ""
         self._heard_s = 0.0
         self._engine: EngineProcess | None = None
 
@@ -67,6 +68,7 @@ class Follower:
             if order is None:
                 return 0
             spec = self._own_spec(order)
+            self._epoch = order.epoch
             try:
                 Pulse(spec.pulse_path, create=True)
                 self._engine = start_engine(spec)
@@ -185,7 +187,7 @@ class Follower:
         return done
 
     async def _beat(self, link: RpcClient, *, leaves: bool = False, gone: str = "") -> NodeAnswer:
-        beat = NodeBeat(self._options.node_rank, self._life, __version__, leaves, gone)
+        beat = NodeBeat(self._options.node_rank, self._life, __version__, self._epoch, leaves, gone)
         answer: NodeAnswer = await link.call(beat, CALL_S)
         self._heard_s = time.monotonic()
         return answer

@@ -15,7 +15,7 @@ import zmq
 
 from mooncake import __version__
 from mooncake.core.config import fail
-from mooncake.core.errors import PeerTimeout
+from mooncake.core.errors import MooncakeError, PeerTimeout
 from mooncake.core.options import WorkerOptions
 from mooncake.core.rpc import RpcServer
 from mooncake.worker.node_messages import FAILED, GATHERS, SERVES, STOPS, NodeAnswer, NodeBeat
@@ -99,7 +99,7 @@ class Leader:
         """
         order = msgspec.structs.replace(spec, run_dir="", cores=[], threads=0)
         with self._lock:
-            self._roster.seal()
+            self._roster.seal(spec.epoch)
             self._may_go, self._on_lost, self._on_leaves = may_go, on_lost, on_leaves
             self._answer = NodeAnswer(SERVES, spec.instance_id, order)
 
@@ -128,7 +128,7 @@ class Leader:
         try:
             endpoint = f"tcp://{self._options.address}:{self._options.nodes_port}"
             server = RpcServer(endpoint, NodeBeat, self._beat)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, MooncakeError) as error:
             self._refused = str(error)
             return
         finally:

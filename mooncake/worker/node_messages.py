@@ -14,13 +14,14 @@ GATHERS, SERVES, STOPS, FAILED = "gathers", "serves", "stops", "failed"
 class NodeBeat(msgspec.Struct, frozen=True, array_like=True, tag="nbeat"):
     """A follower, twice a second. Answer: NodeAnswer.
 
-    `life` is new at every start. `leaves`: told to go, it asks the leader to drain. `gone`: why this is its
-    last word, "" = it is not.
+    `life` is new at every start. `epoch`: of the engine whose ranks it runs, "" = none yet. `leaves`: told to
+    go, it asks the leader to drain. `gone`: why this is its last word, "" = it is not.
     """
 
     rank: int
     life: str
     version: str
+    epoch: str = ""
     leaves: bool = False
     gone: str = ""
 

@@ -28,14 +28,14 @@ class Roster:
         self._version = version
         self._seen: dict[int, _Seen] = {}
         self._lost = ""
-        self._sealed = False
+        self._epoch = ""  # of the engine that runs
 
     def beat(self, now_s: float, beat: NodeBeat) -> None:
         """Take what a follower says.
 
         Raises:
             ConfigError: it is none of this engine.
-            PeerGone: the engine runs already, with another one in its place.
+            PeerGone: it runs ranks of another engine, or this one runs already with another in its place.
             CapacityError: there is another one in its place; it may be gone soon.
         """
         if not 1 <= beat.rank < self._count:
@@ -47,9 +47,11 @@ class Roster:
             raise ConfigError(
                 f"follower {beat.rank} has version {beat.version}, its leader {self._version}: update one"
             )
+        if beat.epoch and beat.epoch != self._epoch:
+            raise PeerGone(f"follower {beat.rank} runs ranks of an engine that has ended: start it again")
         seen = self._seen.get(beat.rank)
         if seen is None or seen.life != beat.life:
-            if self._sealed:
+            if self._epoch:
                 self._lose(f"follower {beat.rank} has started again")
                 raise PeerGone("the engine runs with another life of this follower, and has to start again")
             if seen is not None and not seen.gone and now_s - seen.heard_s <= SILENT_S:
@@ -67,19 +69,19 @@ class Roster:
         seen = self._seen.get(rank)
         return seen is not None and not seen.gone and now_s - seen.heard_s <= SILENT_S
 
-    def seal(self) -> None:
+    def seal(self, epoch: str) -> None:
         """Hold on to those who are there: the engine starts with them."""
-        self._sealed = True
+        self._epoch = epoch
 
     def lost(self, now_s: float) -> str:
         """Return who is lost and how, for people; "" = the engine is whole, or has not started."""
-        if self._sealed and not self._lost:
+        if self._epoch and not self._lost:
             for rank in self.missing(now_s):
                 self._lose(f"follower {rank} has been silent for {SILENT_S:g} s")
         return self._lost
 
     def _lose(self, why: str) -> None:
-        if self._sealed and not self._lost:
+        if self._epoch and not self._lost:
             self._lost = why
 
     @property

@@ -183,6 +183,14 @@ def test_a_leader_that_is_gone_without_a_word_ends_the_follower(pair: Pair):
     assert pair.code() == 69
 
 
+def test_a_leader_that_is_back_at_once_does_not_take_ranks_of_the_engine_before(pair: Pair):
+    pair.serve()
+    pair.leader.close()
+    pair.leader = Leader(pair.options)
+    pair.leader.start()
+    assert pair.code() == 69
+
+
 def test_a_follower_that_is_killed_is_lost_to_the_leader(pair: Pair):
     pair.serve()
     pair.process.kill()

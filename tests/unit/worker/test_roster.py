@@ -62,27 +62,27 @@ def test_before_the_engine_starts_nobody_can_be_lost(roster: Roster):
 
 
 def test_silence_loses_a_follower_of_an_engine_that_runs(roster: Roster):
-    roster.seal()
+    roster.seal("e")
     roster.beat(1.0, beat(1))
     assert roster.lost(SILENT_S) == ""
     assert roster.lost(SILENT_S + 0.1) == f"follower 2 has been silent for {SILENT_S:g} s"
 
 
 def test_a_goodbye_loses_it_at_once_with_its_reason(roster: Roster):
-    roster.seal()
+    roster.seal("e")
     roster.beat(1.0, beat(2, gone="lost its ranks, code -9"))
     assert roster.lost(1.0) == "follower 2 lost its ranks, code -9"
 
 
 def test_a_second_life_loses_the_engine_and_is_told_to_wait(roster: Roster):
-    roster.seal()
+    roster.seal("e")
     with pytest.raises(PeerGone):
         roster.beat(1.0, beat(1, "b"))
     assert roster.lost(1.0) == "follower 1 has started again"
 
 
 def test_the_first_loss_is_the_one_that_is_told(roster: Roster):
-    roster.seal()
+    roster.seal("e")
     roster.beat(1.0, beat(2, gone="lost its ranks, code 1"))
     roster.beat(2.0, beat(1, gone="ends with its leader"))
     assert roster.lost(99.0) == "follower 2 lost its ranks, code 1"
@@ -90,7 +90,17 @@ def test_the_first_loss_is_the_one_that_is_told(roster: Roster):
 
 def test_one_that_was_told_to_go_is_named(roster: Roster):
     assert roster.leaves == ""
-    roster.seal()
+    roster.seal("e")
     roster.beat(1.0, beat(2, leaves=True))
     assert roster.leaves == "follower 2 was told to go"
     assert roster.lost(1.0) == ""
+
+
+def test_ranks_of_an_engine_that_has_ended_are_no_followers_of_the_next(roster: Roster):
+    """Its leader was killed and is back before they have noticed."""
+    with pytest.raises(PeerGone, match="follower 1 runs ranks of an engine that has ended"):
+        Roster(2, VERSION).beat(0.0, beat(1, epoch="e"))
+    roster.seal("e")
+    roster.beat(1.0, beat(1, epoch="e"))
+    with pytest.raises(PeerGone):
+        roster.beat(1.0, beat(2, epoch="another"))
