@@ -197,25 +197,6 @@ class Instance:
         log.error("engine.died", instance=spec.instance_id, code=code)
         return 1
 
-    # ------------------------------------------------------------ called by the leader's thread
-
-    def _is_drained(self) -> bool:
-        return self._attended is not None and self._attended[1].leaving.is_done
-
-    def _node_leaves(self, why: str) -> None:
-        """Drain, as a follower was told to go; it waits for that."""
-        if self._attended is not None:
-            self._attended[1].leaving.ask(why)
-
-    def _node_lost(self, engine: EngineProcess, why: str) -> None:
-        """End an engine that is not whole any more: its ranks may wait for the lost one for half an hour."""
-        log.error("engine.node_lost", why=why)
-        if self._is_drained():
-            request_stop(self._stop_write)
-            return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(engine.pidfd, signal.SIGKILL)
-
     async def _find_store(self) -> StoreRecord:
         metadata = open_metadata(self._options.metadata)
         try:
@@ -250,6 +231,25 @@ class Instance:
                 self._options.admin_port, self._options.admin_host, self._options.address
             ),
         )
+
+    # ------------------------------------------------------------ called by the leader's thread
+
+    def _is_drained(self) -> bool:
+        return self._attended is not None and self._attended[1].leaving.is_done
+
+    def _node_leaves(self, why: str) -> None:
+        """Drain, as a follower was told to go; it waits for that."""
+        if self._attended is not None:
+            self._attended[1].leaving.ask(why)
+
+    def _node_lost(self, engine: EngineProcess, why: str) -> None:
+        """End an engine that is not whole any more: its ranks may wait for the lost one for half an hour."""
+        log.error("engine.node_lost", why=why)
+        if self._is_drained():
+            request_stop(self._stop_write)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(engine.pidfd, signal.SIGKILL)
 
     # ------------------------------------------------------------ the asyncio side
 
