@@ -43,7 +43,6 @@ class TwoNodes:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url, model.name)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.cut = ""
         (self.folder / "secret").write_text(SECRET)
         (self.folder / "secret").chmod(0o600)
         self._run(
@@ -62,7 +61,7 @@ class TwoNodes:
                 f"--admin-port={self.admin['leader']}", f"--kv-memory={KV_MEMORY}", "--max-num-seqs=16",
                 "--max-num-batched-tokens=512",
                 f"--model={self.model}", "--dtype=float32", f"--block-size={BLOCK}", "--drain-s=60",
-                "--", self.cut,
+                "--", "--tensor-parallel-size=2",
             ],
             "follower": [
                 "follower", f"--leader={leader}:{self.meeting}", "--node-rank=1", f"--address={follower}",
@@ -71,13 +70,13 @@ class TwoNodes:
             ],
         }  # fmt: skip
 
-    def start_engine(self, cut: str, apart: bool) -> None:
-        """Start both nodes, those that there are ended first; `cut`: vLLM's argument for two ranks."""
+    def start_engine(self, apart: bool) -> None:
+        """Start both nodes, those that there are ended first."""
         for name in ("leader", "follower"):
             if name in self.processes:
                 self.processes[name].kill()
                 self.code(name)
-        self.cut, self.apart = cut, apart and bool(self.space)
+        self.apart = apart
         for name, words in self.commands().items():
             place = [f"--run-dir={self.folder / name}"]
             at = words.index("--") if "--" in words else len(words)

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.integration
 NOTICED_S = 30.0
 """A follower that is gone is noticed after 10 s of silence, or with the next step."""
 FEW = slice(0, 20, 3)
-TENSOR, PIPELINE = "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
-"""How an engine is cut in two: every layer, on loopback; half of the layers on each of two hosts."""
+LOOP, APART = False, True
+"""Where the nodes are: both on loopback, or on two hosts (network namespaces)."""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def two(model: Path, clusters) -> Iterator[TwoNodes]:
 
 @pytest.fixture
 def serving(two: TwoNodes, request: pytest.FixtureRequest) -> TwoNodes:
-    """Both nodes, made anew where the last test has ended them, or had them otherwise."""
-    cut = getattr(request, "param", TENSOR)
-    if "leader" not in two.processes or two.cut != cut:
-        two.start_engine(cut, apart=cut == PIPELINE)
+    """Both nodes, made anew where the last test has ended them, or had them elsewhere."""
+    apart = getattr(request, "param", LOOP) and bool(two.space)
+    if "leader" not in two.processes or two.apart != apart:
+        two.start_engine(apart)
     two.wait_serves()
     return two
 
@@ -107,14 +107,14 @@ def test_a_killed_follower_ends_the_instance_and_its_requests_and_nothing_hangs(
     serving.wait("every rank is gone", lambda: not [pid for pid in before if alive(pid)], NOTICED_S)
 
 
-@pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
-def test_layers_of_which_each_of_two_hosts_has_half_answer_the_same(serving: TwoNodes, reference: Reference):
+@pytest.mark.parametrize("serving", [APART], ids=["apart"], indirect=True)
+def test_two_hosts_answer_as_one_engine_with_one_rank(serving: TwoNodes, reference: Reference):
     assert_same_tokens(serving, reference)
     found = set.union(*(listening().get(pid, set()) for pid in serving.family()))
     assert found <= {hexed(LOOPBACK), hexed(HERE), hexed(THERE)}, "each at its own address and no other"
 
 
-@pytest.mark.parametrize("serving", [PIPELINE], indirect=True)
+@pytest.mark.parametrize("serving", [APART], ids=["apart"], indirect=True)
 def test_a_told_leader_drains_and_takes_its_follower_along(serving: TwoNodes):
     client = Client(serving.url, serving.client.model)
     quiet = client.complete(random_prompt(60, 2), max_tokens=200, **GREEDY)
