@@ -29,6 +29,7 @@ from mooncake.worker.node_messages import FAILED, STOPS, NodeAnswer, NodeBeat
 from mooncake.worker.nodes import interface_of, is_present
 from mooncake.worker.pulse import Pulse
 from mooncake.worker.roster import SILENT_S
+from mooncake.worker.run_dirs import hold, remove_orphans
 from mooncake.worker.spec import EngineSpec
 
 log = structlog.get_logger(__name__)
@@ -70,6 +71,7 @@ class Follower:
             spec = self._own_spec(order)
             self._epoch = order.epoch
             try:
+                hold(Path(spec.run_dir))
                 Pulse(spec.pulse_path, create=True)
                 self._engine = start_engine(spec)
                 own.children["engine"] = self._engine.pid
@@ -132,6 +134,7 @@ class Follower:
             raise PeerGone(f"leader {options.leader}: its order is of an engine with one node")
         parent = Path(options.run_dir)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_orphans(parent)
         return msgspec.structs.replace(
             order,
             run_dir=tempfile.mkdtemp(prefix=f"{order.instance_id}-{options.node_rank}-", dir=parent),  # 0700
