@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,15 @@ def up_command(model: Path, port: int, run_dir: Path, setup: Setup) -> list[str]
         f"--block-size={BLOCK}", "--kv-memory=256MiB", "--pool-size=512MiB", *setup.flags,
         *(["--", *setup.vllm] if setup.vllm else []),
     ]  # fmt: skip
+
+
+def log_tails(paths: Iterable[Path], lines: int = LOG_TAIL_LINES) -> str:
+    """Return the last lines of logs, each under its file's name, without what says nothing."""
+    parts = []
+    for path in paths:
+        said = [line for line in path.read_text(errors="replace").splitlines() if not NOISE.search(line)]
+        parts.append("\n".join([f"--- {path.name}", *(line[:LOG_LINE_CHARS] for line in said[-lines:])]))
+    return "\n".join(parts)
 
 
 def tagged(tag: str, name: str = TAG) -> list[int]:
@@ -192,12 +201,7 @@ class Cluster:
 
     def logs(self) -> str:
         """Return the last lines of every log."""
-        parts = []
-        for path in [self.output, *sorted(self.run_dir.glob("*.log"))]:
-            lines = [line for line in path.read_text(errors="replace").splitlines() if not NOISE.search(line)]
-            tail = [line[:LOG_LINE_CHARS] for line in lines[-LOG_TAIL_LINES:]]
-            parts.append("\n".join([f"--- {path.name}", *tail]))
-        return "\n".join(parts)
+        return log_tails([self.output, *sorted(self.run_dir.glob("*.log"))])
 
     # ------------------------------------------------------------ records and processes
 

@@ -35,12 +35,11 @@ from mooncake.up.show import Board
 from tests.integration.client import ANSWER_S, Client
 from tests.integration.cluster import (
     BLOCK,
-    LOG_LINE_CHARS,
-    NOISE,
     READY_S,
     STOP_S,
     TAG,
     free_port,
+    log_tails,
     tagged,
     wait_until,
 )
@@ -155,13 +154,7 @@ class Fronts:
 
     def logs(self) -> str:
         """Return the last lines of every log."""
-        parts = []
-        for path in sorted([*self.run_dir.glob("*.out"), *self.run_dir.glob("*.log")]):
-            lines = [line for line in path.read_text(errors="replace").splitlines() if not NOISE.search(line)]
-            parts.append(
-                "\n".join([f"--- {path.name}", *(line[:LOG_LINE_CHARS] for line in lines[-LOG_LINES:])])
-            )
-        return "\n".join(parts)
+        return log_tails(sorted([*self.run_dir.glob("*.out"), *self.run_dir.glob("*.log")]), LOG_LINES)
 
     # ------------------------------------------------------------ who is there
 

@@ -20,7 +20,7 @@ from mooncake.core.process import alive
 from mooncake.core.rpc import BlockingRpcClient
 from mooncake.core.secret import SECRET_ENV
 from tests.integration.client import Client
-from tests.integration.cluster import BLOCK, READY_S, STOP_S, TAG, free_port, tagged, wait_until
+from tests.integration.cluster import BLOCK, READY_S, STOP_S, TAG, free_port, log_tails, tagged, wait_until
 
 NETWORK = "10.213.77"
 HERE, THERE = f"{NETWORK}.1", f"{NETWORK}.2"
@@ -173,11 +173,7 @@ class TwoHosts:
 
     def logs(self) -> str:
         """Return the last lines of every log."""
-        parts = []
-        for path in sorted(self.folder.glob("*.log")):
-            lines = path.read_text(errors="replace").splitlines()[-12:]
-            parts.append("\n".join([f"--- {path.name}", *(line[:300] for line in lines)]))
-        return "\n".join(parts)
+        return log_tails(sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:
         """End everything; fail if a process does not end by itself, but leave none."""

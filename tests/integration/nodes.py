@@ -20,7 +20,7 @@ import psutil
 from mooncake.core.config import LOOPBACK
 from mooncake.core.process import alive
 from tests.integration.client import Client
-from tests.integration.cluster import BLOCK, READY_S, STOP_S, TAG, tagged, wait_until
+from tests.integration.cluster import BLOCK, READY_S, STOP_S, TAG, log_tails, tagged, wait_until
 from tests.integration.hosts import FETCH, HERE, SECRET, THERE
 from tests.integration.ports import lasting_port
 
@@ -160,11 +160,7 @@ class TwoNodes:
 
     def logs(self) -> str:
         """Return the last lines of every log."""
-        parts = []
-        for path in sorted(self.folder.glob("*.log")):
-            lines = path.read_text(errors="replace").splitlines()[-25:]
-            parts.append("\n".join([f"--- {path.name}", *(line[:300] for line in lines)]))
-        return "\n".join(parts)
+        return log_tails(sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:
         """Leave nothing."""

@@ -19,13 +19,12 @@ import httpx
 import pytest
 
 from mooncake.core.process import set_parent_death_signal
-from tests.integration.cluster import tagged
+from tests.integration.cluster import log_tails, tagged
 from tests.integration.ports import lasting_port
 from tests.kube.standin.sandbox import unable
 
 TAG = "MOONCAKE_TEST_KUBE"
 READY_S, CALL_S, END_S, GONE_S = 120.0, 240.0, 60.0, 30.0
-LOG_LINES, LOG_LINE_CHARS = 25, 300
 ROOT = Path(__file__).parents[2]
 
 T = TypeVar("T")
@@ -131,11 +130,7 @@ class Kube:
 
     def logs(self) -> str:
         """Return the last lines that the stand-in and every container wrote."""
-        parts = []
-        for path in [self.folder / "standin.out", *sorted((self.folder / "logs").glob("*"))]:
-            lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            parts.append("\n".join([f"--- {path.name}", *(line[:LOG_LINE_CHARS] for line in lines)]))
-        return "\n".join(parts)
+        return log_tails([self.folder / "standin.out", *sorted((self.folder / "logs").glob("*"))])
 
     def stop(self) -> None:
         """End it; fail if that takes force, but leave nothing in any case."""
