@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from mooncake.core.process import alive
+from mooncake.worker.connector_scheduler import LEASE_S
 from tests.integration.client import GREEDY, Answer, Stream
 from tests.integration.cluster import Cluster, wait_until
 from tests.integration.reference import random_prompt
@@ -226,4 +227,5 @@ def test_requests_go_on_while_the_store_is_dead_and_hit_again_once_it_is_back(cl
 
     wait_until("the pool serves again", hits_again, 20.0, 0.5)
     cluster.wait_alive()
-    cluster.assert_nothing_leaked()
+    # a look-up that was given up because the new store was late has a lease that nobody heard of
+    cluster.assert_nothing_leaked(2.0 + LEASE_S)

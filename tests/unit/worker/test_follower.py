@@ -29,16 +29,18 @@ import sys
 from mooncake.core.options import FollowerOptions
 from mooncake.worker import follower, launch
 from mooncake.up.launch import guarded
-import subprocess
+import os, subprocess
 ENGINE = '''
 import signal, sys, time
+from mooncake.core.process import set_parent_death_signal
+set_parent_death_signal(int(sys.argv[2]))  # as every engine
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(0))
 from pathlib import Path
 Path(sys.argv[1], "facts.json").write_text("{}")
 time.sleep(60)
 '''
 def start(spec):  # an engine that loads at once, and has no ranks
-    child = subprocess.Popen([sys.executable, "-c", ENGINE, spec.run_dir])
+    child = subprocess.Popen([sys.executable, "-c", ENGINE, spec.run_dir, str(os.getpid())])
     child.returncode = 0
     return launch.EngineProcess(child.pid)
 follower.start_engine = start
