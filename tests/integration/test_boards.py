@@ -144,7 +144,11 @@ class Watched:
         moved = f'sum({MOVED}{{op="read"}})'  # a series has to be there before it grows
         wait_until("the copy is scraped", lambda: self.prometheus.value(moved), 60.0)
         self._copy(pool, blocks[BLOCKS // 2 :])
-        pool.put(a, [key(1000 + number) for number in range(2 * BLOCKS)], SIZE, batch=8)  # it evicts
+        for first in range(1000, 1000 + 2 * BLOCKS, 8):  # it evicts; what the SSD's copier reads cannot go
+            time.sleep(0.5)
+            pool.put(a, [key(first + number) for number in range(8)], SIZE)
+        evicted = "sum(mooncake_store_eviction_age_seconds_count)"
+        wait_until("the evictions are scraped", lambda: self.prometheus.value(evicted), 60.0)
 
     def _copy(self, pool: Pool, blocks: list[bytes]) -> None:
         admin = pool.admin("d")
