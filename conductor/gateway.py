@@ -39,7 +39,7 @@ from conductor.processes import (
 from conductor.remote_core import RemoteCore
 from conductor.spans import Traces
 from mooncake.core.attend import attended
-from mooncake.core.config import ROLES, check_host
+from mooncake.core.config import ROLES, check_host, host_port
 from mooncake.core.errors import MooncakeError, PeerError, RequestError
 from mooncake.core.health import Health, Phase
 from mooncake.core.messages import CORES_PREFIX, DRAINING, GATEWAYS_PREFIX, FrontRecord
@@ -303,7 +303,7 @@ def front_record(options: GatewayOptions, args: argparse.Namespace, metrics_url:
     """Return what this gateway says of itself."""
     host = args.host or "0.0.0.0"
     scheme = "https" if args.ssl_certfile else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
+    url = f"{scheme}://{host_port(host, args.port)}"
     return FrontRecord(process_name(options, "gateway"), os.getpid(), url, metrics_url)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import structlog
 
+from mooncake.core.config import host_port
 from mooncake.core.errors import (
     CapacityError,
     PeerTimeout,
@@ -128,8 +129,7 @@ class Owner:
         self._listener = listener
         try:
             self.port = listener.bind((config.host, config.port))[1]
-            host = config.advertise or config.host
-            self.name = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+            self.name = host_port(config.advertise or config.host, self.port)
             self._unix_path = private_dir(config.socket_dir()) / f"{self.epoch[:16]}.sock"
             listener.bind(self._unix_path)
             listener.me = me = (self.epoch, self.name)

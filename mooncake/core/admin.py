@@ -18,7 +18,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from mooncake.core.config import LOOPBACK, is_loopback
+from mooncake.core.config import LOOPBACK, host_port, is_loopback, seen_at
 from mooncake.core.health import Health, Verdict
 from mooncake.core.http_server import BoundedHandler, BoundedServer, Serving
 
@@ -32,7 +32,6 @@ BODY_BYTES_MAX = 1 << 20
 """Nothing that is sent here is larger than a file of settings."""
 GZIP_BYTES_MIN = 4096
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
-ANY_HOSTS = ("0.0.0.0", "::")
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -82,8 +81,7 @@ def metrics_url(port: int, host: str = LOOPBACK, address: str = "") -> str:
 
     `address`: of this host for the cluster, where `host` is all of its addresses.
     """
-    shown = (address or LOOPBACK) if host in ANY_HOSTS else host
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/metrics" if port else ""
+    return f"http://{host_port(seen_at(host, address or LOOPBACK), port)}/metrics" if port else ""
 
 
 class AdminServer:

@@ -48,6 +48,8 @@ API_KEY_CHARS_MIN = 16
 """Below this a key can be guessed; `python -c 'import secrets; print(secrets.token_urlsafe())'`."""
 
 LOOPBACK = "127.0.0.1"
+ANY_HOSTS = ("0.0.0.0", "::")
+"""What a server that listens on all addresses is told."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?", re.IGNORECASE | re.ASCII)
@@ -106,6 +108,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def seen_at(host: str, address: str = LOOPBACK) -> str:
+    """Return where a server that listens on `host` is reached; `address`: if on all, one of this machine."""
+    return address if host in ANY_HOSTS else host
+
+
+def host_port(host: str, port: int | str) -> str:
+    """Return `host` and `port` as addresses have them, IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_host(host: str, api_key: str, key: str = "host", hint: str = API_KEY_HINT) -> None:

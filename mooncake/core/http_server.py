@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import structlog
 
-from mooncake.core.config import is_loopback
+from mooncake.core.config import host_port, is_loopback
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class Serving:
         """Begin; `name` is the thread's."""
         self._server: BoundedServer | None = server
         host, self.port = str(server.server_address[0]), int(server.server_address[1])
-        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        self.url = f"http://{host_port(host, self.port)}"
         self.thread = threading.Thread(target=server.serve_forever, args=(TICK_S,), name=name, daemon=True)
         self.thread.start()
 

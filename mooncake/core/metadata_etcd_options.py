@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from mooncake.core.config import host_port
 from mooncake.core.errors import ConfigError
 
 PORT = 2379
@@ -46,7 +47,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
 
 class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,12 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from mooncake.core import log as logs
+from mooncake.core.config import host_port, seen_at
 from mooncake.core.options import ConductorOptions
 from mooncake.core.shared_port import Held
 from mooncake.up.cluster import Cluster, prepare_run_dir
 from mooncake.up.metrics import admin_ports
 from mooncake.up.plan import base_env, gateway_names, plan_conductor
-from mooncake.up.run import live, tenant_keys, url_host
+from mooncake.up.run import live, tenant_keys
 from mooncake.up.show import Board
 
 
@@ -50,7 +51,7 @@ def conductor(options: ConductorOptions, model_is_local: bool, console: Console)
 
 def ready_text(options: ConductorOptions, ports: dict[str, int]) -> str:
     """Return what to tell once requests are taken."""
-    url = f"http://{url_host(options.host)}:{options.port}"
+    url = f"http://{host_port(seen_at(options.host), options.port)}"
     own = " ".join(f"{name}:{port}" for name, port in ports.items())
     return f"""
 The Conductor is ready at {url} with {len(ports) - 1} gateways; metadata {options.metadata_endpoint}

@@ -6,8 +6,14 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from mooncake.core.admin import ANY_HOSTS
-from mooncake.core.config import ADMIN_TOKEN_ENV, ADMIN_TOKEN_FILE_ENV, LOOPBACK, fail
+from mooncake.core.config import (
+    ADMIN_TOKEN_ENV,
+    ADMIN_TOKEN_FILE_ENV,
+    LOOPBACK,
+    fail,
+    host_port,
+    seen_at,
+)
 from mooncake.core.options import UpOptions
 from mooncake.up.plan import CONDUCTOR, CORE, admin_names
 
@@ -47,7 +53,7 @@ def _wanted(base: int, count: int, host: str) -> list[int]:
         raise fail("admin_port", base, f"{count} ports from here on must fit below {PORT_MAX + 1}")
     for port in range(base, base + count):
         if not can_bind(port, host):
-            raise fail("admin_port", base, f"{_joined(host, port)} is taken; choose another base")
+            raise fail("admin_port", base, f"{host_port(host, port)} is taken; choose another base")
     return list(range(base, base + count))
 
 
@@ -78,20 +84,11 @@ def can_bind(port: int, host: str = LOOPBACK) -> bool:
 def write_prometheus_config(options: UpOptions) -> None:
     """Write a configuration that scrapes the whole cluster."""
     host = seen_at(options.admin_host)
-    targets = [(name, _joined(host, port)) for name, port in options.admin_ports.items()]
+    targets = [(name, host_port(host, port)) for name, port in options.admin_ports.items()]
     token_file = os.environ.get(ADMIN_TOKEN_FILE_ENV, "")
     if not token_file and os.environ.get(ADMIN_TOKEN_ENV):
         token_file = f"FILE-WITH-{ADMIN_TOKEN_ENV}"  # a secret is not copied into a file that others may read
     (Path(options.run_dir) / CONFIG_NAME).write_text(prometheus_config(targets, token_file))
-
-
-def seen_at(host: str) -> str:
-    """Return where this machine reaches a server that listens on `host`."""
-    return LOOPBACK if host in ANY_HOSTS else host
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def prometheus_config(targets: Sequence[tuple[str, str]], token_file: str = "") -> str:
@@ -115,7 +112,7 @@ def prometheus_config(targets: Sequence[tuple[str, str]], token_file: str = "") 
 def dashboard_url(options: UpOptions) -> str:
     """Return where the live page is; of the process that decides: its memory begins with it."""
     port = options.admin_ports.get(CONDUCTOR if options.gateways is None else CORE, 0)
-    return f"http://{_joined(seen_at(options.admin_host), port)}/dashboard" if port else ""
+    return f"http://{host_port(seen_at(options.admin_host), port)}/dashboard" if port else ""
 
 
 def metrics_text(options: UpOptions, url: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from conductor.tenants_file import read_tenants
 from mooncake.core import log as logs
-from mooncake.core.config import is_loopback
+from mooncake.core.config import host_port, is_loopback, seen_at
 from mooncake.core.options import UpOptions
 from mooncake.core.reload import has_terminal
 from mooncake.core.shared_port import Held, check_port
@@ -104,7 +104,7 @@ async def _close(cluster: Cluster, stop: asyncio.Event) -> None:
 
 def ready_text(options: UpOptions, seconds: float, has_key: bool) -> str:
     """Return what to tell once requests can be served."""
-    url = f"http://{url_host(options.host)}:{options.port}"
+    url = f"http://{host_port(seen_at(options.host), options.port)}"
     header = ' -H "Authorization: Bearer $MOONCAKE_API_KEY"' if has_key else ""
     key = 'os.environ["MOONCAKE_API_KEY"]' if has_key else '"none"'
     imports = "import os\n    from openai" if has_key else "from openai"
@@ -123,9 +123,3 @@ Mooncake is ready after {seconds:.1f} s at {url} serving {options.served_name}
 {metrics_text(options, url)}
 logs: {options.run_dir}   watch: {dashboard_url(options)}   or: mooncake top --url {url}   stop: Ctrl-C
 """
-
-
-def url_host(host: str) -> str:
-    """Return `host` as a client on this machine writes it in an address."""
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"[{shown}]" if ":" in shown else shown

@@ -25,7 +25,7 @@ from kvstore.client.pool import Pool
 from kvstore.leader.admin_http import AdminServer
 from kvstore.leader.coordinator import Coordinator, CoordinatorConfig
 from mooncake.core import log as logs
-from mooncake.core.config import admin_token
+from mooncake.core.config import ANY_HOSTS, admin_token, host_port
 from mooncake.core.errors import ConfigError
 from mooncake.core.metadata_client import MetadataServer
 from mooncake.core.rpc import check_endpoint
@@ -40,7 +40,6 @@ from mooncake.http_metadata_server import KVBootstrapServer
 from transfer.config import EngineConfig
 
 EXIT_USAGE = 2
-EVERYWHERE = ("0.0.0.0", "::")
 ALIASES = {"port": "rpc_port"}
 USAGE = """usage: mooncake_master [--flag=value ...]
 
@@ -111,10 +110,9 @@ class Master:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options, env = self.options, environment()
         address = _listens_at("rpc_address", options.address, env.secret)
-        host = f"[{address}]" if ":" in address else address
         quotas_path = options.tenant_quota_connector_uri if options.enable_multi_tenants else ""
         quotas_now = read_quotas(quotas_path) if quotas_path else {}
-        server = MetadataServer(check_endpoint(f"tcp://{host}:{options.rpc_port}"))
+        server = MetadataServer(check_endpoint(f"tcp://{host_port(address, options.rpc_port)}"))
         stack.push_async_callback(server.close)
         # before it answers: nobody joins by other settings
         await server.store.put(MASTER_KEY, msgspec.json.encode(options.settings))
@@ -122,7 +120,7 @@ class Master:
         server.start()
         self.endpoint = server.endpoint
         name = f"master-{socket.gethostname().split('.')[0]}-{os.getpid()}"
-        directory = CoordinatorConfig(name=name, endpoint=f"tcp://{host}:*", admin_port=None)
+        directory = CoordinatorConfig(name=name, endpoint=f"tcp://{host_port(address, '*')}", admin_port=None)
         coordinator = Coordinator(directory, server.store)
         stack.push_async_callback(coordinator.close)
         await coordinator.start()
@@ -152,7 +150,7 @@ class Master:
 
 def _listens_at(flag: str, host: str, secret: bytes) -> str:
     """Return where to listen: "everywhere" without a secret is this host."""
-    if host not in EVERYWHERE or secret:
+    if host not in ANY_HOSTS or secret:
         return host
     log.warning(
         "mooncake_master: only this host can connect: to be reached from others set MOONCAKE_SECRET_FILE on "
